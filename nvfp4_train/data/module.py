@@ -1,0 +1,220 @@
+"""The Lightning data module: packed sequences in an order that depends on seed and step alone.
+
+Training is an infinite stream of samples. Position p of it is sample perm[p % N], where perm is permutation number p // N of
+the seed. Micro-batch m takes the next world_size * batch_size positions, each rank one contiguous part, so a global batch is
+the same on any number of ranks that share it. Nothing about the order is stored: a resumed run takes its place in the stream
+from `trainer.global_step`.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, Subset
+from transformers import PreTrainedTokenizerBase
+
+from nvfp4_train.data.packing import pack_and_split
+from nvfp4_train.data.sources import PYTHON_STDLIB, load_documents
+from nvfp4_train.data.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, how it is cut, and how much of it is held out."""
+
+    path: str = PYTHON_STDLIB
+    """"python_stdlib", a text, jsonl or parquet file or a folder of them, or the name of a hub dataset."""
+    text_column: str = "text"
+    """The column of a jsonl, parquet or hub dataset that holds the text."""
+    split: str = "train"
+    """The split of a hub dataset."""
+    config_name: str | None = None
+    """The configuration of a hub dataset, where it has several."""
+    tokenizer: str = "auto"
+    """"byte", a folder or hub name; "auto" is the tokenizer of the model's folder or hub name, or "byte" without one."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    batch_size: int = 8
+    """Sequences per rank and micro-batch."""
+    val_batch_size: int | None = None
+    """The same in validation; null takes batch_size."""
+    val_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    val_sequences: int = 64
+    """At most so many held-out sequences are used, over all ranks, spread evenly over the held-out text."""
+    max_documents: int | None = None
+    """Only the first so many documents are used; null takes all."""
+    num_workers: int = 0
+    """Processes that load batches, per rank and loader."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 2), ("batch_size", 1), ("val_sequences", 1), ("num_workers", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"data.{name} must be at least {least}; got {value}")
+        for name in ("val_batch_size", "max_documents"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, or null; got {value}")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction must lie between 0 and 1; got {self.val_fraction}")
+        for name in ("path", "text_column", "split", "tokenizer"):
+            if not getattr(self, name):
+                raise ValueError(f"data.{name} must not be empty")
+
+
+class StreamSampler(Sampler[list[int]]):
+    """One rank's part of the infinite stream of micro-batches, from micro-batch `first_batch` on. It has no length."""
+
+    def __init__(
+        self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.first_batch = first_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = (self.first_batch * self.world_size + self.rank) * self.batch_size
+        epoch, permutation = -1, torch.empty(0)
+        while True:
+            batch = []
+            for p in range(position, position + self.batch_size):
+                if p // self.num_samples != epoch:
+                    epoch = p // self.num_samples
+                    permutation = self._permutation(epoch)
+                batch.append(int(permutation[p % self.num_samples]))
+            yield batch
+            position += self.world_size * self.batch_size
+
+    def _permutation(self, epoch: int) -> Tensor:
+        state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
+        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(int(state[0])))
+
+
+class TextDataModule(L.LightningDataModule):
+    """Packed text for causal language models: batches {"input_ids": int64 [batch, seq_len]}.
+
+    After `setup`, `train_sequences` and `val_sequences` count the sequences in use over all ranks.
+    """
+
+    train_sequences: int
+    val_sequences: int
+
+    def __init__(self, config: DataConfig, *, seed: int, model_path: str | None = None) -> None:
+        super().__init__()
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0; got {seed}")
+        self.config = config
+        self.seed = seed
+        self.model_path = model_path
+        self._train: Subset | None = None
+        self._val: Subset | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.config.tokenizer
+        return load_tokenizer((self.model_path or "byte") if name == "auto" else name)
+
+    def check_model(self, vocab_size: int, max_position_embeddings: int | None) -> None:
+        """Raises ValueError when the sequences are longer, or the ids larger, than the model takes. Needs no data."""
+        seq_len, num_tokens = self.config.seq_len, len(self.tokenizer)
+        if max_position_embeddings is not None and seq_len > max_position_embeddings:
+            raise ValueError(
+                f"the model has {max_position_embeddings} positions; got data.seq_len={seq_len}. Lower data.seq_len."
+            )
+        if num_tokens > vocab_size:
+            raise ValueError(
+                f"the model embeds {vocab_size} tokens; the tokenizer has {num_tokens} (data.tokenizer="
+                f"{self.config.tokenizer!r}). Set data.tokenizer to the model's own, or raise the model's vocab_size."
+            )
+
+    def prepare_data(self) -> None:
+        self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._train is None or self._val is None:
+            self._train, held_out = self._load()
+            count = min(self.config.val_sequences, len(held_out))
+            self._val = Subset(held_out, [i * len(held_out) // count for i in range(count)])
+            self.train_sequences, self.val_sequences = len(self._train), count
+        _, world_size = self._rank_and_world_size()
+        if self.val_sequences < world_size:
+            raise ValueError(
+                f"every rank needs a held-out sequence; got {self.val_sequences} for {world_size} ranks, with "
+                f"data.val_sequences={self.config.val_sequences} and data.val_fraction={self.config.val_fraction}. "
+                "Raise data.val_sequences; if the held-out text has no more, raise data.val_fraction."
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Starts after the optimizer steps done so far, which Lightning has restored by now."""
+        assert self._train is not None, "setup comes first"
+        rank, world_size = self._rank_and_world_size()
+        sampler = StreamSampler(
+            len(self._train),
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            first_batch=_rewind_to_last_step(self.trainer) if self.trainer else 0,
+        )
+        return self._loader(self._train, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """The rank's held-out sequences, rank::world_size, in equally many batches on every rank.
+
+        Equally many, since a forward of a sharded model is a collective. So batch sizes differ by at most one, and a batch size
+        of 1 may give a batch of 2.
+        """
+        assert self._val is not None, "setup comes first"
+        rank, world_size = self._rank_and_world_size()
+        batch_size = self.config.val_batch_size or self.config.batch_size
+        most, least = -(-self.val_sequences // world_size), self.val_sequences // world_size
+        num_batches = min(-(-most // batch_size), least)
+        own = np.arange(rank, self.val_sequences, world_size)
+        return self._loader(self._val, [part.tolist() for part in np.array_split(own, num_batches)])
+
+    def _load(self) -> tuple[Subset, Subset]:
+        """(training, held-out) sequences. Where `prepare_data` ran before, all of it comes from the cache of `datasets`."""
+        config = self.config
+        documents = load_documents(
+            config.path, text_column=config.text_column, split=config.split, config_name=config.config_name
+        )
+        if config.max_documents is not None:
+            documents = documents.select(range(min(config.max_documents, len(documents))))
+        return pack_and_split(documents, self.tokenizer, seq_len=config.seq_len, val_fraction=config.val_fraction)
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, sequences: Subset, batches: Iterable[list[int]]) -> DataLoader:
+        return DataLoader(
+            sequences,
+            batch_sampler=batches,
+            num_workers=self.config.num_workers,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Workers take their base seed from it; without it, a loader would draw from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def _rewind_to_last_step(trainer: L.Trainer) -> int:
+    """The number of micro-batches that the optimizer steps so far took; the trainer's count of batches is set to it.
+
+    A checkpoint of the middle of an accumulation window lacks the gradients so far. Lightning 2.6.6 would finish the window
+    with its remaining micro-batches alone; with the count set back, it does the whole window again.
+    """
+    done = trainer.global_step * trainer.accumulate_grad_batches
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    unfinished = progress.total.ready - done
+    if unfinished:
+        for count in (progress.total, progress.current):
+            target = count.ready - unfinished
+            for stage in ("ready", "started", "processed", "completed"):
+                setattr(count, stage, target)
+    return done

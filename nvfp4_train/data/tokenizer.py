@@ -1,0 +1,50 @@
+"""Tokenizers: the built-in byte tokenizer, and any tokenizer of a local folder or the Hugging Face hub."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+"""The one special token of the byte tokenizer: begin, end and padding."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text and whose id 256 is `<|endoftext|>`.
+
+    It is an ordinary `tokenizers` byte-level model without merges, so AutoTokenizer loads what it saves.
+    """
+    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_alphabet())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name`: "byte" is the built-in one, anything else a local folder or a hub name."""
+    if name == "byte":
+        return byte_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer must be 'byte', a folder with tokenizer files or a reachable hub name; got {name!r}. "
+            f"Set data.tokenizer. The loader said: {error}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"packing needs a tokenizer with an end-of-sequence token; that of {name!r} has none. Set data.tokenizer to "
+            "another one, or save this one with an eos_token."
+        )
+    return tokenizer
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character by which the byte-level model of `tokenizers` writes each byte, in byte order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]

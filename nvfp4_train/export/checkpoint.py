@@ -1,0 +1,59 @@
+"""What an export needs from a training checkpoint, read without the training framework."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+
+STATE_PREFIX = "model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportableCheckpoint:
+    """Master weights and what belongs to them."""
+
+    weights: Mapping[str, Tensor]
+    groups: list[list[str]]
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    power_of_two: bool
+    tokenizer: Path | None
+    """Folder of the tokenizer beside the checkpoint, if there is one."""
+
+
+def load_checkpoint(path: Path) -> ExportableCheckpoint:
+    """Read a checkpoint file; its tensors stay on disk until they are used. ValueError where it cannot be exported."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint must be a file, got {path}")
+    try:
+        # Only the zip format can be mapped into memory.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint that torch.load reads with weights_only=True: {error}") from error
+    try:
+        saved = checkpoint["hyper_parameters"]["export"]
+        state, groups, settings = checkpoint["state_dict"], saved["groups"], saved["config"]
+        model_type, generation, global_scale = settings["model_type"], saved["generation_config"], saved["global_scale"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold a state_dict and hyper_parameters['export'] with config, generation_config, groups and "
+            f"global_scale, as training with a quantized model saves them; missing: {error}"
+        ) from error
+    if global_scale not in ("pow2", "exact"):
+        raise ValueError(f"global_scale in {path} must be 'pow2' or 'exact', got {global_scale!r}")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"this version of transformers knows no model_type {model_type!r}, which {path} was trained with")
+    tokenizer = path.parent / "tokenizer"
+    return ExportableCheckpoint(
+        weights={key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)},
+        groups=groups,
+        config=CONFIG_MAPPING[model_type].from_dict(settings),
+        generation_config=None if generation is None else GenerationConfig.from_dict(generation),
+        power_of_two=global_scale == "pow2",
+        tokenizer=tokenizer if tokenizer.is_dir() else None,
+    )

@@ -1,0 +1,124 @@
+"""Master weights on their way to a folder: checked against the model's config, scaled by group, and as they are served."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nvfp4_train.export.layout import HubLayout, shown
+from nvfp4_train.kernels.fp4_kernel import nvfp4_block_amax, nvfp4_fake_quant, nvfp4_global_scale
+from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.quant.policy import sibling_set
+
+MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def own_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> dict[str, Tensor]:
+    """The tensors that the model writes, checked against its config by name, shape and dtype."""
+    if missing := layout.shapes.keys() - weights.keys():
+        raise ValueError(f"weights must hold every tensor of {layout.architecture}, missing: {shown(missing)}")
+    if unknown := weights.keys() - layout.shapes.keys() - layout.aliases.keys():
+        raise ValueError(f"weights must hold tensors of {layout.architecture} only, got unknown names: {shown(unknown)}")
+    for name, source in layout.aliases.items():
+        # Tied tensors are normally one storage; a copy that went its own way would be lost.
+        if (
+            name in weights
+            and weights[name].data_ptr() != weights[source].data_ptr()
+            and not weights[name].equal(weights[source])
+        ):
+            raise ValueError(
+                f"{name} and {source} are tied in the config but differ; set tie_word_embeddings=False to keep both"
+            )
+    for name, shape in layout.shapes.items():
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} must have the shape {tuple(shape)} of the config, got {tuple(weights[name].shape)}")
+        if name not in layout.buffers and weights[name].dtype not in MASTER_DTYPES:
+            raise ValueError(f"{name} must be a float master weight, got {weights[name].dtype}")
+    return {name: weights[name].detach() for name in layout.shapes}
+
+
+def quantized_modules(groups: Sequence[Sequence[str]], layout: HubLayout) -> dict[str, str]:
+    """Module names of the quantized linears, in memory -> on disk."""
+    linears = layout.linears()
+    group_of: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for name in group:
+            if name not in linears:
+                raise ValueError(f"groups: {name} is no nn.Linear of {layout.architecture}")
+            if name in group_of:
+                raise ValueError(f"groups: {name} is listed twice; a module is in exactly one group")
+            if name.rpartition(".")[2] == "lm_head":
+                raise ValueError(
+                    f"groups: {name} must stay in bf16, since serving engines read no NVFP4 output embedding by default"
+                )
+            weight = f"{name}.weight"
+            if weight in layout.aliases or weight in layout.aliases.values():
+                raise ValueError(f"groups: the weight of {name} is tied to another module, so it has to stay in bf16")
+            if linears[name] is None:
+                raise ValueError(f"groups: the hub stores {weight} in another layout, so it has to stay in bf16")
+            if (num_inputs := layout.shapes[weight][1]) % BLOCK_SIZE:
+                raise ValueError(
+                    f"groups: {name} has {num_inputs} inputs, no multiple of {BLOCK_SIZE}, so it has to stay in bf16"
+                )
+            group_of[name] = index
+    if not group_of:
+        raise ValueError("groups must name at least one module to quantize, got none")
+    for name, index in group_of.items():
+        for sibling in sibling_set(name):
+            if sibling in linears and group_of.get(sibling) != index:
+                state = "in another group" if sibling in group_of else "not quantized"
+                raise ValueError(
+                    f"groups: {name} is quantized but its sibling {sibling} is {state}; serving engines fuse siblings and keep "
+                    "one global scale, so put them in one group"
+                )
+    return {name: linears[name] or name for name in group_of}
+
+
+def group_scales(
+    weights: Mapping[str, Tensor], groups: Sequence[Sequence[str]], layout: HubLayout, power_of_two: bool
+) -> dict[str, Tensor]:
+    """s2 (one element, on the CPU) of each quantized weight by name. Reads every tensor once and refuses NaN and Inf."""
+    scales = {}
+    for group in groups:
+        amaxes = []
+        for name in (f"{member}.weight" for member in group):
+            amaxes.append(nvfp4_block_amax(weights[name]).amax().cpu())
+            _refuse_unless(bool(amaxes[-1].isfinite()), name)
+        if amaxes:
+            s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), power_of_two)
+            scales.update({f"{member}.weight": s2 for member in group})
+    for name, weight in weights.items():
+        if name not in scales:
+            _refuse_unless(bool(to_served(name, weight, layout).isfinite().all()), name)
+    return scales
+
+
+def _refuse_unless(is_finite: bool, name: str) -> None:
+    if not is_finite:
+        raise ValueError(f"{name} holds NaN or Inf (in bf16), which is never written; nothing was exported")
+
+
+def to_served(name: str, weight: Tensor, layout: HubLayout) -> Tensor:
+    """An unquantized tensor in the dtype that is served."""
+    return weight if name in layout.buffers else weight.to(torch.bfloat16)
+
+
+class ServedWeights(Mapping[str, Tensor]):
+    """What a reader of the folder has to compute with, taken from the masters by fake quantization."""
+
+    def __init__(self, weights: Mapping[str, Tensor], layout: HubLayout, global_scales: Mapping[str, Tensor]):
+        self._weights = weights
+        self._layout = layout
+        self._global_scales = global_scales
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        if name in self._global_scales:
+            return nvfp4_fake_quant(weight, self._global_scales[name].to(weight.device), torch.bfloat16)
+        return to_served(name, weight, self._layout)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

@@ -1,0 +1,44 @@
+"""Write tensors as one safetensors file, or as several with an index."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_shards(folder: Path, modules: Iterable[dict[str, Tensor]], max_shard_bytes: int) -> int:
+    """Write modules into as many files as needed, with an index if that is more than one. Returns the number of files."""
+    keys_of: list[list[str]] = []
+    total_bytes = 0
+
+    def flush(shard: dict[str, Tensor]) -> None:
+        # The final name has the number of files in it, which is known at the end only.
+        save_file(shard, folder / f"{len(keys_of)}.shard", metadata={"format": "pt"})
+        keys_of.append(list(shard))
+
+    shard: dict[str, Tensor] = {}
+    shard_bytes = 0
+    for module in modules:
+        num_bytes = sum(tensor.nbytes for tensor in module.values())
+        if shard and shard_bytes + num_bytes > max_shard_bytes:
+            flush(shard)
+            shard, shard_bytes = {}, 0
+        shard |= module
+        shard_bytes += num_bytes
+        total_bytes += num_bytes
+    flush(shard)
+
+    num_shards = len(keys_of)
+    if num_shards == 1:
+        (folder / "0.shard").rename(folder / "model.safetensors")
+        return 1
+    weight_map = {}
+    for index, keys in enumerate(keys_of):
+        file = f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
+        (folder / f"{index}.shard").rename(folder / file)
+        weight_map.update(dict.fromkeys(keys, file))
+    index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n")
+    return num_shards

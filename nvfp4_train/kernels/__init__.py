@@ -1,0 +1,1 @@
+"""Arithmetic on tensors: NVFP4 scales, codes and their inverse."""

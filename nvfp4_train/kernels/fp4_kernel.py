@@ -1,0 +1,180 @@
+"""NVFP4 quantization of tensors: the public functions, on CPU or CUDA.
+
+They check their arguments and call `torch.ops.nvfp4`. `reference` is their specification. A block is 16 consecutive elements of
+the last dimension; floating-point inputs are float32, bfloat16 or float16, of any strides.
+
+An amax that is NaN or Inf is refused. On CUDA that check waits for the device, so it is left out while torch.compile traces and
+while a CUDA graph is captured; code that must never wait calls `torch.ops.nvfp4` or `multi_tensor`.
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
+from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.reference import BLOCK_SIZE
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compute_fp4_scales(amax: Tensor, global_amax: Tensor | None = None, quantize_block_scales: bool = True) -> Tensor:
+    """Decode scale of each block from its amax: float32, shaped like amax.
+
+    amax / 6; with quantize_block_scales, rounded to E4M3 relative to global_amax, which is the largest amax if None.
+    """
+    _check_float(amax=amax)
+    if amax.numel() == 0:
+        return amax.float()
+    global_amax = _checked_global_amax(amax, global_amax)
+    return torch.ops.nvfp4.static_scales(amax, global_amax, quantize_block_scales)
+
+
+def static_blockwise_fp4_fake_quant(
+    x: Tensor,
+    amax: Tensor,
+    global_amax: Tensor | None = None,
+    quantize_block_scales: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [..., K], quantized to NVFP4 and back under given block amax: shaped like x, in out_dtype (that of x if None).
+
+    amax has x.numel() // 16 elements in the order of the blocks, in any shape. Its scales are those of `compute_fp4_scales`.
+    """
+    out_dtype = _checked_out_dtype(x, out_dtype)
+    _check_float(x=x, amax=amax)
+    _check_blocks("x", x)
+    if amax.numel() * BLOCK_SIZE != x.numel():
+        raise ValueError(
+            f"amax must have one element per block of {BLOCK_SIZE}, {x.numel() // BLOCK_SIZE} for x of shape {tuple(x.shape)}, "
+            f"got {amax.numel()} in shape {tuple(amax.shape)}"
+        )
+    _check_same_device(x, amax=amax)
+    if x.numel() == 0:
+        return torch.empty_like(x, dtype=out_dtype)
+    global_amax = _checked_global_amax(amax, global_amax)
+    return torch.ops.nvfp4.static_fake_quant(x, amax, global_amax, quantize_block_scales, out_dtype)
+
+
+def fp4_dequantize(
+    packed_tensor: Tensor,
+    scale_tensor: Tensor,
+    global_scale: Tensor,
+    block_size: int = 16,
+    tile_size: int = 128,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """value(code) * (scale * global_scale) of uint8 codes [..., N // 2], even elements in the low nibbles: [..., N] in dtype.
+
+    scale_tensor is [..., N // block_size], float8_e4m3fn or a float dtype; global_scale has one element. tile_size has no
+    effect: the kernel chooses its own tile.
+    """
+    if packed_tensor.dtype != torch.uint8:
+        raise ValueError(f"packed_tensor must be uint8, got {packed_tensor.dtype}")
+    if scale_tensor.dtype != torch.float8_e4m3fn:
+        _check_float(scale_tensor=scale_tensor)
+    _check_float(global_scale=global_scale)
+    _check_dtype("dtype", dtype)
+    if packed_tensor.dim() == 0:
+        raise ValueError("packed_tensor must have at least one dimension, got a scalar")
+    num_columns = packed_tensor.shape[-1] * 2
+    if block_size < 1 or num_columns % block_size:
+        raise ValueError(
+            f"block_size must divide the {num_columns} columns of the unpacked tensor, got block_size={block_size}"
+        )
+    required = (*packed_tensor.shape[:-1], num_columns // block_size)
+    if scale_tensor.shape != required:
+        raise ValueError(
+            f"scale_tensor must have shape {required} for packed_tensor of shape {tuple(packed_tensor.shape)} and "
+            f"block_size={block_size}, got {tuple(scale_tensor.shape)}"
+        )
+    _check_single("global_scale", global_scale)
+    _check_same_device(packed_tensor, scale_tensor=scale_tensor, global_scale=global_scale)
+    return torch.ops.nvfp4.dequantize(packed_tensor, scale_tensor, global_scale, dtype)
+
+
+def nvfp4_block_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each block: x [..., K] -> float32 [..., K // 16]. NaN propagates."""
+    _check_float(x=x)
+    _check_blocks("x", x)
+    return torch.ops.nvfp4.block_amax(x)
+
+
+def nvfp4_global_scale(global_amax: Tensor, power_of_two: bool = True) -> Tensor:
+    """s2 of each global amax, same shape, float32: global_amax / 2688, with power_of_two raised to the next power of two."""
+    _check_float(global_amax=global_amax)
+    _check_finite("global_amax", global_amax)
+    return reference.global_scale(global_amax, power_of_two)
+
+
+def nvfp4_quantize(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] under its s2 -> packed codes uint8 [..., K // 2] and block scales float8_e4m3fn [..., K // 16]."""
+    return torch.ops.nvfp4.quantize(x, _checked_global_scale(x, global_scale))
+
+
+def nvfp4_fake_quant(x: Tensor, global_scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """`fp4_dequantize(*nvfp4_quantize(x, s2), s2)` in one pass: shaped like x, in out_dtype (that of x if None)."""
+    out_dtype = _checked_out_dtype(x, out_dtype)
+    return torch.ops.nvfp4.fake_quant(x, _checked_global_scale(x, global_scale), out_dtype)
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
+
+
+def _check_float(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _check_dtype(f"the dtype of {name}", tensor.dtype)
+
+
+def _checked_out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    if out_dtype is None:
+        return x.dtype
+    _check_dtype("out_dtype", out_dtype)
+    return out_dtype
+
+
+def _check_blocks(name: str, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] % BLOCK_SIZE:
+        raise ValueError(
+            f"the last dimension of {name} must be a multiple of the block size {BLOCK_SIZE}, got shape {tuple(x.shape)}"
+        )
+
+
+def _check_single(name: str, tensor: Tensor) -> None:
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} must have one element, got {tensor.numel()} in shape {tuple(tensor.shape)}")
+
+
+def _check_same_device(x: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of the quantized tensor, {x.device}, got {tensor.device}")
+
+
+def _check_finite(name: str, amax: Tensor) -> None:
+    if torch.compiler.is_compiling() or (amax.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    num_bad = amax.numel() - int(amax.isfinite().sum())
+    if num_bad:
+        raise ValueError(f"{name} must be finite, got {num_bad} NaN or Inf among {amax.numel()} values")
+
+
+def _checked_global_amax(amax: Tensor, global_amax: Tensor | None) -> Tensor:
+    _check_finite("amax", amax)
+    if global_amax is None:
+        return amax.max()
+    _check_float(global_amax=global_amax)
+    _check_single("global_amax", global_amax)
+    _check_same_device(amax, global_amax=global_amax)
+    _check_finite("global_amax", global_amax)
+    return global_amax
+
+
+def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
+    _check_float(x=x)
+    _check_blocks("x", x)
+    _check_single("global_scale", global_scale)
+    _check_float(global_scale=global_scale)
+    _check_same_device(x, global_scale=global_scale)
+    return global_scale.float()

@@ -1,0 +1,72 @@
+"""`torch.ops.nvfp4`: the arithmetic as registered operators, the one place where CPU and CUDA part ways.
+
+CPU tensors go to `reference`, CUDA tensors to `triton_kernels`, meta and fake tensors get shapes, so torch.compile traces
+through. They are registered on a bare `Library`, whose calls cost less than those of `torch.library.custom_op`. Operators check
+neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through estimator belongs to the caller.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nvfp4_train.kernels import reference
+
+_library = torch.library.Library("nvfp4", "DEF")
+
+
+def _register(schema: str, on_cpu: Callable, fake: Callable) -> None:
+    name = schema.partition("(")[0]
+
+    def cpu(*args):
+        if args[0].numel() == 0:
+            return fake(*args)
+        return on_cpu(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
+
+    def cuda(*args):
+        # Imported at the first call: on Windows and macOS there is no Triton to import.
+        kernels = importlib.import_module("nvfp4_train.kernels.triton_kernels")
+        return getattr(kernels, name)(*args)
+
+    _library.define(schema)
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"nvfp4::{name}", fake, lib=_library)
+
+
+def _static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
+    return reference.static_fake_quant(x, reference.static_scales(amax, global_amax, quantize_block_scales), dtype)
+
+
+def _fake_block_amax(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // reference.BLOCK_SIZE), dtype=torch.float32)
+
+
+def _fake_quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
+    return packed, _fake_block_amax(x).to(torch.float8_e4m3fn)
+
+
+_register("block_amax(Tensor x) -> Tensor", reference.block_amax, _fake_block_amax)
+_register(
+    "static_scales(Tensor amax, Tensor global_amax, bool quantize_block_scales=True) -> Tensor",
+    reference.static_scales,
+    lambda amax, global_amax, quantize_block_scales=True: amax.new_empty(amax.shape, dtype=torch.float32),
+)
+_register(
+    "static_fake_quant(Tensor x, Tensor amax, Tensor global_amax, bool quantize_block_scales, ScalarType dtype) -> Tensor",
+    _static_fake_quant,
+    lambda x, amax, global_amax, quantize_block_scales, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+_register("quantize(Tensor x, Tensor s2) -> (Tensor, Tensor)", reference.quantize, _fake_quantize)
+_register(
+    "fake_quant(Tensor x, Tensor s2, ScalarType dtype) -> Tensor",
+    reference.fake_quant,
+    lambda x, s2, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+_register(
+    "dequantize(Tensor packed, Tensor scales, Tensor s2, ScalarType dtype) -> Tensor",
+    reference.dequantize,
+    lambda packed, scales, s2, dtype: packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype),
+)

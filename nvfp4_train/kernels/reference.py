@@ -1,0 +1,137 @@
+"""NVFP4 arithmetic in plain PyTorch: the specification, and the path that CPU tensors take.
+
+An NVFP4 tensor is E2M1 codes (4 bit), one E4M3 scale per block of 16 consecutive elements of the last dimension, and one
+fp32 global scale `s2` per tensor:
+
+    s2      = global_amax / (6 * 448), by default raised to the next power of two
+    s_block = E4M3(clamp(block_amax / 6 / s2, 2^-9, 448))
+    s       = float(s_block) * s2
+    code    = E2M1(|x| / s) with the sign of x, nearest, ties to the even code, saturating at 6
+    x_hat   = value(code) * s
+
+Every operation is rounded once in fp32, in the order written, and divisions are IEEE divisions. What looks simpler but changes
+bits: a reciprocal in place of a division, `block_amax / (6 * s2)`, and skipping the rounding of the block scale before the codes
+are taken. A value that is exactly zero, of either sign, has code 0; a negative value that rounds to zero keeps its sign (code 8).
+
+The documented functions of `fp4_kernel` follow a second scale chain, the one that Model Optimizer deploys (`static_scales`).
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 16
+FP4_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_MIN = 2.0**-9
+"""Smallest E4M3 subnormal: the floor of a block scale, so that no block decodes to zero by underflow of its scale."""
+
+SMALLEST_GLOBAL_AMAX = 7.9e-36
+"""Below it 1 / s2 leaves fp32: the tensor counts as all zero, with s2 = 1."""
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def block_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each block of 16: x [..., K] of any float dtype -> float32 [..., K // 16]. NaN propagates."""
+    return x.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1).float()
+
+
+def global_scale(global_amax: Tensor, power_of_two: bool = True) -> Tensor:
+    """s2 of each global amax, same shape, float32. NaN and Inf give NaN and Inf.
+
+    With power_of_two, the smallest power of two that is not below global_amax / 2688 (at least 2^-126); then every order in
+    which readers multiply or divide by s2 is exact, and a decoded value has at most 6 significant bits: it is exact in bf16.
+    Otherwise global_amax / 2688, rounded once.
+    """
+    amax = global_amax.float()
+    if power_of_two:
+        # 2688 = 1.3125 * 2^11, and 0x280000 is the mantissa of 1.3125: no division, so no rounding to argue about.
+        bits = amax.view(torch.int32)
+        exponent = (bits >> 23) - 11 + ((bits & 0x7FFFFF) > 0x280000).int()
+        scale = (exponent.clamp(1, 254) << 23).view(torch.float32)
+        scale = torch.where(amax.isfinite(), scale, amax)
+    else:
+        scale = amax / (FP4_MAX * E4M3_MAX)
+    return torch.where(amax < SMALLEST_GLOBAL_AMAX, torch.ones_like(scale), scale)
+
+
+def round_to_e4m3(scale: Tensor) -> Tensor:
+    """The nearest E4M3 value (ties to even, saturating at 448) of each non-negative float32, as float32. NaN stays NaN."""
+    return scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def block_scales(amax: Tensor, s2: Tensor) -> Tensor:
+    """Block scales by the contract: float32 block amax and s2 (broadcastable) -> float32 values that E4M3 holds exactly."""
+    return round_to_e4m3((amax / FP4_MAX / s2).clamp(min=E4M3_MIN))
+
+
+def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
+    """Decode scale of each block amax, in the arithmetic of Model Optimizer's `compute_fp4_scales`; float32, shaped like amax.
+
+    amax / 6; when quantized, E4M3(amax / 6 * m) * (1 / m) with m = (1 / (g / 6)) * 448, where g / 6 counts as 1 at or below 2^-24.
+    There is no lower clamp: a scale may round to zero, and its block is then all zero.
+    """
+    scales = amax.float() / FP4_MAX
+    if not quantize_block_scales:
+        return scales
+    global_max = global_amax.float() / FP4_MAX
+    global_max = torch.where(global_max <= 2.0**-24, torch.ones_like(global_max), global_max)
+    multiplier = global_max.reciprocal() * E4M3_MAX
+    return round_to_e4m3(scales * multiplier) * multiplier.reciprocal()
+
+
+def encode_e2m1(magnitude: Tensor) -> Tensor:
+    """The nearest E2M1 code 0..7 of each non-negative float32, ties to the even code, saturating at 6: uint8."""
+    magnitude = magnitude.clamp(max=FP4_MAX)
+    # E2M1 is spaced 0.5 below 2, 1 below 4 and 2 up to 6; torch.round takes ties to even.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    first_code = torch.where(magnitude < 2, 0.0, torch.where(magnitude < 4, 2.0, 4.0))
+    return (torch.round(magnitude / step) + first_code).to(torch.uint8)
+
+
+def encode(x: Tensor, scales: Tensor) -> Tensor:
+    """Signed E2M1 codes 0..15 of x [..., K] under its decode scales [..., K // 16] (all positive): uint8 [..., K]."""
+    blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
+    codes = encode_e2m1(blocks.abs() / scales.unsqueeze(-1))
+    return (codes + 8 * (blocks < 0).to(torch.uint8)).flatten(-2)
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """value(code) * scale: uint8 codes [..., K] and float32 scales [..., K // block] -> float32 [..., K]."""
+    values = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], device=codes.device)[codes.int()]
+    return (values.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, the even element in the low nibble: uint8 [..., K] -> uint8 [..., K // 2]."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Inverse of `pack`: uint8 [..., K // 2] -> uint8 [..., K]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+
+
+def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] and its global scale s2 (one element) -> packed codes uint8 [..., K // 2], E4M3 scales [..., K // 16]."""
+    scales = block_scales(block_amax(x), s2)
+    return pack(encode(x, scales * s2)), scales.to(torch.float8_e4m3fn)
+
+
+def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed codes [..., K // 2], block scales [..., K // block] of any float dtype and s2 -> [..., K] in dtype."""
+    return decode(unpack(packed), scales.float() * s2.float()).to(dtype)
+
+
+def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize(*quantize(x, s2), s2, dtype)`, without the packing."""
+    scales = block_scales(block_amax(x), s2) * s2
+    return decode(encode(x, scales), scales).to(dtype)
+
+
+def static_fake_quant(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., K] on the grid of given decode scales (`static_scales`, x.numel() // 16 of them); a zero scale gives a zero block."""
+    scales = scales.reshape(*x.shape[:-1], -1)
+    is_zero = scales == 0
+    x_hat = decode(encode(x, scales.masked_fill(is_zero, 1.0)), scales.masked_fill(is_zero, 1.0))
+    return x_hat.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).to(dtype)

@@ -1,0 +1,188 @@
+"""Every operation of `reference`, bit for bit, as one Triton kernel: the path that CUDA tensors take.
+
+Kernels stream: a program takes TILE blocks of 16 elements, reads each byte once, writes each byte once, and keeps all else in
+registers. A tensor is a flat run of blocks (the last dimension is a multiple of 16), so shapes play no part and a new shape
+compiles nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nvfp4_train.kernels import reference, triton_arithmetic as arithmetic
+
+TILE = 256
+NUM_WARPS = 4
+
+
+@triton.jit
+def _load_blocks(x_ptr, num_blocks, TILE: tl.constexpr):
+    """This program's blocks as float32 [TILE, 16], its first block, and which rows exist."""
+    start = tl.program_id(0).to(tl.int64) * TILE
+    rows = tl.arange(0, TILE)
+    is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
+    return arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE), start, is_row
+
+
+@triton.jit
+def _store_blocks(out_ptr, values, start, is_row, TILE: tl.constexpr):
+    arithmetic.store_blocks(out_ptr + start * 16, values, is_row, TILE)
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def block_amax_kernel(x_ptr, amax_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
+    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
+    tl.store(amax_ptr + start + tl.arange(0, TILE), arithmetic.block_amax(x), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
+def fake_quant_kernel(x_ptr, s2_ptr, out_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
+    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
+    s2 = tl.load(s2_ptr)
+    is_ordinary = arithmetic.is_ordinary_scale(s2)
+    scales = arithmetic.block_scales(arithmetic.block_amax(x), s2, is_ordinary) * s2
+    _store_blocks(out_ptr, arithmetic.fake_quant(x, scales, scales, is_ordinary, arithmetic.SIGN), start, is_row, TILE)
+
+
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
+def quantize_kernel(x_ptr, s2_ptr, words_ptr, scales_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
+    """Eight codes to an int32, so two words a block."""
+    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
+    s2 = tl.load(s2_ptr)
+    is_ordinary = arithmetic.is_ordinary_scale(s2)
+    scales = arithmetic.block_scales(arithmetic.block_amax(x), s2, is_ordinary)
+    words = arithmetic.encode(x, scales * s2, is_ordinary, TILE)
+    rows = tl.arange(0, TILE)
+    offsets = rows[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(words_ptr + start * 2 + offsets, words, mask=is_row[:, None])
+    tl.store(scales_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
+def static_scales_kernel(
+    amax_ptr, global_amax_ptr, scales_ptr, num_blocks: tl.int64, IS_QUANTIZED: tl.constexpr, TILE: tl.constexpr
+):
+    offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    amax = tl.load(amax_ptr + offsets, mask=offsets < num_blocks, other=0.0).to(tl.float32)
+    scales, _ = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED)
+    tl.store(scales_ptr + offsets, scales, mask=offsets < num_blocks)
+
+
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
+def static_fake_quant_kernel(
+    x_ptr, amax_ptr, global_amax_ptr, out_ptr, num_blocks: tl.int64, IS_QUANTIZED: tl.constexpr, TILE: tl.constexpr
+):
+    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
+    amax = tl.load(amax_ptr + start + tl.arange(0, TILE), mask=is_row, other=0.0).to(tl.float32)
+    scales, is_ordinary = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED)
+    # A block whose scale is zero is +0.0 all over.
+    is_zero = scales == 0.0
+    x_hat = arithmetic.fake_quant(x, tl.where(is_zero, 1.0, scales), scales, is_ordinary, tl.where(is_zero, 0, arithmetic.SIGN)[:, None])
+    _store_blocks(out_ptr, x_hat, start, is_row, TILE)
+
+
+@triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["s2_ptr"])
+def dequantize_kernel(
+    words_ptr, scales_ptr, s2_ptr, out_ptr, num_words: tl.int64,
+    WORDS_PER_SCALE: tl.constexpr, IS_E4M3: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """An int32 holds eight codes, which share a scale."""
+    start = tl.program_id(0).to(tl.int64) * TILE
+    rows = tl.arange(0, TILE)
+    is_row = rows < tl.minimum(num_words - start, TILE).to(tl.int32)
+    words = tl.load(words_ptr + start + rows, mask=is_row, other=0)
+    if TILE % WORDS_PER_SCALE == 0:
+        scales_ptr += start // WORDS_PER_SCALE + rows // WORDS_PER_SCALE
+    else:
+        scales_ptr += (start + rows) // WORDS_PER_SCALE
+    scales = tl.load(scales_ptr, mask=is_row, other=0)
+    scales = arithmetic.e4m3_value(scales) if IS_E4M3 else scales.to(tl.float32)
+    scales *= tl.load(s2_ptr).to(tl.float32)
+    columns = tl.arange(0, 8)[None, :]
+    # Sign to bit 31, magnitude to bits 24..22, as the arithmetic shift leaves them; 2^126 makes up for the exponent bias.
+    bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
+    values = (arithmetic.from_bits(bits) * 2.0**126) * scales[:, None]
+    tl.store(out_ptr + start * 8 + rows[:, None] * 8 + columns, values.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+# ---- launchers: the signatures of `reference` --------------------------------------------------------------------------------
+
+
+def block_amax(x: Tensor) -> Tensor:
+    amax = x.new_empty(_block_shape(x), dtype=torch.float32)
+    _launch(block_amax_kernel, amax.numel(), x, _flat(x), amax)
+    return amax
+
+
+def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
+    out = x.new_empty(x.shape, dtype=dtype)
+    _launch(fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out)
+    return out
+
+
+def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
+    scales = x.new_empty(_block_shape(x), dtype=torch.float8_e4m3fn)
+    words = packed.view(-1).view(torch.int32)
+    _launch(quantize_kernel, scales.numel(), x, _flat(x), s2, words, scales.view(torch.uint8))
+    return packed, scales
+
+
+def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
+    scales = amax.new_empty(amax.shape, dtype=torch.float32)
+    _launch(static_scales_kernel, amax.numel(), amax, _flat(amax), global_amax, scales, IS_QUANTIZED=quantize_block_scales)
+    return scales
+
+
+def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
+    """`reference.static_fake_quant` of `reference.static_scales`, in one pass."""
+    out = x.new_empty(x.shape, dtype=dtype)
+    tensors = _flat(x), _flat(amax), global_amax, out
+    _launch(static_fake_quant_kernel, amax.numel(), x, *tensors, IS_QUANTIZED=quantize_block_scales)
+    return out
+
+
+def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
+    out = packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    block_size = out.shape[-1] // scales.shape[-1]
+    if block_size % 8:
+        return reference.dequantize(packed, scales, s2, dtype)
+    is_e4m3 = scales.dtype == torch.float8_e4m3fn
+    tensors = (
+        _flat(packed).view(-1).view(torch.int32),
+        _flat(scales.contiguous().view(torch.uint8) if is_e4m3 else scales),
+        s2,
+        out,
+    )
+    words = triton.cdiv(out.numel(), 8)
+    _launch(dequantize_kernel, words, packed, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
+    return out
+
+
+def _block_shape(x: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:-1], x.shape[-1] // reference.BLOCK_SIZE)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x, or a copy where x has gaps or starts off a 16-byte boundary, which 16-byte loads require."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _launch(kernel, count: int, x: Tensor, *args, **constants) -> None:
+    """Run a kernel over `count` rows on the device of x."""
+    if count == 0:
+        return
+    constants |= {"TILE": TILE, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    grid = (triton.cdiv(count, TILE),)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, count, **constants)
+    else:
+        kernel[grid](*args, count, **constants)

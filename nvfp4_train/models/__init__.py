@@ -1,0 +1,1 @@
+"""Loading a Hugging Face causal language model, or building one from a config."""

@@ -1,0 +1,74 @@
+"""A Hugging Face causal LM with fp32 masters: from a folder, a hub name, or a config with random weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from: exactly one of `path` and `config`."""
+
+    path: str | None = None
+    """A local folder or a hub name of a Hugging Face causal LM; it wins over `config`."""
+    config: Mapping[str, Any] | None = None
+    """Fields of a Hugging Face config, `model_type` among them: a model with random weights."""
+    attn_implementation: str | None = None
+    """Attention kernel, as transformers names it; None is the model's default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.config is None:
+            raise ValueError("model.path or model.config is required, got neither")
+        if self.path is None and "model_type" not in (self.config or {}):
+            raise ValueError(f"model.config needs a model_type, got the keys {sorted(self.config or {})}")
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The Hugging Face config of the model. Raises ValueError where the path holds none, or an already quantized model."""
+    if config.path is None:
+        fields = dict(config.config or {})
+        model_type = fields.pop("model_type")
+        hf_config = AutoConfig.for_model(model_type, **fields)
+        # A misspelt field would be kept as an extra attribute and change nothing.
+        default = AutoConfig.for_model(model_type)
+        rope = getattr(default, "rope_parameters", None) or {}
+        unknown = sorted(set(fields) - {*default.to_dict(), *rope, "rope_scaling"})
+        if unknown:
+            raise ValueError(f"model.config: a {model_type} config has no field {', '.join(unknown)}")
+        return hf_config
+    if _looks_local(config.path) and not (Path(config.path) / "config.json").is_file():
+        raise ValueError(f"model.path must be a folder with a config.json or a hub name, got {config.path!r}")
+    try:
+        hf_config = AutoConfig.from_pretrained(config.path)
+    except OSError as error:
+        raise ValueError(
+            f"model.path={config.path!r} could not be read as a local folder or reached as a hub name: {error}"
+        ) from error
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise ValueError(f"model.path={config.path!r} is already quantized; training starts from the bf16 model")
+    return hf_config
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The model in training mode with fp32 parameters."""
+    hf_config = load_config(config)
+    if config.path is None:
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path, config=hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # from_pretrained returns a model in evaluation mode.
+    return model.train()
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1

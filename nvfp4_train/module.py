@@ -1,0 +1,150 @@
+"""The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from nvfp4_train.losses import next_token_loss
+from nvfp4_train.models.causal_lm import ModelConfig, load_model
+from nvfp4_train.optim import OptimConfig, build_optimizer
+from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
+from nvfp4_train.quant.policy import QuantConfig, Selection, select
+from nvfp4_train.quant.store import WeightStore
+
+
+class TrainClock:
+    """Seconds spent on training: it stands still inside `paused`."""
+
+    def __init__(self) -> None:
+        self._paused_s = 0.0
+
+    def now(self) -> float:
+        """Training seconds on an arbitrary origin; waits for the device, so that the work queued so far is inside."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return perf_counter() - self._paused_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluation and reports go here."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            self._paused_s += self.now() - start
+
+
+class QATModule(L.LightningModule):
+    """Batches are {"input_ids": int64 [B, T]}; the loss is the mean cross-entropy of the next token in nats."""
+
+    def __init__(self, *, model: ModelConfig, quant: QuantConfig, optim: OptimConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.model_config = model
+        self.quant_config = quant
+        self.optim_config = optim
+        self.seed = seed
+        self.model: PreTrainedModel | None = None
+        self.selection: Selection | None = None
+        self.store: WeightStore | None = None
+        self.clock = TrainClock()
+        self.results: dict[str, float] = {}
+        """The run's final numbers, by metric name."""
+
+    def configure_model(self) -> None:
+        # Lightning calls this again for every later fit, validate or test.
+        if self.model is not None:
+            return
+        model = load_model(self.model_config)
+        self.selection = select(model, self.quant_config)
+        quantize_linears(model, [name for group in self.selection.groups for name in group])
+        compute_in_served_dtype(model)
+        self.store = WeightStore(model, self.selection.groups, power_of_two=self.quant_config.power_of_two)
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] in bf16 of token ids [B, T]."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # A function of the position alone, so that a resumed run draws what an uninterrupted one draws.
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = next_token_loss(self(batch["input_ids"]), batch["input_ids"])
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        input_ids = batch["input_ids"]
+        loss = next_token_loss(self(input_ids), input_ids)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(input_ids))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[dict[str, Tensor]]) -> float:
+        """Mean loss over batches in the current state of the weights, over all ranks; the clock stands still meanwhile."""
+        with self.clock.paused():
+            was_training = self.training
+            self.eval()
+            total = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for batch in batches:
+                input_ids = batch["input_ids"].to(self.device)
+                with self.trainer.precision_plugin.forward_context():
+                    loss = next_token_loss(self(input_ids), input_ids)
+                total += torch.stack((loss.double() * len(input_ids), total.new_tensor(len(input_ids))))
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(total)
+            self.train(was_training)
+            return (total[0] / total[1]).item()
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Log metrics now, and keep them among the results."""
+        self.results |= metrics
+        self.log_metrics(metrics)
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Hand metrics to every logger now; unlike `log`, at any moment of a run."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        assert self.model is not None, "configure_model has not run"
+        optimizer, schedule = build_optimizer(self.model, self.optim_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed, which has no scaler to undo.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            return
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.log("train/grad_norm", norm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain data only: checkpoints are read with weights_only.
+        assert self.model is not None and self.selection is not None
+        generation_config = getattr(self.model, "generation_config", None)
+        checkpoint["hyper_parameters"] = {
+            "export": {
+                "config": self.model.config.to_dict(),
+                "generation_config": None if generation_config is None else generation_config.to_dict(),
+                "groups": [list(group) for group in self.selection.groups],
+                "global_scale": self.quant_config.global_scale,
+            }
+        }

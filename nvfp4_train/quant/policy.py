@@ -1,0 +1,164 @@
+"""Which weights are quantized, and which of them share one global scale.
+
+A policy is a list of name patterns over the model's `nn.Linear` modules. The output embedding, routers, weights shared with an
+embedding and layers whose input dimension is no multiple of 16 stay in bf16 and are reported with the reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from nvfp4_train.kernels.reference import BLOCK_SIZE
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+"""Modules of one parent that serving engines fuse into one matrix with one global scale."""
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last name parts of the linears that choose experts; serving engines keep these in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """What is quantized, how, and from when on."""
+
+    enabled: bool = True
+    """False trains the same code without fake quantization: the baseline of every comparison."""
+    include: Sequence[str] = ("*",)
+    """Shell patterns over full module names; a linear that matches one is quantized."""
+    exclude: Sequence[str] = ()
+    """Shell patterns over full module names that stay in bf16."""
+    global_scale: str = "pow2"
+    """`pow2` raises the global scale to a power of two, so that every reader decodes the same bits; `exact` is amax / 2688."""
+    start_step: int = 0
+    """Optimizer step from which on the forward computes with quantized weights."""
+
+    def __post_init__(self) -> None:
+        if self.global_scale not in ("pow2", "exact"):
+            raise ValueError(f"quant.global_scale must be 'pow2' or 'exact', got {self.global_scale!r}")
+        if self.start_step < 0:
+            raise ValueError(f"quant.start_step must be at least 0, got {self.start_step}")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"quant.{name} must be a list of patterns, got the string {getattr(self, name)!r}")
+
+    @property
+    def power_of_two(self) -> bool:
+        return self.global_scale == "pow2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The outcome of a policy on one model, in module names."""
+
+    groups: tuple[tuple[str, ...], ...]
+    """Quantized linears; the members of a group share one global amax. Every quantized linear is in exactly one group."""
+    kept: dict[str, str]
+    """Linears that stay in bf16, with the reason."""
+
+
+def select(model: nn.Module, config: QuantConfig) -> Selection:
+    """Apply the policy to every `nn.Linear` of a Hugging Face causal LM.
+
+    Raises ValueError where a pattern matches no linear, nothing is left to quantize, or only some of a set of siblings are
+    selected (a serving engine fuses siblings, so they are quantized all or none).
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for option in ("include", "exclude"):
+        for pattern in getattr(config, option):
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                examples = ", ".join(list(linears)[:3])
+                raise ValueError(
+                    f"quant.{option}: pattern {pattern!r} matches no nn.Linear of the model; names look like {examples}"
+                )
+
+    get_output_embedding = getattr(model, "get_output_embeddings", None)
+    output_embedding = get_output_embedding() if callable(get_output_embedding) else None
+    embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    chosen: list[str] = []
+    kept: dict[str, str] = {}
+    for name, module in linears.items():
+        if module is output_embedding or name.rpartition(".")[2] == "lm_head":
+            kept[name] = "output embedding"
+        elif id(module.weight) in embedding_weights:
+            kept[name] = "shares its weight with an embedding"
+        elif name.rpartition(".")[2] in ROUTERS:
+            kept[name] = "router"
+        elif not any(fnmatchcase(name, pattern) for pattern in config.include):
+            kept[name] = "not in quant.include"
+        elif any(fnmatchcase(name, pattern) for pattern in config.exclude):
+            kept[name] = "in quant.exclude"
+        elif module.in_features % BLOCK_SIZE:
+            kept[name] = f"{module.in_features} inputs are no multiple of {BLOCK_SIZE}"
+        elif type(module) is not nn.Linear:
+            kept[name] = f"a {type(module).__name__} computes in its own way"
+        else:
+            chosen.append(name)
+    if not chosen:
+        raise ValueError(
+            f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
+        )
+    return Selection(groups=_groups(chosen, linears), kept=kept)
+
+
+def sibling_set(name: str) -> tuple[str, ...]:
+    """Names of the siblings of a module, itself included, by the table of fused layers; just itself where it has none."""
+    parent, dot, leaf = name.rpartition(".")
+    for leaves in SIBLINGS:
+        if leaf in leaves:
+            return tuple(parent + dot + sibling for sibling in leaves)
+    return (name,)
+
+
+def _groups(chosen: Sequence[str], linears: dict[str, nn.Linear]) -> tuple[tuple[str, ...], ...]:
+    """Join siblings, and modules that share one parameter, into groups in the order of the model."""
+    group_of: dict[str, list[str]] = {name: [name] for name in chosen}
+    by_parameter: dict[int, str] = {}
+    for name in chosen:
+        siblings = [sibling for sibling in sibling_set(name) if sibling in linears]
+        missing = [sibling for sibling in siblings if sibling not in group_of]
+        if missing:
+            raise ValueError(
+                f"{name} would be quantized but its sibling {missing[0]} would not; serving engines fuse {', '.join(siblings)}: "
+                "select all or none of them with quant.include and quant.exclude"
+            )
+        for other in [*siblings, by_parameter.setdefault(id(linears[name].weight), name)]:
+            if group_of[other] is not group_of[name]:
+                merged = group_of[name] + group_of[other]
+                for member in merged:
+                    group_of[member] = merged
+    unique = {id(group): group for group in group_of.values()}
+    return tuple(tuple(sorted(group, key=chosen.index)) for group in unique.values())
+
+
+def selection_table(model: nn.Module, selection: Selection) -> str:
+    """A printable table: what is quantized, what is not and why, sibling groups, bits per weight of the whole model."""
+    modules = dict(model.named_modules())
+    quantized = {id(modules[name].weight): modules[name].weight.numel() for group in selection.groups for name in group}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    num_quantized = sum(quantized.values())
+    # 4 bits of code and 8 / 16 bits of scale for a quantized weight, bf16 for the rest.
+    bits = (4.5 * num_quantized + 16 * (total - num_quantized)) / total
+    num_modules = sum(len(group) for group in selection.groups)
+    shared = sum(len(group) > 1 for group in selection.groups)
+    rows = [
+        ("quantized linears", f"{num_modules}"),
+        ("parameters in NVFP4", f"{num_quantized:,} of {total:,} ({num_quantized / total:.1%})"),
+        ("parameters in bf16", f"{total - num_quantized:,}"),
+        ("global scales", f"{len(selection.groups)}, {shared} of them shared by siblings"),
+        ("bits per weight", f"{bits:.3f}"),
+    ]
+    for reason in dict.fromkeys(selection.kept.values()):
+        names = [name for name, why in selection.kept.items() if why == reason]
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        rows.append((f"linears in bf16: {reason}", listed))
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)

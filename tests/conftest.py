@@ -1,0 +1,15 @@
+"""Environment of the whole suite. Set before any test module imports triton or datasets."""
+
+import os
+import tempfile
+
+import torch
+
+if not torch.cuda.is_available():
+    # Kernels then run on CPU tensors, in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+# Tests neither use nor fill the user's caches.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nvfp4-tests-hf-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,54 @@
+"""A callback that writes what every rank holds at the end of training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
+
+
+class DumpState(Callback):
+    def __init__(self, *, folder: str) -> None:
+        self.folder = Path(folder)
+        self.all_reduces: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.all_reduces:
+            self._count_all_reduces(pl_module.store)
+
+    def _count_all_reduces(self, store: Any) -> None:
+        """Record the number of collectives of every later update of the store."""
+        update, all_reduce = store.update, torch.distributed.all_reduce
+
+        def counted_update() -> None:
+            calls = []
+
+            def counted_all_reduce(*args: Any, **kwargs: Any) -> Any:
+                calls.append(args)
+                return all_reduce(*args, **kwargs)
+
+            torch.distributed.all_reduce = counted_all_reduce
+            try:
+                update()
+            finally:
+                torch.distributed.all_reduce = all_reduce
+            self.all_reduces.append(len(calls))
+
+        store.update = counted_update
+        self.all_reduces.append(-1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        store = pl_module.store
+        packed = {name: nvfp4_quantize(linear.weight, store.global_scale[group]) for name, linear, group in store.items()}
+        state = {
+            "masters": {name: p.detach().clone() for name, p in pl_module.model.named_parameters()},
+            "codes": {name: codes for name, (codes, _) in packed.items()},
+            "scales": {name: scales.view(torch.uint8) for name, (_, scales) in packed.items()},
+            "global_scale": store.global_scale,
+            "compute_weights": {name: linear.compute_weight for name, linear in store.modules()},
+            "all_reduces": self.all_reduces[1:],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.folder / f"rank{trainer.global_rank}.pt")

@@ -1,0 +1,156 @@
+"""`launch/export.py`: from a checkpoint file to a folder, or to one line of error."""
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_models import Trained
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nvfp4_train.export import verify_export
+from nvfp4_train.export.checkpoint import load_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "export.py"
+WITHOUT_FRAMEWORKS = """
+import runpy, sys
+for name in ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb", "compressed_tensors"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def save_checkpoint(model: Trained, path: Path, *, with_tokenizer: bool = False, **changes: Any) -> Path:
+    export = {
+        "config": model.config.to_dict(),
+        "generation_config": {"max_new_tokens": 5},
+        "groups": model.groups,
+        "global_scale": "pow2",
+    } | changes
+    state = {f"model.{name}": weight for name, weight in model.weights.items()}
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": state, "hyper_parameters": {"export": export}, "epoch": 1}, path)
+    if with_tokenizer:
+        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path.parent / "tokenizer")
+    return path
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_script_exports_a_checkpoint_with_its_tokenizer_and_without_the_training_frameworks(
+    cases: Callable[[str], Trained], tmp_path: Path
+):
+    model = cases("llama_tied")
+    checkpoint = save_checkpoint(model, tmp_path / "checkpoints" / "last.ckpt", with_tokenizer=True)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WITHOUT_FRAMEWORKS, str(SCRIPT), str(checkpoint), str(out), "--max-shard-bytes", "30000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "linears in NVFP4" in done.stdout
+    assert verify_export(out, model.compute_weights()).compared > 0
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("a") == 1
+    assert (out / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "mixtral"])
+def test_checkpoint_gives_back_weights_config_and_groups(name: str, cases: Callable[[str], Trained], tmp_path: Path):
+    model = cases(name)
+    path = save_checkpoint(model, tmp_path / "run" / "last.ckpt", generation_config=None, global_scale="exact")
+    loaded = load_checkpoint(path)
+    assert type(loaded.config) is type(model.config)
+    assert loaded.config.to_dict() == model.config.to_dict()
+    assert loaded.groups == model.groups
+    assert loaded.weights.keys() == model.weights.keys()
+    assert all(torch.equal(weight, loaded.weights[name]) for name, weight in model.weights.items())
+    assert loaded.generation_config is None
+    assert not loaded.power_of_two
+    assert loaded.tokenizer is None
+
+
+def missing_file(model: Trained, tmp_path: Path) -> Path:
+    return tmp_path / "none.ckpt"
+
+
+def text_file(model: Trained, tmp_path: Path) -> Path:
+    path = tmp_path / "notes.ckpt"
+    path.write_text("not a checkpoint\nat all")
+    return path
+
+
+def cut_file(model: Trained, tmp_path: Path) -> Path:
+    path = save_checkpoint(model, tmp_path / "run" / "last.ckpt")
+    path.write_bytes(path.read_bytes()[:1000])
+    return path
+
+
+def file_with_code(model: Trained, tmp_path: Path) -> Path:
+    path = tmp_path / "code.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"export": Path("x")}}, path)
+    return path
+
+
+def unquantized_run(model: Trained, tmp_path: Path) -> Path:
+    path = tmp_path / "plain.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, path)
+    return path
+
+
+def unknown_architecture(model: Trained, tmp_path: Path) -> Path:
+    return save_checkpoint(model, tmp_path / "run" / "last.ckpt", config={"model_type": "nonesuch"})
+
+
+def nan_weight(model: Trained, tmp_path: Path) -> Path:
+    broken = Trained(
+        config=model.config, groups=model.groups, weights=model.weights | {"model.norm.weight": torch.full((64,), torch.nan)}
+    )
+    return save_checkpoint(broken, tmp_path / "run" / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (missing_file, "checkpoint must be a file"),
+        (text_file, "no checkpoint that torch.load reads"),
+        (cut_file, "no checkpoint that torch.load reads"),
+        (file_with_code, "no checkpoint that torch.load reads"),
+        (unquantized_run, "hyper_parameters['export']"),
+        (unknown_architecture, "no model_type 'nonesuch'"),
+        (nan_weight, "model.norm.weight holds NaN"),
+    ],
+)
+def test_bad_checkpoint_ends_with_one_line_of_error(
+    make: Callable[[Trained, Path], Path],
+    message: str,
+    cases: Callable[[str], Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    path = make(cases("llama"), tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run_script(monkeypatch, path, tmp_path / "out")
+    assert str(caught.value.code).startswith("error: ")
+    assert message in str(caught.value.code)
+    assert "\n" not in str(caught.value.code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_folder_and_unknown_tokenizer_end_with_one_line_of_error(
+    cases: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = save_checkpoint(cases("llama"), tmp_path / "run" / "last.ckpt")
+    with pytest.raises(SystemExit, match=r"^error: .* exists; choose another"):
+        run_script(monkeypatch, path, tmp_path / "run")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="^error: "):
+        run_script(monkeypatch, path, tmp_path / "out", "--tokenizer", tmp_path / "nowhere")

@@ -1,0 +1,48 @@
+"""Kernel tests run on CUDA where there is a GPU, else in Triton's interpreter, whose arithmetic is repaired here.
+
+The interpreter rounds `fma` twice, truncates float32 to bfloat16, and gets subnormal bfloat16 values wrong; a GPU does not.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from triton.runtime import interpreter
+
+
+def _fma(self, x, y, z):
+    with np.errstate(all="ignore"):
+        # Exact in float64; the sum is rounded to odd, so that rounding it again to float32 rounds the exact one.
+        product, addend = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
+        total = product + addend
+        rest = total - product
+        error = (product - (total - rest)) + (addend - rest)
+        is_inexact = (total.view(np.int64) & 1 == 0) & (error != 0) & np.isfinite(error)
+        total = np.where(is_inexact, np.nextafter(total, np.copysign(np.inf, error)), total)
+        return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+
+def _convert_float(data, source, target, rounding_mode):
+    if source.name == "fp32" and target.name == "bf16":
+        rounded = torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+    if source.name == "bf16" and target.name == "fp32":
+        return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
+    return _original_convert_float(data, source, target, rounding_mode)
+
+
+def _generic_reduce(self, inputs):
+    """The NaN-propagating maximum, the only reduction of ours that the interpreter folds element by element, in Python."""
+    assert self.combine_fn.fn.__name__ == "larger"
+    (values,) = inputs
+    return [self.to_tensor(np.maximum.reduce(values.handle.data, axis=self.axis, keepdims=self.keep_dims), values.dtype)]
+
+
+_original_convert_float = interpreter._convert_float
+interpreter._convert_float = _convert_float
+interpreter.InterpreterBuilder.create_fma = _fma
+interpreter.ReduceOps.generic_reduce = _generic_reduce

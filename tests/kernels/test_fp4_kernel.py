@@ -1,0 +1,152 @@
+"""The public functions: what they accept, what they refuse, and that they are the operators behind them."""
+
+import pytest
+import torch
+from kernel_cases import CASES, DEVICE, DTYPES, assert_same_bits
+
+from nvfp4_train.kernels import fp4_kernel, reference
+
+X = CASES["odd_3d"].to(DEVICE)
+AMAX = reference.block_amax(X)
+S2 = torch.tensor([2.0**-8], device=DEVICE)
+PACKED, BLOCK_SCALES = reference.quantize(X, S2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_quant_is_dequantized_quantize(dtype):
+    x = X.to(dtype)
+    packed, scales = fp4_kernel.nvfp4_quantize(x, S2)
+    assert packed.shape == (*x.shape[:-1], x.shape[-1] // 2)
+    assert scales.dtype == torch.float8_e4m3fn
+    x_hat = fp4_kernel.nvfp4_fake_quant(x, S2)
+    assert_same_bits(x_hat, fp4_kernel.fp4_dequantize(packed, scales, S2, dtype=dtype))
+    assert_same_bits(fp4_kernel.nvfp4_fake_quant(x, S2, torch.float32), fp4_kernel.fp4_dequantize(packed, scales, S2))
+
+
+def test_static_fake_quant_with_pow2_statistics_equals_nvfp4_fake_quant():
+    global_amax = AMAX.max()
+    s2 = fp4_kernel.nvfp4_global_scale(global_amax)
+    x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX, 2688 * s2)
+    assert_same_bits(x_hat, fp4_kernel.nvfp4_fake_quant(X, s2))
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (3, 15), (3, 5, 3)])
+def test_static_fake_quant_takes_amax_of_any_shape(shape):
+    x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX.reshape(shape), out_dtype=torch.bfloat16)
+    scales = fp4_kernel.compute_fp4_scales(AMAX)
+    assert_same_bits(x_hat, reference.static_fake_quant(X, scales, torch.bfloat16))
+
+
+def test_fake_quant_lands_on_the_grid_and_keeps_fixed_points():
+    scales = fp4_kernel.compute_fp4_scales(AMAX)
+    x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX)
+    ratio = (x_hat.unflatten(-1, (-1, 16)) / scales.unsqueeze(-1)).abs()
+    grid = torch.tensor(reference.E2M1_VALUES, device=DEVICE)
+    assert float((ratio.unsqueeze(-1) - grid).abs().amin(-1).max()) < 1e-6
+    assert torch.equal(fp4_kernel.static_blockwise_fp4_fake_quant(x_hat, AMAX), x_hat)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, *DTYPES], ids=str)
+def test_dequantize_takes_scales_of_any_dtype_and_ignores_tile_size(scale_dtype):
+    expected = reference.dequantize(PACKED, BLOCK_SCALES, S2, torch.float32)
+    assert_same_bits(fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES.to(scale_dtype), S2, tile_size=64), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (4, 0), (0,), (2, 0, 16)])
+def test_empty_tensors_pass_through(shape):
+    x = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
+    amax = fp4_kernel.nvfp4_block_amax(x)
+    assert amax.shape == (*shape[:-1], shape[-1] // 16)
+    assert fp4_kernel.compute_fp4_scales(amax).shape == amax.shape
+    assert fp4_kernel.static_blockwise_fp4_fake_quant(x, amax).shape == x.shape
+    assert fp4_kernel.nvfp4_fake_quant(x, S2).shape == x.shape
+    packed, scales = fp4_kernel.nvfp4_quantize(x, S2)
+    assert fp4_kernel.fp4_dequantize(packed, scales, S2).shape == x.shape
+
+
+def test_global_amax_defaults_to_the_largest_amax():
+    assert_same_bits(fp4_kernel.compute_fp4_scales(AMAX), fp4_kernel.compute_fp4_scales(AMAX, AMAX.max()))
+    assert_same_bits(fp4_kernel.compute_fp4_scales(AMAX, quantize_block_scales=False), AMAX / 6)
+
+
+def _with(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[1] = value
+    return tensor
+
+
+BAD_CALLS = {
+    "x is integer": (lambda: fp4_kernel.nvfp4_block_amax(X.int()), "dtype of x must be one of .* got torch.int32"),
+    "x is double": (lambda: fp4_kernel.nvfp4_quantize(X.double(), S2), "dtype of x must be one of .* got torch.float64"),
+    "K is 24": (lambda: fp4_kernel.nvfp4_fake_quant(X[..., :24], S2), r"multiple of the block size 16, got shape \(3, 5, 24\)"),
+    "x is a scalar": (lambda: fp4_kernel.nvfp4_block_amax(X.sum()), "multiple of the block size 16, got shape"),
+    "two global scales": (lambda: fp4_kernel.nvfp4_quantize(X, S2.repeat(2)), "global_scale must have one element, got 2"),
+    "integer global scale": (lambda: fp4_kernel.nvfp4_quantize(X, S2.int()), "dtype of global_scale must be one of"),
+    "out_dtype": (lambda: fp4_kernel.nvfp4_fake_quant(X, S2, torch.int8), "out_dtype must be one of .* got torch.int8"),
+    "amax too small": (
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX[:1]),
+        "one element per block of 16, 45 for .* got 15",
+    ),
+    "static K is 24": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X[..., :24], AMAX), "multiple of the block size"),
+    "static x is integer": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X.int(), AMAX), "dtype of x must be"),
+    "static out_dtype": (
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX, out_dtype=torch.float64),
+        "out_dtype must be one of",
+    ),
+    "amax is integer": (lambda: fp4_kernel.compute_fp4_scales(AMAX.int()), "dtype of amax must be one of"),
+    "amax has NaN": (
+        lambda: fp4_kernel.compute_fp4_scales(_with(AMAX, torch.nan)),
+        "amax must be finite, got 1 NaN or Inf among 45",
+    ),
+    "amax has Inf": (
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, _with(AMAX, torch.inf)),
+        "amax must be finite, got 1 NaN or Inf among 45",
+    ),
+    "global amax is NaN": (
+        lambda: fp4_kernel.compute_fp4_scales(AMAX, AMAX.max() * torch.nan),
+        "global_amax must be finite, got 1 NaN or Inf among 1",
+    ),
+    "global amax is a vector": (
+        lambda: fp4_kernel.compute_fp4_scales(AMAX, AMAX[0, 0]),
+        "global_amax must have one element, got 3",
+    ),
+    "global amax is Inf": (lambda: fp4_kernel.nvfp4_global_scale(torch.tensor([torch.inf, 1])), "global_amax must be finite"),
+    "devices": (lambda: fp4_kernel.nvfp4_quantize(X, S2.to("meta")), "global_scale must be on the device of"),
+    "packed dtype": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED.int(), BLOCK_SCALES, S2),
+        "packed_tensor must be uint8, got torch.int32",
+    ),
+    "packed scalar": (lambda: fp4_kernel.fp4_dequantize(PACKED[0, 0, 0], BLOCK_SCALES, S2), "at least one dimension"),
+    "scale dtype": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES.view(torch.uint8), S2),
+        "dtype of scale_tensor must be one of .* got torch.uint8",
+    ),
+    "scale shape": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES[:2], S2),
+        r"scale_tensor must have shape \(3, 5, 3\) .* got \(2, 5, 3\)",
+    ),
+    "scale of other block size": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES, S2, block_size=8),
+        r"scale_tensor must have shape \(3, 5, 6\)",
+    ),
+    "block size": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES, S2, block_size=32),
+        "block_size must divide the 48 columns",
+    ),
+    "block size 0": (lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES, S2, block_size=0), "block_size must divide"),
+    "dequantize global scale": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES, S2.repeat(3)),
+        "global_scale must have one element, got 3",
+    ),
+    "dequantize dtype": (
+        lambda: fp4_kernel.fp4_dequantize(PACKED, BLOCK_SCALES, S2, dtype=torch.uint8),
+        "dtype must be one of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_is_refused_with_what_was_required_and_what_came(name):
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call()

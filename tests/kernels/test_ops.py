@@ -1,0 +1,82 @@
+"""The registered operators: their schemas and shapes, torch.compile without a graph break, CUDA-graph capture."""
+
+import pytest
+import torch
+from kernel_cases import CASES, DEVICE, assert_same_bits
+
+from nvfp4_train.kernels import fp4_kernel, reference
+
+X = CASES["odd_3d"].to(DEVICE)
+AMAX = reference.block_amax(X)
+S2 = torch.tensor([0.003], device=DEVICE)
+PACKED, BLOCK_SCALES = reference.quantize(X, S2)
+
+OP_ARGUMENTS = {
+    "block_amax": [(X,), (X.bfloat16(),), (X.transpose(0, 1),), (X[:0],)],
+    "static_scales": [(AMAX, AMAX.max()), (AMAX.half(), AMAX.max(), False)],
+    "static_fake_quant": [
+        (X, AMAX, AMAX.max(), True, torch.bfloat16),
+        (X.transpose(0, 1), AMAX, AMAX.max(), False, torch.float32),
+    ],
+    "quantize": [(X, S2), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
+    "fake_quant": [(X, S2, torch.bfloat16), (X.bfloat16().transpose(0, 1), S2, torch.float32)],
+    "dequantize": [(PACKED, BLOCK_SCALES, S2, torch.bfloat16), (PACKED, BLOCK_SCALES.float(), S2, torch.float32)],
+}
+
+
+@pytest.mark.parametrize("name", OP_ARGUMENTS)
+def test_opcheck(name):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for arguments in OP_ARGUMENTS[name]:
+        # test_schema compares inputs by arithmetic that torch does not have for float8.
+        has_float8 = any(getattr(argument, "dtype", None) == torch.float8_e4m3fn for argument in arguments)
+        torch.library.opcheck(getattr(torch.ops.nvfp4, name).default, arguments, test_utils=checks[has_float8:])
+
+
+@pytest.mark.parametrize("name", OP_ARGUMENTS)
+def test_meta_tensors_get_the_shapes_of_real_ones(name):
+    for arguments in OP_ARGUMENTS[name]:
+        op = getattr(torch.ops.nvfp4, name)
+        on_meta = op(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+        real = op(*arguments)
+        pairs = zip(real, on_meta, strict=True) if isinstance(real, tuple) else [(real, on_meta)]
+        for a, b in pairs:
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def _public_functions(x, amax, s2):
+    packed, scales = fp4_kernel.nvfp4_quantize(x, s2)
+    return (
+        fp4_kernel.compute_fp4_scales(amax),
+        fp4_kernel.static_blockwise_fp4_fake_quant(x, amax, out_dtype=torch.bfloat16),
+        fp4_kernel.nvfp4_block_amax(x),
+        fp4_kernel.nvfp4_global_scale(amax),
+        fp4_kernel.nvfp4_fake_quant(x, s2),
+        fp4_kernel.fp4_dequantize(packed, scales, s2),
+        packed,
+        scales,
+    )
+
+
+def test_public_functions_compile_to_one_graph_with_the_same_bits():
+    # On CPU the operators are opaque to Inductor, whose C++ compiler takes 20 s over the few ops beside them.
+    compiled = torch.compile(_public_functions, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for x in (X, torch.cat((X, X))):
+        amax = reference.block_amax(x)
+        for actual, expected in zip(compiled(x, amax, S2), _public_functions(x, amax, S2), strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
+def test_public_functions_replay_from_a_cuda_graph():
+    x = X.clone()
+    expected = _public_functions(x, AMAX, S2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _public_functions(x, AMAX, S2)
+    x.copy_(-X)
+    graph.replay()
+    assert_same_bits(captured[2], expected[2])
+    assert_same_bits(captured[4].abs(), expected[4].abs())
+    assert not torch.equal(captured[4], expected[4])

@@ -1,0 +1,187 @@
+"""Every Triton kernel gives the bits of `reference`: in the interpreter without a GPU, on CUDA with one."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from kernel_cases import CASES, DEVICE, DTYPES, TRITON, assert_same_bits
+
+from nvfp4_train.kernels import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+SCALES = {
+    "pow2": None,
+    "exact": None,
+    "saturating": 1e-5,
+    "large": 3e3,
+    "smallest_normal": 2.0**-126,
+    "subnormal": 3e-39,
+    "outermost_ordinary": 2.0**-59 * 1.7,
+    "largest": 1.2e35,
+}
+
+
+def _s2(x: torch.Tensor, name: str) -> torch.Tensor:
+    if SCALES[name] is not None:
+        return torch.tensor(SCALES[name])
+    amax = reference.block_amax(x)
+    return reference.global_scale(amax[amax.isfinite()].max(), power_of_two=name == "pow2")
+
+
+def _assert_ops_match(x: torch.Tensor, s2: torch.Tensor, out_dtypes=DTYPES) -> None:
+    on_device, s2_on_device = x.to(DEVICE), s2.to(DEVICE)
+    assert_same_bits(TRITON.block_amax(on_device), reference.block_amax(x))
+    packed, scales = reference.quantize(x, s2)
+    packed_by_triton, scales_by_triton = TRITON.quantize(on_device, s2_on_device)
+    assert_same_bits(packed_by_triton, packed)
+    assert_same_bits(scales_by_triton, scales)
+    for dtype in out_dtypes:
+        assert_same_bits(TRITON.fake_quant(on_device, s2_on_device, dtype), reference.fake_quant(x, s2, dtype))
+        decoded = TRITON.dequantize(packed.to(DEVICE), scales.to(DEVICE), s2_on_device, dtype)
+        assert_same_bits(decoded, reference.dequantize(packed, scales, s2, dtype))
+
+
+def _assert_static_ops_match(x: torch.Tensor, amax: torch.Tensor, global_amax: torch.Tensor, out_dtypes=DTYPES) -> None:
+    for is_quantized in (True, False):
+        scales = reference.static_scales(amax, global_amax, is_quantized)
+        on_device = amax.to(DEVICE), global_amax.to(DEVICE), is_quantized
+        assert_same_bits(TRITON.static_scales(*on_device), scales)
+        for dtype in out_dtypes:
+            x_hat = TRITON.static_fake_quant(x.to(DEVICE), *on_device, dtype)
+            assert_same_bits(x_hat, reference.static_fake_quant(x, scales, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_ops_match_reference_bitwise(case, dtype):
+    x = CASES[case].to(dtype)
+    for scale in ("pow2", "exact"):
+        _assert_ops_match(x, _s2(x, scale))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_ops_match_reference_under_any_global_scale(scale):
+    x = CASES["many_magnitudes"]
+    _assert_ops_match(x, _s2(x, scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "infinite"])
+def test_static_ops_match_reference_bitwise(case, dtype):
+    x = CASES[case].to(dtype)
+    amax = reference.block_amax(x)
+    _assert_static_ops_match(x, amax, amax.max())
+    # Stale statistics: values above their amax saturate, scales above 448 do too.
+    _assert_static_ops_match(x, (amax * 0.3).to(dtype), (amax.max() * 0.2).to(dtype), out_dtypes=(dtype,))
+
+
+@pytest.mark.parametrize("global_amax", [0.0, 1e-45, 6 * 2.0**-24, 7 * 2.0**-24, 1e-3, 2.0**68, 1e38])
+def test_static_scales_match_reference_under_any_global_amax(global_amax):
+    x = CASES["many_magnitudes"]
+    _assert_static_ops_match(x, reference.block_amax(x), torch.tensor(global_amax), out_dtypes=(torch.float32,))
+
+
+def _e4m3_midpoints() -> torch.Tensor:
+    """Every E4M3 value, every midpoint of two and the floats next to both; above 448 and below 2^-10 too."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    points = torch.cat((values, (values[1:] + values[:-1]) / 2, torch.tensor([460.0, 464.0, 500.0, 1e9, 2.0**-12])))
+    return torch.cat((points, torch.nextafter(points, torch.tensor(torch.inf)), torch.nextafter(points, torch.tensor(0.0))))
+
+
+def test_e4m3_rounding_matches_torch():
+    points = _e4m3_midpoints()
+    # global_amax = 2688 makes the multiplier 1, so that a scale is E4M3(amax / 6).
+    global_amax = torch.tensor(2688.0)
+    amax = points * 6
+    expected = (amax / 6).clamp(max=448).to(torch.float8_e4m3fn).float()
+    assert_same_bits(TRITON.static_scales(amax.to(DEVICE), global_amax.to(DEVICE), True), expected)
+
+
+def test_block_scales_of_every_rounding_match_reference():
+    amax = (_e4m3_midpoints() * 6).unsqueeze(-1)
+    x = amax * torch.linspace(-1, 1, 16)
+    _assert_ops_match(x, torch.tensor(1.0), out_dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, *DTYPES], ids=str)
+def test_dequantize_decodes_every_code_under_every_scale(scale_dtype):
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scales = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(scale_dtype)
+    scales = scales.view(256, 1).repeat(1, 32)
+    s2 = torch.tensor([0.37])
+    for dtype in DTYPES:
+        decoded = TRITON.dequantize(packed.to(DEVICE), scales.to(DEVICE), s2.to(DEVICE), dtype)
+        assert_same_bits(decoded, reference.dequantize(packed, scales, s2, dtype))
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "block_size"), [(48, 8), (96, 24), (96, 32), (6, 2), (6, 6), (24, 4), (2, 1), (4096, 4096)]
+)
+def test_dequantize_takes_any_block_size(num_columns, block_size):
+    generator = torch.Generator().manual_seed(1)
+    packed = torch.randint(0, 256, (3, 7, num_columns // 2), generator=generator).byte()
+    scales = torch.rand(3, 7, num_columns // block_size, generator=generator)
+    decoded = TRITON.dequantize(packed.to(DEVICE), scales.to(DEVICE), torch.tensor(1.5, device=DEVICE), torch.float32)
+    assert_same_bits(decoded, reference.dequantize(packed, scales, torch.tensor(1.5), torch.float32))
+
+
+def test_nan_reaches_amax_scale_and_output():
+    x = CASES["gaussian"].clone()
+    x[2, 3] = torch.nan
+    s2 = torch.tensor(1e-3)
+    assert TRITON.block_amax(x.to(DEVICE))[2, 0].isnan()
+    scales = TRITON.quantize(x.to(DEVICE), s2.to(DEVICE))[1].float()
+    assert int(scales.isnan().sum()) == 1
+    assert TRITON.fake_quant(x.to(DEVICE), s2.to(DEVICE), torch.bfloat16)[2, :16].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_and_alignment_do_not_change_bits(dtype):
+    base = torch.randn(64, 96, generator=torch.Generator().manual_seed(2)).to(dtype).to(DEVICE)
+    s2 = torch.tensor(1e-3, device=DEVICE)
+    for x in (base.t(), base[::2], base[:, 16:48], base.flatten()[1:1025].view(2, 512), base.flatten()[8:1032]):
+        expected = x.clone(memory_format=torch.contiguous_format)
+        assert_same_bits(TRITON.block_amax(x), reference.block_amax(expected))
+        assert_same_bits(TRITON.fake_quant(x, s2, dtype), reference.fake_quant(expected, s2, dtype))
+        for actual, wanted in zip(TRITON.quantize(x, s2), reference.quantize(expected, s2), strict=True):
+            assert_same_bits(actual, wanted)
+
+
+def _assert_contract(x: torch.Tensor, s2: torch.Tensor) -> None:
+    packed, scales = reference.quantize(x, s2)
+    assert_same_bits(reference.fake_quant(x, s2, x.dtype), reference.dequantize(packed, scales, s2, x.dtype))
+    assert_same_bits(TRITON.fake_quant(x.to(DEVICE), s2.to(DEVICE), x.dtype), reference.fake_quant(x, s2, x.dtype))
+    for actual, wanted in zip(TRITON.quantize(x.to(DEVICE), s2.to(DEVICE)), (packed, scales), strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(DTYPES),
+    num_blocks=st.integers(1, 40),
+    exponent_spread=st.sampled_from([0, 3, 30, 120]),
+    is_pow2=st.booleans(),
+    significand_bits=st.sampled_from([0, 2, 4, 8, 23]),
+)
+def test_random_values_match_reference(seed, dtype, num_blocks, exponent_spread, is_pow2, significand_bits):
+    """Few significand bits make ties frequent; a wide spread of exponents reaches subnormal and saturated scales."""
+    generator = torch.Generator().manual_seed(seed)
+    significand = torch.randint(0, 1 << significand_bits, (num_blocks, 16), generator=generator) / (1 << significand_bits) + 1
+    exponent = torch.randint(-exponent_spread, exponent_spread + 1, (num_blocks, 1), generator=generator)
+    exponent = exponent + torch.randint(-5, 1, (num_blocks, 16), generator=generator)
+    sign = torch.randint(0, 2, (num_blocks, 16), generator=generator) * 2 - 1
+    x = (significand * torch.exp2(exponent.float()) * sign).to(dtype)
+    x = torch.where(x.isfinite(), x, torch.ones_like(x))
+    _assert_contract(x, reference.global_scale(reference.block_amax(x).max(), is_pow2))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), scale_bits=st.integers(1, 0x7F000000))
+def test_random_bit_patterns_match_reference(seed, scale_bits):
+    """Any float32 but NaN, under any positive global scale."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-(2**31), 2**31, (24, 16), generator=generator).int().view(torch.float32)
+    s2 = torch.tensor(scale_bits, dtype=torch.int32).view(torch.float32)
+    _assert_contract(x.nan_to_num(1.0, torch.inf, -torch.inf), s2)

@@ -1,0 +1,67 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nvfp4_train.models.causal_lm import ModelConfig, load_config, load_model
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def test_a_saved_bf16_model_is_loaded_as_fp32_masters_in_training_mode(tmp_path: Path) -> None:
+    fields = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    saved = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields), dtype=torch.bfloat16)
+    saved.save_pretrained(tmp_path)
+    model = load_model(ModelConfig(path=str(tmp_path)))
+    assert model.training
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, saved.get_parameter(name).float())
+
+
+def test_random_weights_follow_the_seed() -> None:
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(load_model(ModelConfig(config=LLAMA)).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not torch.equal(models[0]["lm_head.weight"], models[2]["lm_head.weight"])
+
+
+def test_fields_of_the_config_reach_the_model() -> None:
+    config = load_config(ModelConfig(config=LLAMA | {"rope_theta": 5000.0, "rms_norm_eps": 1e-4}))
+    assert config.rope_parameters["rope_theta"] == 5000.0
+    assert config.rms_norm_eps == 1e-4
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    fields = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    config = AutoConfig.for_model("llama", **fields)
+    config.quantization_config = {"quant_method": "compressed-tensors"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is already quantized; training starts from the bf16 model"):
+        load_config(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "model.path or model.config is required"),
+        ({"config": {"hidden_size": 8}}, "needs a model_type"),
+        ({"config": LLAMA | {"hiden_size": 8}}, "a llama config has no field hiden_size"),
+        ({"path": "./nothing-here"}, "must be a folder with a config.json or a hub name"),
+        ({"path": "nobody/nothing"}, "could not be read as a local folder or reached as a hub name"),
+    ],
+)
+def test_bad_input_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(ModelConfig(**options))

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nvfp4_train.quant.policy import QuantConfig, select, selection_table
+
+
+def llama(**overrides: object) -> nn.Module:
+    fields: dict = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **(fields | overrides)))
+
+
+def names(selection) -> list[str]:
+    return [name for group in selection.groups for name in group]
+
+
+def test_default_takes_every_linear_but_the_output_embedding() -> None:
+    model = llama()
+    selection = select(model, QuantConfig())
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(names(selection)) == linears - {"lm_head"}
+    assert selection.kept == {"lm_head": "output embedding"}
+
+
+def test_siblings_share_a_group() -> None:
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    groups = select(llama(num_hidden_layers=1), QuantConfig()).groups
+    assert groups == (
+        tuple(attention + leaf for leaf in ("q_proj", "k_proj", "v_proj")),
+        (attention + "o_proj",),
+        tuple(mlp + leaf for leaf in ("gate_proj", "up_proj")),
+        (mlp + "down_proj",),
+    )
+
+
+def test_layers_that_do_not_fit_stay_in_bf16_and_are_reported() -> None:
+    model = llama(intermediate_size=40)
+    selection = select(model, QuantConfig())
+    assert selection.kept["model.layers.1.mlp.down_proj"] == "40 inputs are no multiple of 16"
+    assert "40 inputs are no multiple of 16" in selection_table(model, selection)
+
+
+def test_patterns_choose() -> None:
+    selection = select(llama(), QuantConfig(include=["model.layers.*"], exclude=["*.layers.1.*", "*o_proj"]))
+    assert len(names(selection)) == 6
+    assert selection.kept["model.layers.0.self_attn.o_proj"] == "in quant.exclude"
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"quant.{option}: pattern '\*.qproj' matches no nn.Linear"):
+        select(llama(), QuantConfig(**{option: ["*_proj", "*.qproj"]}))
+
+
+def test_a_selection_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="selects no weight"):
+        select(llama(), QuantConfig(include=["lm_head"]))
+
+
+def test_siblings_are_quantized_all_or_none() -> None:
+    with pytest.raises(ValueError, match="k_proj would be quantized but its sibling .*q_proj would not"):
+        select(llama(), QuantConfig(exclude=["*.q_proj"]))
+
+
+def test_modules_that_share_a_parameter_share_a_group() -> None:
+    model = llama()
+    first, second = (layer.self_attn.o_proj for layer in model.model.layers)
+    second.weight = first.weight
+    selection = select(model, QuantConfig())
+    assert ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj") in selection.groups
+
+
+def test_a_weight_that_an_embedding_uses_stays_in_bf16() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(16, 16), "a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    model["a"].weight = model["embed"].weight
+    assert select(model, QuantConfig()).kept == {"a": "shares its weight with an embedding"}
+
+
+def test_routers_stay_in_bf16() -> None:
+    model = nn.ModuleDict({"gate": nn.Linear(16, 4), "expert": nn.Linear(16, 16)})
+    assert select(model, QuantConfig()).kept == {"gate": "router"}
+
+
+def test_table_counts_parameters_and_bits() -> None:
+    model = llama()
+    table = selection_table(model, select(model, QuantConfig()))
+    total = sum(p.numel() for p in model.parameters())
+    quantized = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    assert f"{quantized:,} of {total:,}" in table
+    assert f"{(4.5 * quantized + 16 * (total - quantized)) / total:.3f}" in table
+    assert "8, 4 of them shared by siblings" in table
+
+
+@pytest.mark.parametrize("options", [{"global_scale": "pow3"}, {"start_step": -1}, {"include": "*"}])
+def test_impossible_options_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"quant.{next(iter(options))} must be"):
+        QuantConfig(**options)
+
+
+def test_selection_does_not_depend_on_the_device() -> None:
+    with torch.device("meta"):
+        on_meta = select(llama(), QuantConfig())
+    assert on_meta == select(llama(), QuantConfig())

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import distributed, nn
+
+from nvfp4_train.kernels import reference
+from nvfp4_train.quant.linear import NVFP4Linear, quantize_linears
+from nvfp4_train.quant.store import WeightStore
+
+
+def make(groups: list[list[str]], *, power_of_two: bool = True, seed: int = 0) -> tuple[nn.Module, WeightStore]:
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({name: nn.Linear(32, 8 * (i + 1)) for i, name in enumerate("abc")})
+    quantize_linears(model, ["a", "b", "c"])
+    return model, WeightStore(model, groups, power_of_two=power_of_two)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_compute_weights_are_the_reference_with_the_groups_amax(power_of_two: bool) -> None:
+    model, store = make([["a", "c"], ["b"]], power_of_two=power_of_two)
+    with torch.no_grad():
+        model["c"].weight *= 7
+    store.update()
+    joint = torch.maximum(model["a"].weight.abs().amax(), model["c"].weight.abs().amax())
+    for name, amax in (("a", joint), ("c", joint), ("b", model["b"].weight.abs().amax())):
+        s2 = reference.global_scale(amax, power_of_two)
+        assert torch.equal(model[name].compute_weight, reference.fake_quant(model[name].weight, s2, torch.bfloat16))
+    assert torch.equal(store.global_amax, torch.stack([joint, model["b"].weight.abs().amax()]))
+
+
+def test_update_follows_the_masters_and_reuses_its_memory() -> None:
+    model, store = make([["a"], ["b"], ["c"]])
+    store.update()
+    before = model["a"].compute_weight
+    value = before.clone()
+    with torch.no_grad():
+        model["a"].weight.neg_()
+    store.update()
+    assert model["a"].compute_weight is before
+    assert torch.equal(before, -value)
+
+
+def test_nothing_of_the_store_is_in_the_state_dict() -> None:
+    model, store = make([["a"], ["b"], ["c"]])
+    keys = list(model.state_dict())
+    store.update()
+    assert list(model.state_dict()) == keys
+
+
+def test_masters_only_is_undone_by_an_exception_too() -> None:
+    model, store = make([["a"], ["b"], ["c"]])
+    store.update()
+
+    def fail() -> None:
+        with store.masters_only():
+            assert model["a"].compute_weight is None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert model["a"].compute_weight is not None
+
+
+def test_a_shared_parameter_is_quantized_once() -> None:
+    model, _ = make([["a"], ["b"], ["c"]])
+    model["b"].weight = model["a"].weight
+    store = WeightStore(model, [["a", "b"], ["c"]], power_of_two=True)
+    store.update()
+    assert model["a"].compute_weight is model["b"].compute_weight
+    assert [name for name, _, _ in store.items()] == ["a", "c"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    model, store = make([["a", "b"], ["c"]])
+    with torch.no_grad():
+        model["b"].weight[0, 0] = bad
+    store.update()
+    with pytest.raises(ValueError, match="NaN or Inf in a, b;"):
+        store.check_finite()
+
+
+def test_all_groups_are_reduced_by_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, op: calls.append((tensor.shape, op)))
+    _, store = make([["a", "b"], ["c"]])
+    store.update()
+    assert calls == [((2,), distributed.ReduceOp.MAX)]
+
+
+def test_a_plain_linear_is_refused() -> None:
+    with pytest.raises(TypeError, match="a must be an NVFP4Linear, got Linear"):
+        WeightStore(nn.ModuleDict({"a": nn.Linear(16, 16)}), [["a"]], power_of_two=True)
+    assert isinstance(NVFP4Linear.from_linear(nn.Linear(16, 16)), nn.Linear)

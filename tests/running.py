@@ -1,0 +1,66 @@
+"""Runs the real launcher on a small model, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+# A run of a second or two: few documents, short sequences, one narrow model.
+SMALL = (
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=96",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=4",
+    "model.config.num_key_value_heads=2",
+    "data.seq_len=64",
+    "data.batch_size=4",
+    "data.max_documents=20",
+    "data.val_sequences=4",
+    "logger=csv",
+)
+
+
+def launch(
+    run_dir: Path, *overrides: str, ranks: int = 0, small: bool = True, check: bool = True, threads: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False."""
+    script = [str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    environment = {name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET")}
+    # The test helpers are importable as callbacks, and two ranks share two cores.
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": str(threads)}
+    result = subprocess.run([sys.executable, *torchrun, *script], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if check:
+        assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[:3000]}\n...\n{result.stderr[-3000:]}"
+    return result
+
+
+def metrics(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "metrics.json").read_text())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def assert_same(first: Any, second: Any, where: str = "") -> None:
+    """Nested dicts, lists and tensors are equal, bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert first == second, where

@@ -1,0 +1,53 @@
+"""Imports go down only: kernels <- quant <- (models, export) <- module <- callbacks <- launch."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "nvfp4_train"
+
+FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "datasets"}
+ALLOWED = {
+    # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
+    "__init__": (set(), set()),
+    "options": (set(), set()),
+    "losses": (set(), set()),
+    "optim": (set(), set()),
+    "kernels": ({"kernels"}, set()),
+    "quant": ({"kernels", "quant"}, set()),
+    "models": ({"kernels", "quant", "models"}, {"transformers"}),
+    "data": ({"data"}, {"lightning", "transformers", "datasets"}),
+    "export": ({"kernels", "quant", "models", "export"}, {"transformers"}),
+    "module": ({"kernels", "quant", "models", "losses", "optim"}, {"lightning", "transformers"}),
+    "callbacks": ({"kernels", "quant", "models", "export", "module", "callbacks"}, {"lightning", "wandb"}),
+}
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield f"{node.module}"
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down_only(file: Path) -> None:
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    rooms, frameworks = ALLOWED[room]
+    for name in imported_modules(file):
+        top, *rest = name.split(".")
+        if top == "nvfp4_train" and rest:
+            assert rest[0] in rooms, f"{room} must not import {name}"
+        assert top not in FRAMEWORKS - frameworks, f"{room} must not import {name}"
+
+
+def test_triton_is_imported_by_triton_files_only() -> None:
+    """Machines without Triton (macOS, Windows) import everything else."""
+    users = {
+        file.name for file in PACKAGE.rglob("*.py") if any(name.split(".")[0] == "triton" for name in imported_modules(file))
+    }
+    assert all(name.startswith("triton_") for name in users), users
