@@ -102,7 +102,6 @@ def default_to_offline_wandb() -> None:
 
 def keep_earlier_metrics(run_dir: Path) -> None:
     """The CSV logger starts a new file; that of an earlier run in the same folder is kept under a numbered name."""
-    warnings.filterwarnings("ignore", message="Experiment logs directory")
     path = run_dir / "metrics.csv"
     if IS_RANK_ZERO and path.exists():
         number = 1
@@ -139,6 +138,9 @@ def main(cfg: DictConfig) -> float | None:
     cfg.run_dir = HydraConfig.get().runtime.output_dir
     options: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     default_to_offline_wandb()
+    # The run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
+    warnings.filterwarnings("ignore", message="Experiment logs directory")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
     try:

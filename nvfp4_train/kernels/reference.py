@@ -31,6 +31,11 @@ SMALLEST_GLOBAL_AMAX = 7.9e-36
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """IEEE quotient: for a Python divisor, torch on CUDA multiplies by its rounded reciprocal instead."""
+    return x / torch.full_like(x, divisor)
+
+
 def block_amax(x: Tensor) -> Tensor:
     """Largest magnitude of each block of 16: x [..., K] of any float dtype -> float32 [..., K // 16]. NaN propagates."""
     return x.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1).float()
@@ -51,7 +56,7 @@ def global_scale(global_amax: Tensor, power_of_two: bool = True) -> Tensor:
         scale = (exponent.clamp(1, 254) << 23).view(torch.float32)
         scale = torch.where(amax.isfinite(), scale, amax)
     else:
-        scale = amax / (FP4_MAX * E4M3_MAX)
+        scale = divide(amax, FP4_MAX * E4M3_MAX)
     return torch.where(amax < SMALLEST_GLOBAL_AMAX, torch.ones_like(scale), scale)
 
 
@@ -62,7 +67,7 @@ def round_to_e4m3(scale: Tensor) -> Tensor:
 
 def block_scales(amax: Tensor, s2: Tensor) -> Tensor:
     """Block scales by the contract: float32 block amax and s2 (broadcastable) -> float32 values that E4M3 holds exactly."""
-    return round_to_e4m3((amax / FP4_MAX / s2).clamp(min=E4M3_MIN))
+    return round_to_e4m3((divide(amax, FP4_MAX) / s2).clamp(min=E4M3_MIN))
 
 
 def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
@@ -71,10 +76,10 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
     amax / 6; when quantized, E4M3(amax / 6 * m) * (1 / m) with m = (1 / (g / 6)) * 448, where g / 6 counts as 1 at or below 2^-24.
     There is no lower clamp: a scale may round to zero, and its block is then all zero.
     """
-    scales = amax.float() / FP4_MAX
+    scales = divide(amax.float(), FP4_MAX)
     if not quantize_block_scales:
         return scales
-    global_max = global_amax.float() / FP4_MAX
+    global_max = divide(global_amax.float(), FP4_MAX)
     global_max = torch.where(global_max <= 2.0**-24, torch.ones_like(global_max), global_max)
     multiplier = global_max.reciprocal() * E4M3_MAX
     return round_to_e4m3(scales * multiplier) * multiplier.reciprocal()

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_train.kernels import reference, triton_arithmetic as arithmetic
+from nvfp4_train.kernels import reference
+from nvfp4_train.kernels import triton_arithmetic as arithmetic
 
 TILE = 256
 NUM_WARPS = 4
@@ -81,7 +82,9 @@ def static_fake_quant_kernel(
     scales, is_ordinary = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED)
     # A block whose scale is zero is +0.0 all over.
     is_zero = scales == 0.0
-    x_hat = arithmetic.fake_quant(x, tl.where(is_zero, 1.0, scales), scales, is_ordinary, tl.where(is_zero, 0, arithmetic.SIGN)[:, None])
+    x_hat = arithmetic.fake_quant(
+        x, tl.where(is_zero, 1.0, scales), scales, is_ordinary, tl.where(is_zero, 0, arithmetic.SIGN)[:, None]
+    )
     _store_blocks(out_ptr, x_hat, start, is_row, TILE)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
-from nvfp4_train.kernels.reference import E4M3_MAX, E4M3_MIN, FP4_MAX
+from nvfp4_train.kernels.reference import E4M3_MAX, E4M3_MIN, FP4_MAX, divide
 
 STATISTICS = (
     "global_amax",
@@ -41,7 +41,7 @@ def weight_statistics(weight: Tensor, s2: Tensor, global_amax: Tensor) -> Tensor
         scale.max(),
         (scale < SMALLEST_NORMAL).double().mean(),
         # Half of the smallest subnormal is a tie, and goes to zero.
-        (amax / FP4_MAX / s2 <= E4M3_MIN / 2).double().mean(),
+        (divide(amax, FP4_MAX) / s2 <= E4M3_MIN / 2).double().mean(),
         (scale == E4M3_MAX).double().mean(),
         sqnr_db(signal, noise),
         signal,
