@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, load_model
+from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
@@ -66,6 +66,9 @@ class QATModule(L.LightningModule):
         self.selection = select(model, self.quant_config)
         quantize_linears(model, [name for group in self.selection.groups for name in group])
         compute_in_served_dtype(model)
+        if self.model_config.compile:
+            for layer in decoder_layers(model):
+                layer.compile()
         self.store = WeightStore(model, self.selection.groups, power_of_two=self.quant_config.power_of_two)
         self.model = model
 

@@ -35,6 +35,11 @@ def _register(schema: str, on_cpu: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"nvfp4::{name}", fake, lib=_library)
 
 
+def _amax(x: Tensor) -> tuple[Tensor, Tensor]:
+    block_amax = reference.block_amax(x)
+    return block_amax, block_amax.amax()
+
+
 def _static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
     return reference.static_fake_quant(x, reference.static_scales(amax, global_amax, quantize_block_scales), dtype)
 
@@ -49,6 +54,7 @@ def _fake_quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _register("block_amax(Tensor x) -> Tensor", reference.block_amax, _fake_block_amax)
+_register("amax(Tensor x) -> (Tensor, Tensor)", _amax, lambda x: (_fake_block_amax(x), x.new_zeros((), dtype=torch.float32)))
 _register(
     "static_scales(Tensor amax, Tensor global_amax, bool quantize_block_scales=True) -> Tensor",
     reference.static_scales,

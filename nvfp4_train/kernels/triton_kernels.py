@@ -13,8 +13,19 @@ from torch import Tensor
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
 
-TILE = 256
-NUM_WARPS = 4
+TILES = {
+    "block_amax": (128, 4),
+    "amax": (128, 4),
+    "max": (1024, 4),
+    "fake_quant": (128, 4),
+    "quantize": (128, 4),
+    "static_scales": (256, 4),
+    "static_fake_quant": (64, 4),
+    "dequantize": (256, 4),
+}
+"""Blocks a program (for dequantize, words of eight codes) and warps a program, by operation."""
+
+AMAX_TILES_PER_PROGRAM = 16
 
 
 @triton.jit
@@ -38,6 +49,32 @@ def _store_blocks(out_ptr, values, start, is_row, TILE: tl.constexpr):
 def block_amax_kernel(x_ptr, amax_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
     x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
     tl.store(amax_ptr + start + tl.arange(0, TILE), arithmetic.block_amax(x), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def amax_kernel(x_ptr, amax_ptr, partial_ptr, num_blocks: tl.int64, NUM_TILES: tl.constexpr, TILE: tl.constexpr):
+    """Block amax, and the largest of NUM_TILES tiles."""
+    first = tl.program_id(0).to(tl.int64) * (TILE * NUM_TILES)
+    rows = tl.arange(0, TILE)
+    largest = tl.zeros([TILE], tl.float32)
+    for tile in range(NUM_TILES):
+        start = first + tile * TILE
+        is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
+        amax = arithmetic.block_amax(arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE))
+        tl.store(amax_ptr + start + rows, amax, mask=is_row)
+        largest = arithmetic.larger(largest, amax)
+    tl.store(partial_ptr + tl.program_id(0), tl.reduce(largest, 0, arithmetic.larger))
+
+
+@triton.jit(do_not_specialize=["num_values"])
+def max_kernel(values_ptr, max_ptr, num_values: tl.int64, TILE: tl.constexpr):
+    """The largest of non-negative values, or NaN; in one program."""
+    offsets = tl.arange(0, TILE)
+    largest = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_values, TILE):
+        values = tl.load(values_ptr + start + offsets, mask=start + offsets < num_values, other=0.0)
+        largest = arithmetic.larger(largest, values)
+    tl.store(max_ptr, tl.reduce(largest, 0, arithmetic.larger))
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
@@ -117,13 +154,27 @@ def dequantize_kernel(
 
 def block_amax(x: Tensor) -> Tensor:
     amax = x.new_empty(_block_shape(x), dtype=torch.float32)
-    _launch(block_amax_kernel, amax.numel(), x, _flat(x), amax)
+    _launch("block_amax", block_amax_kernel, amax.numel(), x, _flat(x), amax)
     return amax
+
+
+def amax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.block_amax` and its maximum, in one pass over x."""
+    block_amax = x.new_empty(_block_shape(x), dtype=torch.float32)
+    if x.numel() == 0:
+        return block_amax, x.new_zeros((), dtype=torch.float32)
+    tiles = AMAX_TILES_PER_PROGRAM
+    partial = x.new_empty(triton.cdiv(block_amax.numel(), TILES["amax"][0] * tiles), dtype=torch.float32)
+    global_amax = x.new_empty((), dtype=torch.float32)
+    _launch("amax", amax_kernel, block_amax.numel(), x, _flat(x), block_amax, partial, tiles=tiles, NUM_TILES=tiles)
+    # All values in one program.
+    _launch("max", max_kernel, partial.numel(), x, partial, global_amax, tiles=partial.numel())
+    return block_amax, global_amax
 
 
 def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
     out = x.new_empty(x.shape, dtype=dtype)
-    _launch(fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out)
+    _launch("fake_quant", fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out)
     return out
 
 
@@ -131,13 +182,14 @@ def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
     packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     scales = x.new_empty(_block_shape(x), dtype=torch.float8_e4m3fn)
     words = packed.view(-1).view(torch.int32)
-    _launch(quantize_kernel, scales.numel(), x, _flat(x), s2, words, scales.view(torch.uint8))
+    _launch("quantize", quantize_kernel, scales.numel(), x, _flat(x), s2, words, scales.view(torch.uint8))
     return packed, scales
 
 
 def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
     scales = amax.new_empty(amax.shape, dtype=torch.float32)
-    _launch(static_scales_kernel, amax.numel(), amax, _flat(amax), global_amax, scales, IS_QUANTIZED=quantize_block_scales)
+    tensors = _flat(amax), global_amax, scales
+    _launch("static_scales", static_scales_kernel, amax.numel(), amax, *tensors, IS_QUANTIZED=quantize_block_scales)
     return scales
 
 
@@ -145,7 +197,7 @@ def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_blo
     """`reference.static_fake_quant` of `reference.static_scales`, in one pass."""
     out = x.new_empty(x.shape, dtype=dtype)
     tensors = _flat(x), _flat(amax), global_amax, out
-    _launch(static_fake_quant_kernel, amax.numel(), x, *tensors, IS_QUANTIZED=quantize_block_scales)
+    _launch("static_fake_quant", static_fake_quant_kernel, amax.numel(), x, *tensors, IS_QUANTIZED=quantize_block_scales)
     return out
 
 
@@ -156,15 +208,11 @@ def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -
     block_size = out.shape[-1] // scales.shape[-1]
     if block_size % 8:
         return reference.dequantize(packed, scales, s2, dtype)
+    words = _flat(packed).view(-1).view(torch.int32)
     is_e4m3 = scales.dtype == torch.float8_e4m3fn
-    tensors = (
-        _flat(packed).view(-1).view(torch.int32),
-        _flat(scales.contiguous().view(torch.uint8) if is_e4m3 else scales),
-        s2,
-        out,
-    )
-    words = triton.cdiv(out.numel(), 8)
-    _launch(dequantize_kernel, words, packed, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
+    scales = _flat(scales.view(torch.uint8) if is_e4m3 else scales)
+    tensors = words, scales, s2, out
+    _launch("dequantize", dequantize_kernel, words.numel(), packed, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
     return out
 
 
@@ -178,14 +226,15 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(kernel, count: int, x: Tensor, *args, **constants) -> None:
-    """Run a kernel over `count` rows on the device of x."""
-    if count == 0:
+def _launch(operation: str, kernel, num_rows: int, x: Tensor, *args, tiles: int = 1, **constants) -> None:
+    """Run a kernel over num_rows rows on the device of x, so many tiles a program."""
+    if num_rows == 0:
         return
-    constants |= {"TILE": TILE, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
-    grid = (triton.cdiv(count, TILE),)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    tile, num_warps = TILES[operation]
+    grid = (triton.cdiv(num_rows, tile * tiles),)
+    constants |= {"TILE": tile, "num_warps": num_warps, "enable_fp_fusion": False}
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            kernel[grid](*args, count, **constants)
+            kernel[grid](*args, num_rows, **constants)
     else:
-        kernel[grid](*args, count, **constants)
+        kernel[grid](*args, num_rows, **constants)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
@@ -21,6 +22,8 @@ class ModelConfig:
     """Attention kernel, as transformers names it; None is the model's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, more time."""
+    compile: bool = False
+    """torch.compile every decoder layer; one compilation serves all of them."""
 
     def __post_init__(self) -> None:
         if self.path is None and self.config is None:
@@ -68,6 +71,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained returns a model in evaluation mode.
     return model.train()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of a model: the modules that transformers never splits over devices."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def _looks_local(path: str) -> bool:

@@ -21,44 +21,36 @@ from nvfp4_train.kernels import triton_kernels as kernels
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 UNALIGNED = ("s2_ptr", "global_amax_ptr")
 
-TILE = kernels.TILE
+X, OUT, FLOAT = "*bf16", "*bf16", "*fp32"
+FAKE_QUANT = ("fake_quant", kernels.fake_quant_kernel, {})
+QUANTIZE = ("quantize", kernels.quantize_kernel, {})
+AMAX = ("amax", kernels.amax_kernel, {"NUM_TILES": kernels.AMAX_TILES_PER_PROGRAM})
+STATIC = ("static_fake_quant", kernels.static_fake_quant_kernel, {"IS_QUANTIZED": True})
+DEQUANTIZE = ("dequantize", kernels.dequantize_kernel, {"WORDS_PER_SCALE": 2, "IS_E4M3": True})
+
 KERNELS = {
-    "block_amax_bf16": (kernels.block_amax_kernel, {"x_ptr": "*bf16", "amax_ptr": "*fp32"}, {}),
-    "block_amax_fp32": (kernels.block_amax_kernel, {"x_ptr": "*fp32", "amax_ptr": "*fp32"}, {}),
-    "fake_quant_bf16": (kernels.fake_quant_kernel, {"x_ptr": "*bf16", "s2_ptr": "*fp32", "out_ptr": "*bf16"}, {}),
-    "fake_quant_fp16": (kernels.fake_quant_kernel, {"x_ptr": "*fp16", "s2_ptr": "*fp32", "out_ptr": "*fp16"}, {}),
-    "fake_quant_fp32_to_bf16": (kernels.fake_quant_kernel, {"x_ptr": "*fp32", "s2_ptr": "*fp32", "out_ptr": "*bf16"}, {}),
-    "quantize_bf16": (
-        kernels.quantize_kernel,
-        {"x_ptr": "*bf16", "s2_ptr": "*fp32", "words_ptr": "*i32", "scales_ptr": "*u8"},
-        {},
-    ),
-    "quantize_fp32": (
-        kernels.quantize_kernel,
-        {"x_ptr": "*fp32", "s2_ptr": "*fp32", "words_ptr": "*i32", "scales_ptr": "*u8"},
-        {},
-    ),
+    "block_amax": (("block_amax", kernels.block_amax_kernel, {}), {"x_ptr": X, "amax_ptr": FLOAT}),
+    "amax_bf16": (AMAX, {"x_ptr": X, "amax_ptr": FLOAT, "partial_ptr": FLOAT}),
+    "amax_fp32": (AMAX, {"x_ptr": FLOAT, "amax_ptr": FLOAT, "partial_ptr": FLOAT}),
+    "max": (("max", kernels.max_kernel, {}), {"values_ptr": FLOAT, "max_ptr": FLOAT}),
+    "fake_quant_bf16": (FAKE_QUANT, {"x_ptr": X, "s2_ptr": FLOAT, "out_ptr": OUT}),
+    "fake_quant_fp16": (FAKE_QUANT, {"x_ptr": "*fp16", "s2_ptr": FLOAT, "out_ptr": "*fp16"}),
+    "fake_quant_fp32_to_bf16": (FAKE_QUANT, {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": OUT}),
+    "quantize_bf16": (QUANTIZE, {"x_ptr": X, "s2_ptr": FLOAT, "words_ptr": "*i32", "scales_ptr": "*u8"}),
+    "quantize_fp32": (QUANTIZE, {"x_ptr": FLOAT, "s2_ptr": FLOAT, "words_ptr": "*i32", "scales_ptr": "*u8"}),
     "static_scales": (
-        kernels.static_scales_kernel,
-        {"amax_ptr": "*fp32", "global_amax_ptr": "*fp32", "scales_ptr": "*fp32"},
-        {"IS_QUANTIZED": True},
+        ("static_scales", kernels.static_scales_kernel, {"IS_QUANTIZED": True}),
+        {"amax_ptr": FLOAT, "global_amax_ptr": FLOAT, "scales_ptr": FLOAT},
     ),
-    "static_fake_quant": (
-        kernels.static_fake_quant_kernel,
-        {"x_ptr": "*bf16", "amax_ptr": "*fp32", "global_amax_ptr": "*fp32", "out_ptr": "*bf16"},
-        {"IS_QUANTIZED": True},
-    ),
-    "dequantize": (
-        kernels.dequantize_kernel,
-        {"words_ptr": "*i32", "scales_ptr": "*u8", "s2_ptr": "*fp32", "out_ptr": "*bf16"},
-        {"WORDS_PER_SCALE": 2, "IS_E4M3": True},
-    ),
+    "static_fake_quant": (STATIC, {"x_ptr": X, "amax_ptr": FLOAT, "global_amax_ptr": FLOAT, "out_ptr": OUT}),
+    "dequantize": (DEQUANTIZE, {"words_ptr": "*i32", "scales_ptr": "*u8", "s2_ptr": FLOAT, "out_ptr": OUT}),
 }
 
 
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict, capability: int) -> bytes:
+def compile_kernel(operation: str, kernel, constants: dict, pointers: dict[str, str], capability: int) -> bytes:
     """The cubin, from the signature that a launch with 16-byte aligned tensors has."""
-    constants = {**constants, "TILE": TILE}
+    tile, num_warps = kernels.TILES[operation]
+    constants = {**constants, "TILE": tile}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i64") for name in names}
     aligned = [(i,) for i, name in enumerate(names) if name in pointers and name not in UNALIGNED]
@@ -68,7 +60,7 @@ def compile_kernel(kernel, pointers: dict[str, str], constants: dict, capability
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={index: [["tt.divisibility", 16]] for index in aligned},
     )
-    options = {"num_warps": kernels.NUM_WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 
@@ -90,8 +82,8 @@ def read_cubin(cubin: bytes) -> dict:
 
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
-        for name, (kernel, pointers, constants) in KERNELS.items():
-            cubin = compile_kernel(kernel, pointers, constants, capability)
+        for name, ((operation, kernel, constants), pointers) in KERNELS.items():
+            cubin = compile_kernel(operation, kernel, constants, pointers, capability)
             print(json.dumps({"kernel": name, "capability": capability, **read_cubin(cubin)}))
 
 

@@ -25,7 +25,7 @@ def _compiled() -> list[dict]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills(capability):
     kernels = [entry for entry in _compiled() if entry["capability"] == capability]
-    assert len(kernels) == 10
+    assert len(kernels) == 12
     for entry in kernels:
         assert entry["stack"] == 0, entry
         assert entry["local"] == 0, entry
@@ -36,7 +36,7 @@ def test_kernels_compile_without_spills(capability):
 def test_streams_move_in_16_byte_accesses(capability):
     """The larger stream of each kernel: what it reads, and what it writes unless that is packed codes."""
     for entry in _compiled():
-        if entry["capability"] != capability or entry["kernel"] == "static_scales":
+        if entry["capability"] != capability or entry["kernel"] in ("static_scales", "max"):
             continue
         if not entry["kernel"].startswith("dequantize"):
             assert entry["LDG"].get("128", 0) > 0, entry

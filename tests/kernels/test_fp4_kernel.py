@@ -57,6 +57,7 @@ def test_empty_tensors_pass_through(shape):
     x = torch.empty(shape, device=DEVICE, dtype=torch.bfloat16)
     amax = fp4_kernel.nvfp4_block_amax(x)
     assert amax.shape == (*shape[:-1], shape[-1] // 16)
+    assert fp4_kernel.nvfp4_amax(x)[1] == 0
     assert fp4_kernel.compute_fp4_scales(amax).shape == amax.shape
     assert fp4_kernel.static_blockwise_fp4_fake_quant(x, amax).shape == x.shape
     assert fp4_kernel.nvfp4_fake_quant(x, S2).shape == x.shape
@@ -87,6 +88,7 @@ BAD_CALLS = {
         lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX[:1]),
         "one element per block of 16, 45 for .* got 15",
     ),
+    "amax K is 24": (lambda: fp4_kernel.nvfp4_amax(X[..., :24]), "multiple of the block size 16"),
     "static K is 24": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X[..., :24], AMAX), "multiple of the block size"),
     "static x is integer": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X.int(), AMAX), "dtype of x must be"),
     "static out_dtype": (

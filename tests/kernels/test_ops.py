@@ -13,6 +13,7 @@ PACKED, BLOCK_SCALES = reference.quantize(X, S2)
 
 OP_ARGUMENTS = {
     "block_amax": [(X,), (X.bfloat16(),), (X.transpose(0, 1),), (X[:0],)],
+    "amax": [(X,), (X.half().transpose(0, 1),), (X[:0],)],
     "static_scales": [(AMAX, AMAX.max()), (AMAX.half(), AMAX.max(), False)],
     "static_fake_quant": [
         (X, AMAX, AMAX.max(), True, torch.bfloat16),

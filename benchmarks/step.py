@@ -1,0 +1,119 @@
+"""Time and peak memory of a training step with weight fake quantization on, against the same code with it off.
+
+    python benchmarks/step.py [--models llama_125m llama_1b] [--steps 20] [--eager-only]
+
+A step is what a run does after the data has arrived: forward, loss, backward, clipping, fused AdamW and, with quantization on, the
+weight store's update. Weights and tokens are random. The two sides run alternately in one process, each on its own copy of the
+model; times are device-synchronised medians over the steps, memory is the peak that the allocator reached while one side alone
+was on the device.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import triton
+import yaml
+
+from nvfp4_train.losses import next_token_loss
+from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.module import QATModule
+from nvfp4_train.optim import OptimConfig, build_optimizer
+from nvfp4_train.quant.policy import QuantConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
+BATCH = {"llama_125m": (16, 1024), "llama_1b": (4, 2048)}
+"""Sequences and tokens per sequence of a step."""
+
+
+class Run:
+    """One model in training."""
+
+    def __init__(self, name: str, *, quantized: bool, compiled: bool) -> None:
+        fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        model_config = ModelConfig(config=fields["config"], compile=compiled)
+        torch.manual_seed(0)
+        self.module = QATModule(model=model_config, quant=QuantConfig(), optim=OptimConfig())
+        with torch.device("cuda"):
+            self.module.configure_model()
+        self.module.cuda()
+        self.quantized = quantized
+        self.optimizer, _ = build_optimizer(self.module.model, OptimConfig(), total_steps=1000)
+        batch, tokens = BATCH[name]
+        self.input_ids = torch.randint(0, fields["config"]["vocab_size"], (batch, tokens), device="cuda")
+        if quantized:
+            self.module.store.update()
+
+    def step(self) -> None:
+        loss = next_token_loss(self.module(self.input_ids), self.input_ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.quantized:
+            self.module.store.update()
+
+    def timed_step(self) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+
+def peak_memory(name: str, *, quantized: bool, compiled: bool) -> float:
+    """GiB at the peak of a steady step."""
+    run = Run(name, quantized=quantized, compiled=compiled)
+    for _ in range(3):
+        run.step()
+    torch.cuda.reset_peak_memory_stats()
+    run.step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    del run
+    torch.cuda.empty_cache()
+    return peak
+
+
+def compare(name: str, *, compiled: bool, steps: int) -> tuple[float, float, float, float]:
+    """Milliseconds off and on, GiB off and on."""
+    memory = [peak_memory(name, quantized=quantized, compiled=compiled) for quantized in (False, True)]
+    runs = [Run(name, quantized=quantized, compiled=compiled) for quantized in (False, True)]
+    for run in runs:
+        for _ in range(5):
+            run.step()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(steps):
+        for run, measured in zip(runs, times, strict=True):
+            measured.append(run.timed_step())
+    del runs
+    torch.cuda.empty_cache()
+    return statistics.median(times[0]), statistics.median(times[1]), memory[0], memory[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=sorted(BATCH), default=sorted(BATCH))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--eager-only", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {arguments.steps} steps each"
+    )
+    print(f"{'model':<12}{'mode':<10}{'tokens':>8}{'off ms':>10}{'on ms':>10}{'on/off':>8}{'off GiB':>10}{'on GiB':>10}")
+    for name in arguments.models:
+        batch, tokens = BATCH[name]
+        for compiled in (False,) if arguments.eager_only else (False, True):
+            off, on, memory_off, memory_on = compare(name, compiled=compiled, steps=arguments.steps)
+            mode = "compiled" if compiled else "eager"
+            print(
+                f"{name:<12}{mode:<10}{batch * tokens:>8}{off:>10.2f}{on:>10.2f}{on / off:>8.3f}{memory_off:>10.2f}{memory_on:>10.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

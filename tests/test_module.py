@@ -1,0 +1,154 @@
+import math
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.module import QATModule, TrainClock
+from nvfp4_train.optim import OptimConfig
+from nvfp4_train.quant.policy import QuantConfig
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def make(**options: object) -> QATModule:
+    model = ModelConfig(config=LLAMA | dict(options.pop("config", {})), compile=bool(options.pop("compile", False)))
+    torch.manual_seed(0)
+    module = QATModule(model=model, quant=QuantConfig(**options), optim=OptimConfig(lr=1e-2))
+    module.configure_model()
+    return module
+
+
+class Tokens(L.LightningDataModule):
+    """Fixed random tokens; the validation batches have unequal sizes."""
+
+    def __init__(self, num_batches: int = 4) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [{"input_ids": torch.randint(0, 64, (2, 12), generator=generator)} for _ in range(num_batches)]
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader([self.batches[0], {"input_ids": self.batches[1]["input_ids"][:1]}], batch_size=None)
+
+
+def fit(module: QATModule, **options: object) -> L.Trainer:
+    defaults: dict = {
+        "accelerator": "cpu",
+        "max_steps": 4,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "callbacks": [FakeQuant()],
+    }
+    trainer = L.Trainer(**(defaults | options))
+    trainer.fit(module, Tokens())
+    return trainer
+
+
+def test_evaluation_weights_every_sequence_alike() -> None:
+    module = make()
+    module._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    first, second, third = torch.randint(0, 64, (3, 12))
+    together = module.evaluate([{"input_ids": torch.stack([first, second, third])}])
+    apart = module.evaluate([{"input_ids": torch.stack([first, second])}, {"input_ids": third[None]}])
+    assert apart == pytest.approx(together, rel=1e-3)
+    assert module.training, "the mode is restored"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipping_works_with_the_fused_optimizer_in_every_precision(precision: str) -> None:
+    module = make()
+    norms = []
+    module.on_before_zero_grad = lambda optimizer: norms.append(  # type: ignore[method-assign]
+        math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
+    )
+    trainer = fit(module, gradient_clip_val=1e-3, precision=precision)
+    assert trainer.callback_metrics["train/grad_norm"] > 1e-3, "what is logged is the norm before clipping"
+    assert norms[-1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_masters_train_while_the_forward_is_quantized() -> None:
+    module = make(start_step=2)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    fit(module)
+    assert module.store.is_enabled
+    assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert {"val/loss_ptq", "val/loss_master_at_switch", "val/loss_quantized", "val/loss_master"} <= module.results.keys()
+
+
+@pytest.mark.parametrize(("start_step", "expected"), [(0, [True] * 4), (2, [False, False, True, True]), (4, [False] * 4)])
+def test_quantization_starts_at_its_step(start_step: int, expected: list[bool]) -> None:
+    module = make(start_step=start_step)
+    seen = []
+    training_step = module.training_step
+    module.training_step = lambda *args: (seen.append(module.store.is_enabled), training_step(*args))[1]  # type: ignore[method-assign]
+    fit(module)
+    assert seen == expected
+
+
+def test_without_quantization_both_pairs_of_losses_are_taken_at_the_end() -> None:
+    module = make(enabled=False)
+    fit(module)
+    assert module.results["val/loss_ptq"] == module.results["val/loss_quantized"]
+    assert module.results["val/loss_master_at_switch"] == module.results["val/loss_master"]
+
+
+def test_dropout_depends_on_the_place_in_the_run_alone() -> None:
+    """Else a resumed run would draw other masks than an uninterrupted one."""
+    draws = []
+    for noise in (0, 5):
+        module = make()
+        module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=3, global_rank=0)
+        torch.rand(noise)
+        for batch_idx in (6, 7):
+            module.on_train_batch_start({}, batch_idx)
+            draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[1], draws[3])
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_clock_stands_still_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 2.0, 12.0, 13.0])
+    monkeypatch.setattr("nvfp4_train.module.perf_counter", lambda: next(times))
+    clock = TrainClock()
+    start = clock.now()
+    with clock.paused():
+        pass
+    assert clock.now() - start == 2.0
+
+
+def test_compiling_keeps_the_names_of_the_checkpoint() -> None:
+    assert make(compile=True).state_dict().keys() == make().state_dict().keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_training_step_is_one_graph_per_state_of_the_switch() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = make(compile=True).cuda()
+    ids = torch.randint(0, 64, (2, 16), device="cuda")
+    module(ids).float().sum().backward()
+    module.store.update()
+    module(ids).float().sum().backward()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
