@@ -1,6 +1,6 @@
 """Time and peak memory of a training step with weight fake quantization on, against the same code with it off.
 
-    python benchmarks/step.py [--models llama_125m llama_1b] [--steps 20] [--eager-only]
+    python benchmarks/step.py [--models llama_125m llama_1b] [--steps 20] [--eager-only] [--profile]
 
 A step is what a run does after the data has arrived: forward, loss, backward, clipping, fused AdamW and, with quantization on, the
 weight store's update. Weights and tokens are random. The two sides run alternately in one process, each on its own copy of the
@@ -93,11 +93,22 @@ def compare(name: str, *, compiled: bool, steps: int) -> tuple[float, float, flo
     return statistics.median(times[0]), statistics.median(times[1]), memory[0], memory[1]
 
 
+def profile(name: str, *, quantized: bool, compiled: bool) -> str:
+    """Device time of one steady step by kernel."""
+    run = Run(name, quantized=quantized, compiled=compiled)
+    for _ in range(5):
+        run.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as trace:
+        run.timed_step()
+    return trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(BATCH), default=sorted(BATCH))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--eager-only", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where the device time of a quantized eager step goes")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     print(
@@ -113,6 +124,8 @@ def main() -> None:
                 f"{name:<12}{mode:<10}{batch * tokens:>8}{off:>10.2f}{on:>10.2f}{on / off:>8.3f}{memory_off:>10.2f}{memory_on:>10.2f}",
                 flush=True,
             )
+        if arguments.profile:
+            print(profile(name, quantized=True, compiled=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,34 +6,61 @@
 `--help` lists the recipes; `+recipe=NAME --cfg job` prints everything that can be set.
 """
 
+import hashlib
+import inspect
 import netrc
 import os
+import re
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Every rank runs this script, and all of them must name the same run folder.
-os.environ.setdefault("RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID") or time.strftime("%Y%m%d-%H%M%S"))
 IS_RANK_ZERO = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 import hydra
 import lightning as L
 import torch
+import wandb
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import TCPStore
 
 from nvfp4_train.data.module import TextDataModule
 from nvfp4_train.models.causal_lm import load_config
 from nvfp4_train.module import QATModule
 from nvfp4_train.options import check_options
+
+
+def choose_run_id() -> str:
+    """What names the run folder, the same on every rank: RUN_ID, or the id that torchrun was given, or the time."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    run_id = os.environ.get("RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID", "none"))
+    if run_id != "none":
+        return run_id
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return now
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        sys.exit("error: set RUN_ID to one value on all ranks: this launcher gives them none, and they share a run folder")
+    # torchrun's own store: "none" is the id of every run to which none was given.
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if IS_RANK_ZERO:
+        store.set("nvfp4_train/run_id", now)
+    return store.get("nvfp4_train/run_id").decode()
+
+
+def wandb_id(run_dir: str) -> str:
+    """A run that is started again in its folder continues its wandb run, and shares it with no other folder."""
+    path = Path(run_dir).resolve()
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 @dataclass
@@ -69,6 +96,7 @@ def register_configs() -> None:
     for name, resolver in {
         "rank_zero": lambda value: value if IS_RANK_ZERO else None,
         "basename": lambda path: Path(path).name,
+        "wandb_id": wandb_id,
         "recipe_list": recipe_list,
     }.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
@@ -83,7 +111,15 @@ def check_targets(options: Any, where: str = "") -> None:
     if "_target_" in options:
         # Nested targets are objects by the time the class sees them.
         plain = {name: value for name, value in options.items() if name != "_target_" and not _is_target(value)}
-        check_options(get_class(options["_target_"]), plain, where)
+        try:
+            target = get_class(options["_target_"])
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{where}._target_: {error}") from error
+        check_options(target, plain, where)
+        if target is WandbLogger:
+            # It hands what it does not know to wandb.init.
+            own = inspect.signature(WandbLogger).parameters
+            check_options(wandb.init, {name: value for name, value in plain.items() if name not in own}, where)
 
 
 def _is_target(value: Any) -> bool:
@@ -110,26 +146,60 @@ def keep_earlier_metrics(run_dir: Path) -> None:
         path.rename(earlier)
 
 
+def make(options: Any, where: str, **objects: Any) -> Any:
+    """Instantiate a config node. Raises ValueError with its location."""
+    try:
+        return instantiate(options, _convert_="all", **objects)
+    except InstantiationException as error:
+        raise ValueError(f"{where}: {error.__cause__ or error}") from error
+
+
+def check_trainer(options: dict[str, Any]) -> None:
+    """Raise ValueError for values that Lightning takes and that no run can use."""
+    for name, least in (("max_steps", 1), ("accumulate_grad_batches", 1), ("log_every_n_steps", 1), ("val_check_interval", 1)):
+        if name in options and options[name] < least:
+            raise ValueError(f"trainer.{name} must be at least {least}, got {options[name]}")
+    if (clip := options.get("gradient_clip_val")) is not None and clip < 0:
+        raise ValueError(f"trainer.gradient_clip_val must be at least 0, or null, got {clip}")
+    world_size, devices = int(os.environ.get("WORLD_SIZE", "1")), options.get("devices")
+    if isinstance(devices, int) and devices * options.get("num_nodes", 1) < world_size:
+        raise ValueError(
+            f"trainer.devices times trainer.num_nodes must be the {world_size} ranks that this run was started with, got "
+            f"{devices} times {options.get('num_nodes', 1)}; see trainer=ddp"
+        )
+
+
+def check_parts(options: dict[str, Any]) -> None:
+    """Raise ValueError where a callback or logger is no object, or quantization has no callback to do it."""
+    for group in ("callbacks", "logger"):
+        for name, node in (options[group] or {}).items():
+            if node is not None and not _is_target(node):
+                raise ValueError(f"{group}.{name} must be null or have a _target_, got {node!r}")
+    if options["quant"].get("enabled") and not (options["callbacks"] or {}).get("fake_quant"):
+        raise ValueError("callbacks.fake_quant quantizes the weights and must not be null; to train without, choose quant=none")
+
+
 def build(options: dict[str, Any]) -> tuple[L.Trainer, QATModule, TextDataModule]:
     """Check the options and build everything that a run needs. Raises ValueError for what the user can correct."""
     check_targets(options)
-    if options["trainer"].get("max_steps", -1) < 1:
-        raise ValueError(f"trainer.max_steps must be at least 1, got {options['trainer'].get('max_steps')}")
+    check_trainer(options["trainer"])
+    check_parts(options)
     ckpt_path = options["ckpt_path"]
     if ckpt_path is not None and not Path(ckpt_path).exists():
         raise ValueError(f"ckpt_path must be a checkpoint file, got {ckpt_path!r}, which does not exist")
-    configs = {name: instantiate(options[name], _convert_="all") for name in ("model", "data", "quant", "optim")}
+    if ckpt_path is not None and Path(ckpt_path).is_file() and not zipfile.is_zipfile(ckpt_path):
+        raise ValueError(f"ckpt_path must be a checkpoint file, got {ckpt_path!r}, which is none, or was cut short")
+    configs = {name: make(options[name], name) for name in ("model", "data", "quant", "optim")}
     data = TextDataModule(configs.pop("data"), seed=options["seed"], model_path=configs["model"].path)
     hf_config = load_config(configs["model"])
     data.check_model(hf_config.vocab_size, getattr(hf_config, "max_position_embeddings", None))
     module = QATModule(**configs, seed=options["seed"])
 
+    nodes = {group: {name: node for name, node in (options[group] or {}).items() if node} for group in ("callbacks", "logger")}
+    callbacks = [make(node, f"callbacks.{name}") for name, node in nodes["callbacks"].items()]
     keep_earlier_metrics(Path(options["run_dir"]))
-    callbacks, loggers = (
-        [instantiate(node, _convert_="all") for node in (options[group] or {}).values() if node is not None]
-        for group in ("callbacks", "logger")
-    )
-    trainer = instantiate(options["trainer"], callbacks=callbacks, logger=loggers, _convert_="all")
+    loggers = [make(node, f"logger.{name}") for name, node in nodes["logger"].items()]
+    trainer = make(options["trainer"], "trainer", callbacks=callbacks, logger=loggers)
     return trainer, module, data
 
 
@@ -143,17 +213,24 @@ def main(cfg: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
+    module = None
     try:
         trainer, module, data = build(options)
-    except (ValueError, InstantiationException) as error:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(options)
+        trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
+    except ValueError as error:
+        if module is not None and module.has_started:
+            raise
         sys.exit(f"error: {error}")
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_hyperparams(options)
-    trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
+    finally:
+        # The next job of a sweep logs into a run of its own.
+        wandb.finish()
     return module.results.get("val/loss_quantized")
 
 
 register_configs()
 if __name__ == "__main__":
+    os.environ["RUN_ID"] = choose_run_id()
     main()

@@ -28,7 +28,7 @@ class TrainClock:
 
     def now(self) -> float:
         """Training seconds on an arbitrary origin; waits for the device, so that the work queued so far is inside."""
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return perf_counter() - self._paused_s
 
@@ -55,8 +55,21 @@ class QATModule(L.LightningModule):
         self.selection: Selection | None = None
         self.store: WeightStore | None = None
         self.clock = TrainClock()
+        self.has_started = False
+        """Whether training has begun: what raises before is the user's to correct."""
         self.results: dict[str, float] = {}
         """The run's final numbers, by metric name."""
+
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(
+                f"trainer.precision must be 32-true or bf16-mixed, got {precision}: masters are fp32, the model computes in bf16, "
+                "and neither needs a loss scale"
+            )
+
+    def on_train_start(self) -> None:
+        self.has_started = True
 
     def configure_model(self) -> None:
         # Lightning calls this again for every later fit, validate or test.

@@ -25,12 +25,13 @@ class OptimConfig:
     """Share of the peak that the cosine ends at."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} must be above 0 and finite, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optim.weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if self.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps must be at least 0, got {self.warmup_steps}")
         if not 0 <= self.min_lr_ratio <= 1:

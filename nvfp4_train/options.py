@@ -46,7 +46,8 @@ def _accepts(hint: Any, value: Any) -> bool:
     if hint is str or hint is dict or hint is list:
         return isinstance(value, hint)
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence | Mapping):
-        return isinstance(value, origin) and not isinstance(value, str)
+        is_list = isinstance(value, origin) and not isinstance(value, str)
+        return is_list and (len(arguments) != 1 or all(_accepts(arguments[0], element) for element in value))
     # Objects (a strategy, a logger, a path) are built elsewhere; plain values cannot stand for a class of their own.
     return not isinstance(value, bool | int | float | str) or not inspect.isclass(hint)
 
@@ -56,4 +57,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(repr(value) for value in typing.get_args(hint))
+    if typing.get_origin(hint) is Sequence:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

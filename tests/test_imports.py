@@ -21,7 +21,7 @@ ALLOWED = {
     "data": ({"data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "export"}, {"transformers"}),
     "module": ({"kernels", "quant", "models", "losses", "optim"}, {"lightning", "transformers"}),
-    "callbacks": ({"kernels", "quant", "models", "export", "module", "callbacks"}, {"lightning", "wandb"}),
+    "callbacks": ({"kernels", "quant", "models", "export", "module", "callbacks"}, {"lightning", "transformers", "wandb"}),
 }
 
 

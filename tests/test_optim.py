@@ -38,7 +38,16 @@ def test_optimizer_steps_at_the_scheduled_rate() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"lr": 0.0}, {"betas": [0.9]}, {"betas": [0.9, 1.0]}, {"weight_decay": -1.0}, {"warmup_steps": -1}, {"min_lr_ratio": 2.0}],
+    [
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"eps": float("nan")},
+        {"betas": [0.9]},
+        {"betas": [0.9, 1.0]},
+        {"weight_decay": -1.0},
+        {"warmup_steps": -1},
+        {"min_lr_ratio": 2.0},
+    ],
 )
 def test_impossible_options_are_refused(options: dict) -> None:
     (name,) = options

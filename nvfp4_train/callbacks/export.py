@@ -1,40 +1,42 @@
 """Writes the NVFP4 checkpoint when training has ended and its last checkpoint is saved."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nvfp4_train.export.compressed_tensors import export_compressed_tensors
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.quant.store import WeightStore
 
 
 class Export(Callback):
     """Exports to `folder`, and proves that the folder decodes to the weights that the last forward used."""
 
     def __init__(self, *, folder: str, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
+        if max_shard_bytes < 1:
+            raise ValueError(f"callbacks.export.max_shard_bytes must be at least 1, got {max_shard_bytes}")
+        if Path(folder).exists() and not overwrite:
+            raise ValueError(
+                f"callbacks.export.folder must not exist yet, got {folder}; choose another run_dir, or set "
+                "callbacks.export.overwrite=true"
+            )
         self.folder = Path(folder)
         self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
-
-    def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
-        if stage == "fit" and self.folder.exists() and not self.overwrite:
-            raise ValueError(
-                f"callbacks.export.folder must not exist yet, got {self.folder}; choose another run_dir, or set "
-                "callbacks.export.overwrite=true"
-            )
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         model, store = pl_module.model, pl_module.store
         assert model is not None and store is not None
+        if not store.is_enabled:
+            store.update()
         if trainer.is_global_zero:
             weights = model.state_dict()
-            expected = {name: tensor.to(SERVED_DTYPE) for name, tensor in weights.items() if tensor.is_floating_point()}
-            expected |= {
-                f"{name}.weight": linear.compute_weight for name, linear in store.modules() if linear.compute_weight is not None
-            }
             report = export_compressed_tensors(
                 self.folder,
                 weights=weights,
@@ -45,7 +47,7 @@ class Export(Callback):
                 power_of_two=store.power_of_two,
                 max_shard_bytes=self.max_shard_bytes,
                 overwrite=self.overwrite,
-                expected=expected,
+                expected=_ComputeWeights(model, weights, store),
             )
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
@@ -56,3 +58,25 @@ class Export(Callback):
                 }
             )
         trainer.strategy.barrier("export")
+
+
+class _ComputeWeights(Mapping[str, Tensor]):
+    """What the last forward computed with, by `state_dict` name; rounded one tensor at a time, as it is asked for."""
+
+    def __init__(self, model: PreTrainedModel, weights: Mapping[str, Tensor], store: WeightStore) -> None:
+        self._weights = weights
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._quantized = {f"{name}.weight": linear for name, linear in store.modules()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._quantized:
+            compute_weight = self._quantized[name].compute_weight
+            assert compute_weight is not None
+            return compute_weight
+        return self._weights[name].to(SERVED_DTYPE) if name in self._parameters else self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

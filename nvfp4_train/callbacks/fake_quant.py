@@ -34,6 +34,8 @@ class FakeQuant(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Every strategy has restored its checkpoint by now.
+        if trainer.global_step < pl_module.quant_config.start_step:
+            self._losses_at_switch = {}
         self._after_step(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
@@ -44,7 +46,11 @@ class FakeQuant(Callback):
         assert pl_module.store is not None
         if not pl_module.store.is_enabled:
             self._switch(trainer, pl_module)
-        pl_module.report(self._losses_at_switch | self._evaluate(trainer, pl_module, "val/loss_quantized", "val/loss_master"))
+        pl_module.results |= self._losses_at_switch
+        pl_module.report(self._evaluate(trainer, pl_module, "val/loss_quantized", "val/loss_master"))
+        if not pl_module.quant_config.enabled:
+            # A run that continues from this one with quantization has its own switch.
+            self._losses_at_switch = {}
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:
         self._last_step = trainer.global_step

@@ -28,14 +28,16 @@ class RunSummary(Callback):
         # An export from a checkpoint finds the tokenizer here.
         trainer.datamodule.tokenizer.save_pretrained(self.tokenizer_dir)  # type: ignore[attr-defined]
 
+    def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        # What the run has cost is safe before the export begins.
+        self._write_metrics(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        self._write_metrics(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        results = {"step": trainer.global_step} | pl_module.results
-        path = self.run_dir / "metrics.json"
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        for logger in trainer.loggers:
+            logger.save()
 
         def row(label: str, *parts: tuple[str, str, str]) -> str:
             known = [f"{text} {pl_module.results[key]:{form}}" for text, key, form in parts if key in pl_module.results]
@@ -54,3 +56,12 @@ class RunSummary(Callback):
             + f"  {'files':<16}{self.run_dir}/{{{','.join(folders)}}}",
             flush=True,
         )
+
+    def _write_metrics(self, trainer: Trainer, pl_module: QATModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        results = {"step": trainer.global_step} | pl_module.results
+        path = self.run_dir / "metrics.json"
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, path)

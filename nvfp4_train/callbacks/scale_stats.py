@@ -28,7 +28,8 @@ class ScaleStats(Callback):
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        self._log(trainer, pl_module)
+        if trainer.global_step != self._last_step:
+            self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: QATModule) -> None:
         store = pl_module.store

@@ -130,8 +130,11 @@ def _from_local(path: Path) -> Dataset:
         # The cache is keyed on the files' times of change.
         names = [_escape_glob(str(file.absolute())) for file in files]
         return load_dataset(kind, data_files={"train": names}, split="train")
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise ValueError(f"data.path={str(path)!r} is not readable as {kind}: {error.__cause__ or error}") from error
+    except (DatasetGenerationError, OSError, ValueError, StopIteration) as error:
+        # An empty file ends in a StopIteration without a word.
+        raise ValueError(
+            f"data.path={str(path)!r} is not readable as {kind}: {error.__cause__ or str(error) or 'it is empty'}"
+        ) from error
 
 
 def _from_text_files(files: list[Path]) -> Dataset:

@@ -33,7 +33,7 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
     try:
         # Only the zip format can be mapped into memory.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is no checkpoint that torch.load reads with weights_only=True: {error}") from error
     try:
         saved = checkpoint["hyper_parameters"]["export"]

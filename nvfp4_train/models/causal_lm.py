@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -37,13 +39,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     if config.path is None:
         fields = dict(config.config or {})
         model_type = fields.pop("model_type")
-        hf_config = AutoConfig.for_model(model_type, **fields)
-        # A misspelt field would be kept as an extra attribute and change nothing.
-        default = AutoConfig.for_model(model_type)
-        rope = getattr(default, "rope_parameters", None) or {}
-        unknown = sorted(set(fields) - {*default.to_dict(), *rope, "rope_scaling"})
-        if unknown:
-            raise ValueError(f"model.config: a {model_type} config has no field {', '.join(unknown)}")
+        try:
+            hf_config = AutoConfig.for_model(model_type, **fields)
+        except (StrictDataclassError, ValueError) as error:
+            raise ValueError(f"model.config: {error}") from error
+        _refuse_misspelt(fields, AutoConfig.for_model(model_type))
         return hf_config
     if _looks_local(config.path) and not (Path(config.path) / "config.json").is_file():
         raise ValueError(f"model.path must be a folder with a config.json or a hub name, got {config.path!r}")
@@ -76,6 +76,15 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of a model: the modules that transformers never splits over devices."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
+def _refuse_misspelt(fields: Mapping[str, Any], default: PretrainedConfig) -> None:
+    """Transformers keeps an unknown field as an attribute that changes nothing, so one that is nearly known is a slip."""
+    known = {*default.to_dict(), *default.attribute_map, *(getattr(default, "rope_parameters", None) or {}), "rope_scaling"}
+    known |= {name for cls in type(default).__mro__ for name in getattr(cls, "__annotations__", {})}
+    for name in fields:
+        if name not in known and (close := get_close_matches(name, known, n=1, cutoff=0.85)):
+            raise ValueError(f"model.config: a {default.model_type} config has no field {name}; did you mean {close[0]}?")
 
 
 def _looks_local(path: str) -> bool:

@@ -43,6 +43,12 @@ def test_fields_of_the_config_reach_the_model() -> None:
     assert config.rms_norm_eps == 1e-4
 
 
+def test_fields_that_only_some_configs_carry_are_accepted() -> None:
+    """A published Qwen3-MoE config has both, and the default config neither."""
+    fields = {"model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 32, "head_dim": 16, "num_experts": 4}
+    assert load_config(ModelConfig(config=fields)).head_dim == 16
+
+
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     fields = {name: value for name, value in LLAMA.items() if name != "model_type"}
     config = AutoConfig.for_model("llama", **fields)
@@ -58,6 +64,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
         ({}, "model.path or model.config is required"),
         ({"config": {"hidden_size": 8}}, "needs a model_type"),
         ({"config": LLAMA | {"hiden_size": 8}}, "a llama config has no field hiden_size"),
+        ({"config": LLAMA | {"num_hidden_layers": "two"}}, "model.config: .*num_hidden_layers"),
         ({"path": "./nothing-here"}, "must be a folder with a config.json or a hub name"),
         ({"path": "nobody/nothing"}, "could not be read as a local folder or reached as a hub name"),
     ],

@@ -1,6 +1,10 @@
 """What a user types: overrides that work, and slips that are refused before training."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,12 +44,22 @@ def build(tmp_path: Path, *overrides: str) -> None:
         ("trainer.max_steps=0", "trainer.max_steps must be at least 1, got 0"),
         ("trainer.enable_progress_bar=flase", "trainer.enable_progress_bar must be bool or null, got 'flase'"),
         ("quant.global_scale=pow3", "quant.global_scale must be 'pow2' or 'exact', got 'pow3'"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches must be at least 1, got 0"),
+        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps must be at least 1, got 0"),
+        ("trainer.accelerator=cpuu", "trainer: .*cpuu"),
+        ("callbacks.export.max_shard_bytes=0", "callbacks.export.max_shard_bytes must be at least 1, got 0"),
+        ("+callbacks.foo=3", "callbacks.foo must be null or have a _target_, got 3"),
+        ("callbacks.fake_quant=null", "callbacks.fake_quant .* must not be null; .* quant=none"),
+        ("callbacks.export._target_=nvfp4_train.callbacks.export.Exprt", "callbacks.export._target_: .*Exprt"),
+        ("model.config.num_attention_heads=7", "model.config: "),
         ("optim.lr=-1", "optim.lr must be above 0"),
+        ("optim.betas=[a,b]", "optim.betas must be a list of float, got"),
         ("+model.config.hiden_size=8", "model.config: a llama config has no field hiden_size"),
         ("model.path=/nonexistent", "model.path must be a folder with a config.json or a hub name, got '/nonexistent'"),
         ("data.seq_len=4096", "seq_len"),
         ("model.config.vocab_size=100", "vocab"),
         ("ckpt_path=/nonexistent.ckpt", "ckpt_path must be a checkpoint file"),
+        ("ckpt_path=/etc/passwd", "ckpt_path must be a checkpoint file, got '/etc/passwd', which is none"),
     ],
 )
 def test_a_slip_is_refused_with_its_location(override: str, message: str, tmp_path: Path) -> None:
@@ -63,6 +77,8 @@ def test_what_build_accepts_is_built(tmp_path: Path) -> None:
         ("+trainer.max_stepz=3", "error: trainer.max_stepz: no such option"),
         ("data.path=/nonexistent.txt", "/nonexistent.txt"),
         ("quant.include=[nothing]", "pattern 'nothing' matches no nn.Linear"),
+        ("trainer.precision=bf16-true", "error: trainer.precision must be 32-true or bf16-mixed, got bf16-true"),
+        ("model.attn_implementation=flsh", "flsh"),
         ("quant.start_step=9", "quant.start_step must be at most trainer.max_steps"),
     ],
 )
@@ -70,7 +86,28 @@ def test_the_launcher_refuses_before_training(override: str, message: str, tmp_p
     result = launch(tmp_path / "run", "trainer.max_steps=1", override, check=False)
     assert result.returncode != 0
     assert message in result.stderr
+    assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
+
+
+def test_an_option_of_wandb_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"logger.wandb.entitty: no such option; did you mean entity\?"):
+        build(tmp_path, "logger=wandb", "+logger.wandb.entitty=me")
+
+
+def test_ranks_without_a_shared_id_agree_on_a_folder_and_need_a_trainer_for_all(tmp_path: Path) -> None:
+    """torchrun gives all runs the id `none` where a port is named; and a trainer of one device would train once per rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), ROOT / "launch" / "train.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "RUN_ID"}
+    result = subprocess.run(
+        [sys.executable, *command, "trainer=cpu", "logger=csv"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert "must be the 2 ranks that this run was started with, got 1 times 1; see trainer=ddp" in result.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name != "none"
 
 
 def test_an_unknown_name_at_the_top_of_a_recipe_is_refused(tmp_path: Path) -> None:
@@ -102,6 +139,12 @@ def test_a_run_on_local_text_from_a_local_model_without_quantization_or_logger(t
     launch(second, *common, f"model.path={dense}", "quant=none", "logger=csv")
     assert json.loads((second / "export" / "config.json").read_text())["hidden_size"] == 64
     assert metrics(second)["val/loss_ptq"] == metrics(second)["val/loss_quantized"]
+
+    # Training on from an unquantized run has a switch, and a loss at it, of its own.
+    onwards = tmp_path / "onwards"
+    resume = (f"ckpt_path={second}/checkpoints/last.ckpt", f"model.path={dense}")
+    launch(onwards, *common, *resume, "trainer.max_steps=4", "quant.start_step=3")
+    assert metrics(onwards)["val/loss_ptq"] != metrics(second)["val/loss_ptq"]
 
     again = launch(second, *common, f"model.path={dense}", "quant=none", check=False)
     assert again.returncode != 0
