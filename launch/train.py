@@ -4,6 +4,8 @@
     torchrun --nproc-per-node N launch/train.py +recipe=NAME trainer=ddp
 
 `--help` lists the recipes; `+recipe=NAME --cfg job` prints everything that can be set.
+SIGTERM or SIGUSR1 to any rank saves a checkpoint after the current optimizer step and ends every rank with exit code 75 (see
+nvfp4_train/callbacks/preemption.py); the same command with ckpt_path=auto and the same run folder continues.
 """
 
 import hashlib
@@ -14,7 +16,6 @@ import re
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
+from nvfp4_train.checkpoints import newest_complete, saved_step
 from nvfp4_train.data.module import TextDataModule
 from nvfp4_train.models.causal_lm import load_config
 from nvfp4_train.module import QATModule
@@ -136,6 +138,18 @@ def default_to_offline_wandb() -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
+    """`auto` is the newest complete checkpoint in the folder, or none where there is none."""
+    if ckpt_path != "auto":
+        return ckpt_path
+    newest, cut_short = newest_complete(folder)
+    if IS_RANK_ZERO:
+        for path in cut_short:
+            print(f"ckpt_path=auto: {path} was cut short and is not used")
+        print(f"ckpt_path=auto: {'no checkpoint yet, from the first step' if newest is None else newest}", flush=True)
+    return None if newest is None else str(newest)
+
+
 def keep_earlier_metrics(run_dir: Path) -> None:
     """The CSV logger starts a new file; that of an earlier run in the same folder is kept under a numbered name."""
     path = run_dir / "metrics.csv"
@@ -186,9 +200,9 @@ def build(options: dict[str, Any]) -> tuple[L.Trainer, QATModule, TextDataModule
     check_parts(options)
     ckpt_path = options["ckpt_path"]
     if ckpt_path is not None and not Path(ckpt_path).exists():
-        raise ValueError(f"ckpt_path must be a checkpoint file, got {ckpt_path!r}, which does not exist")
-    if ckpt_path is not None and Path(ckpt_path).is_file() and not zipfile.is_zipfile(ckpt_path):
-        raise ValueError(f"ckpt_path must be a checkpoint file, got {ckpt_path!r}, which is none, or was cut short")
+        raise ValueError(f"ckpt_path must be a checkpoint, or auto, got {ckpt_path!r}, which does not exist")
+    if ckpt_path is not None and saved_step(Path(ckpt_path)) is None:
+        raise ValueError(f"ckpt_path must be a checkpoint, or auto, got {ckpt_path!r}, which is none, or was cut short")
     configs = {name: make(options[name], name) for name in ("model", "data", "quant", "optim")}
     data = TextDataModule(configs.pop("data"), seed=options["seed"], model_path=configs["model"].path)
     hf_config = load_config(configs["model"])
@@ -213,6 +227,7 @@ def main(cfg: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
+    options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(cfg.run_dir) / "checkpoints")
     module = None
     try:
         trainer, module, data = build(options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,19 +27,33 @@ SMALL = (
 )
 
 
+def train_command(run_dir: Path, *overrides: str, torchrun: tuple[str, ...] = (), small: bool = True) -> list[str]:
+    """The launcher's command line; under torchrun, if there are options of it."""
+    script = [str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
+    return [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *script]
+
+
+def train_environment(threads: int = 1) -> dict[str, str]:
+    """The test helpers are importable as callbacks, and two ranks share two cores."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET")}
+    return environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": str(threads)}
+
+
 def launch(
     run_dir: Path, *overrides: str, ranks: int = 0, small: bool = True, check: bool = True, threads: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False."""
-    script = [str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environment = {name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET")}
-    # The test helpers are importable as callbacks, and two ranks share two cores.
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run([sys.executable, *torchrun, *script], capture_output=True, text=True, env=environment, cwd=ROOT)
+    torchrun = ("--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
+    command = train_command(run_dir, *overrides, torchrun=torchrun, small=small)
+    result = subprocess.run(command, capture_output=True, text=True, env=train_environment(threads), cwd=ROOT)
     if check:
         assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[:3000]}\n...\n{result.stderr[-3000:]}"
     return result
+
+
+def exit_codes(output: str) -> set[int]:
+    """Of the ranks that did not end with 0, as torchrun reports them."""
+    return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", output)}
 
 
 def metrics(run_dir: Path) -> dict[str, Any]:

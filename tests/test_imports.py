@@ -14,6 +14,8 @@ ALLOWED = {
     "__init__": (set(), set()),
     "options": (set(), set()),
     "losses": (set(), set()),
+    "checkpoints": (set(), set()),
+    "plan": ({"quant", "models"}, {"transformers"}),
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant"}, set()),

@@ -58,8 +58,8 @@ def build(tmp_path: Path, *overrides: str) -> None:
         ("model.path=/nonexistent", "model.path must be a folder with a config.json or a hub name, got '/nonexistent'"),
         ("data.seq_len=4096", "seq_len"),
         ("model.config.vocab_size=100", "vocab"),
-        ("ckpt_path=/nonexistent.ckpt", "ckpt_path must be a checkpoint file"),
-        ("ckpt_path=/etc/passwd", "ckpt_path must be a checkpoint file, got '/etc/passwd', which is none"),
+        ("ckpt_path=/nonexistent.ckpt", "ckpt_path must be a checkpoint, or auto, got .*does not exist"),
+        ("ckpt_path=/etc/passwd", "ckpt_path must be a checkpoint, or auto, got '/etc/passwd', which is none"),
     ],
 )
 def test_a_slip_is_refused_with_its_location(override: str, message: str, tmp_path: Path) -> None:

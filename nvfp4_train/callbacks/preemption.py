@@ -1,0 +1,120 @@
+"""Preemption: on SIGTERM or SIGUSR1 a run saves a checkpoint at the end of its optimizer step and ends with exit code 75.
+
+Lightning's own handling ends a run between two micro-batches, without a checkpoint and with exit code 0, and issues a collective
+from inside the signal handler, which deadlocks where ranks are signalled one after the other.
+"""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import distributed
+
+from nvfp4_train.module import QATModule
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again later. 143 would not tell a saved run from one that SIGTERM killed."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(SystemExit):
+    """The checkpoint is saved, and every rank ends with the exit code."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class Preemption(Callback):
+    """A signal to any one rank stops all ranks after the same optimizer step.
+
+    The ranks agree over a gloo group while the last micro-batch computes, so that nothing waits for the device. The checkpoint is
+    `dirpath`/preempted-step-N.ckpt; it replaces those of earlier preemptions. Then the file `marker` appears, for launchers that
+    lose the exit code of a rank (torchrun ends with 1 whatever its ranks end with); the next run removes it.
+    """
+
+    def __init__(self, *, dirpath: str, marker: str) -> None:
+        self.dirpath = Path(dirpath)
+        self.marker = Path(marker)
+        self._is_running = False
+        self._has_saved = False
+        self._is_requested = False
+        self._request = torch.zeros(1, dtype=torch.int32)
+        self._group: distributed.ProcessGroup | None = None
+        self._agreement: distributed.Work | None = None
+        self._last_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
+        if stage == "fit":
+            self._is_running = True
+            self._has_saved = False
+            self._is_requested = False
+            self._install()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        if trainer.is_global_zero:
+            self.marker.unlink(missing_ok=True)
+        if distributed.is_available() and distributed.is_initialized() and trainer.world_size > 1:
+            self._group = distributed.new_group(backend="gloo")
+            # Lightning's own agreement: a broadcast and a wait for the device before every micro-batch.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        # Lightning has put its handlers before ours by now; when training has ended, it puts ours back.
+        self._install()
+        self._last_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: QATModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if self._group is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._request.fill_(self._is_requested)
+            self._agreement = distributed.all_reduce(self._request, distributed.ReduceOp.MAX, self._group, async_op=True)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if self._agreement is not None:
+            self._agreement.wait()
+            self._agreement = None
+            is_requested = bool(self._request.item())
+        else:
+            is_requested = self._is_requested
+        # After the last step the run ends by itself.
+        if is_requested and trainer.global_step < trainer.max_steps:
+            self._save(trainer)
+            raise Preempted
+
+    def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        self._is_running = False
+
+    def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
+        self._is_running = False
+
+    def _install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._is_running:
+            self._is_requested = True
+        elif not self._has_saved:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.dirpath / f"preempted-step-{trainer.global_step:07d}.ckpt"
+        # Returns on no rank before the checkpoint is complete.
+        trainer.save_checkpoint(path)
+        # The first rank to end makes torchrun signal the others, which end with the same code all the same.
+        self._has_saved = True
+        if trainer.is_global_zero:
+            for earlier in self.dirpath.glob("preempted-step-*.ckpt"):
+                if earlier != path:
+                    shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink()
+            self.marker.write_text(f"{path}\n")
+            print(f"\npreempted after step {trainer.global_step}; saved {path}", flush=True)
+        trainer.strategy.barrier("preempted")

@@ -1,0 +1,131 @@
+"""A run that is preempted, killed, or left with half a checkpoint ends with the bits of an uninterrupted one."""
+
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from running import assert_same, exit_codes, launch, load_checkpoint, metrics
+from torch.distributed.checkpoint import save
+
+from nvfp4_train.callbacks.preemption import EXIT_CODE
+from nvfp4_train.checkpoints import newest_complete, saved_step
+
+STEPS = (
+    "+recipe=quickstart",
+    "trainer.max_steps=6",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.val_check_interval=5",
+    "quant.start_step=2",
+    "callbacks.checkpoint.every_n_train_steps=2",
+    "callbacks.checkpoint.save_top_k=-1",
+    "logger=none",
+    "ckpt_path=auto",
+)
+
+
+def stop(number: int, batch_idx: int, rank: int = 0) -> tuple[str, ...]:
+    return (
+        "+callbacks.stop._target_=stop_at_step.StopAtStep",
+        f"+callbacks.stop.number={int(number)}",
+        f"+callbacks.stop.batch_idx={batch_idx}",
+        f"+callbacks.stop.rank={rank}",
+    )
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["one process", "two ranks"])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trainer(ranks: int) -> str:
+    return "trainer=ddp" if ranks else "trainer=cpu"
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: int, trainer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    launch(run_dir, *STEPS, trainer, ranks=ranks)
+    return run_dir
+
+
+def assert_same_end(whole: Path, resumed: Path) -> None:
+    ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, resumed)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "hyper_parameters"):
+        assert_same(ends[0][key], ends[1][key], key)
+    for name in ("val/loss_master", "val/loss_quantized", "val/loss_ptq"):
+        assert metrics(whole)[name] == metrics(resumed)[name], name
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all(ranks: int, trainer: str, whole: Path, tmp_path: Path) -> None:
+    """In the middle of the window of step 4; then again, after the resumption, by the other signal."""
+    run_dir = tmp_path / "run"
+    first = launch(run_dir, *STEPS, trainer, *stop(signal.SIGTERM, 6, rank=max(ranks - 1, 0)), ranks=ranks, check=False)
+    checkpoint = run_dir / "checkpoints" / "preempted-step-0000004.ckpt"
+    assert checkpoint.is_file(), first.stderr[-3000:]
+    assert (run_dir / "preempted").read_text().strip() == str(checkpoint)
+    if ranks:
+        # torchrun names every rank that did not end with 0.
+        assert first.returncode == 1
+        assert exit_codes(first.stderr) == {EXIT_CODE}
+    else:
+        assert first.returncode == EXIT_CODE
+    assert not (run_dir / "export").exists()
+
+    second = launch(run_dir, *STEPS, trainer, *stop(signal.SIGUSR1, 8), ranks=ranks, check=False)
+    assert f"ckpt_path=auto: {checkpoint}" in second.stdout
+    assert [path.name for path in run_dir.glob("checkpoints/preempted-*")] == ["preempted-step-0000005.ckpt"]
+
+    launch(run_dir, *STEPS, trainer, ranks=ranks)
+    assert not (run_dir / "preempted").exists()
+    assert_same_end(whole, run_dir)
+
+
+def test_a_killed_run_continues_from_its_newest_whole_checkpoint(ranks: int, trainer: str, whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    batch_idx = random.Random(str(tmp_path)).randrange(8, 12)
+    print(f"SIGKILL at micro-batch {batch_idx}")
+    killed = launch(run_dir, *STEPS, trainer, *stop(signal.SIGKILL, batch_idx), ranks=ranks, check=False)
+    assert killed.returncode not in (0, EXIT_CODE)
+    newest = run_dir / "checkpoints" / "step-0000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size * 2 // 3])
+    resumed = launch(run_dir, *STEPS, trainer, ranks=ranks)
+    assert f"ckpt_path=auto: {newest} was cut short and is not used" in resumed.stdout
+    assert f"ckpt_path=auto: {run_dir}/checkpoints/step-0000002.ckpt" in resumed.stdout
+    assert_same_end(whole, run_dir)
+
+
+def test_every_way_to_cut_a_file_short_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "step-0000007.ckpt"
+    torch.save({"global_step": 7, "state_dict": {"w": torch.arange(1000.0)}}, path)
+    content = path.read_bytes()
+    assert saved_step(path) == 7
+    for size in (0, 1, 100, len(content) // 2, len(content) - 23, len(content) - 1):
+        path.write_bytes(content[:size])
+        assert saved_step(path) is None, size
+
+
+def test_every_way_to_cut_a_sharded_checkpoint_short_is_recognised(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.ckpt"
+    save({"w": torch.arange(1000.0)}, checkpoint_id=whole, no_dist=True)
+    torch.save({"global_step": 7}, whole / "meta.pt")
+    assert newest_complete(tmp_path) == (whole, [])
+    broken = tmp_path / "newer.ckpt"
+    for name in (".metadata", "meta.pt", "__0_0.distcp"):
+        for keep in (None, 0, 0.5, 0.99):
+            shutil.rmtree(broken, ignore_errors=True)
+            shutil.copytree(whole, broken)
+            content = (broken / name).read_bytes()
+            if keep is None:
+                (broken / name).unlink()
+            else:
+                (broken / name).write_bytes(content[: int(len(content) * keep)])
+            assert newest_complete(tmp_path) == (whole, [broken]), (name, keep)
+
+
+def test_lightning_has_the_agreement_that_ours_replaces() -> None:
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
