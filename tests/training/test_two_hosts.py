@@ -1,0 +1,102 @@
+"""Two hosts: network namespaces that share nothing but a cable, each with its own torchrun agent."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from running import ROOT, assert_same, exit_codes, launch, load_checkpoint, train_command, train_environment
+
+from nvfp4_train.callbacks.preemption import EXIT_CODE
+
+STEPS = ("+recipe=quickstart", "trainer=ddp", "trainer.max_steps=4", "quant.start_step=2", "logger=none")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[str]]:
+    """Names of two namespaces; the device eth0 of each is one end of a cable, with address 10.77.0.1 or 10.77.0.2."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("network namespaces need Linux and root")
+    assert shutil.which("ip"), "the tool `ip` is missing (package iproute2)"
+    names = [f"nvfp4-{os.getpid()}-{number}" for number in (1, 2)]
+    try:
+        ip("netns", "add", names[0])
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def launch_on(hosts: list[str], run_dir: Path, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
+    """One agent with one rank on every host; the first host keeps the rendezvous."""
+    agents = []
+    for number, host in enumerate(hosts, start=1):
+        torchrun = (
+            "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", "--rdzv-id=two-hosts",
+            # Both namespaces have the host name of this machine, by which an agent would know itself.
+            f"--rdzv-conf=is_host={number == 1}", f"--local-addr=10.77.0.{number}",
+        )  # fmt: skip
+        command = ["ip", "netns", "exec", host, *train_command(run_dir, *STEPS, *overrides, torchrun=torchrun)]
+        environment = train_environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
+        agents.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        )
+    try:
+        outputs = [agent.communicate(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return [
+        subprocess.CompletedProcess(agent.args, agent.returncode, *output)
+        for agent, output in zip(agents, outputs, strict=True)
+    ]
+
+
+def received_bytes(host: str) -> int:
+    command = ["ip", "netns", "exec", host, "cat", "/sys/class/net/eth0/statistics/rx_bytes"]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_two_hosts_train_what_two_ranks_of_one_host_train(hosts: list[str], tmp_path: Path) -> None:
+    before = [received_bytes(host) for host in hosts]
+    run_dir = tmp_path / "hosts"
+    dump = ("+callbacks.dump._target_=dump_state.DumpState", f"+callbacks.dump.folder={run_dir}/dump")
+    for agent in launch_on(hosts, run_dir, *dump):
+        assert agent.returncode == 0, agent.stderr[-3000:]
+    first, second = (load_checkpoint(run_dir / "dump" / f"rank{rank}.pt") for rank in (0, 1))
+    assert_same(first, second)
+    gradients = 4 * sum(master.numel() for master in first["masters"].values())
+    for host, count in zip(hosts, before, strict=True):
+        assert received_bytes(host) - count > 4 * gradients, "the gradients of four steps came over the cable"
+
+    launch(tmp_path / "one", *STEPS, ranks=2)
+    ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run_dir, tmp_path / "one")]
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(ends[0][key], ends[1][key], key)
+
+
+def test_a_signal_on_one_host_saves_and_ends_both(hosts: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    stop = {"_target_": "stop_at_step.StopAtStep", "number": int(signal.SIGTERM), "batch_idx": 1, "rank": 1}
+    agents = launch_on(hosts, run_dir, *(f"+callbacks.stop.{name}={value}" for name, value in stop.items()))
+    for agent in agents:
+        assert exit_codes(agent.stderr) == {EXIT_CODE}, agent.stderr[-3000:]
+    (checkpoint,) = run_dir.glob("checkpoints/preempted-*.ckpt")
+    assert load_checkpoint(checkpoint)["global_step"] == 3
