@@ -1,0 +1,49 @@
+"""Print the memory and traffic per GPU and optimizer step of a recipe under FSDP2, before any GPU is rented.
+
+python launch/plan.py +recipe=llama3_8b_qat world_size=64 [OPTION=VALUE ...]
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from train import ROOT, check_targets
+
+from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("overrides", nargs="+", metavar="OPTION=VALUE", help="world_size=N, and the options of launch/train.py")
+    arguments = parser.parse_args().overrides
+    own = [argument for argument in arguments if argument.startswith("world_size=")]
+    world_size = own[-1].partition("=")[2] if own else "1"
+    if not world_size.isdecimal():
+        sys.exit(f"error: world_size must be a number of GPUs, got {world_size!r}")
+    try:
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose("train", overrides=[argument for argument in arguments if argument not in own])
+        options: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        check_targets(options)
+        model, quant, data = (instantiate(options[name], _convert_="all") for name in ("model", "quant", "data"))
+        strategy = options["trainer"].get("strategy") or {}
+        shape = RunShape(
+            world_size=int(world_size),
+            replicate_size=strategy.get("replicate_size", 1),
+            reshard_after_forward=strategy.get("reshard_after_forward", True),
+            micro_batches=options["trainer"]["accumulate_grad_batches"],
+            batch_size=data.batch_size,
+            seq_len=data.seq_len,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )
+        print(plan_table(make_plan(meta_model(model), quant, shape), shape))
+    except (ValueError, HydraException, InstantiationException) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Memory and traffic of one GPU and optimizer step under FSDP2, from a model without storage.
+
+W GPUs share one copy of the model, R such copies are trained (HSDP), a step has A micro-batches of T tokens per GPU. The formulas
+stand beside the numbers, and `NOTES` explains their other symbols. A layer is one decoder layer; the head is everything that is
+in no layer and no embedding. The peaks of the rows need not coincide, so a sum is an upper estimate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_config
+from nvfp4_train.quant.policy import QuantConfig, select
+
+PACKED_BYTES = 0.5625
+"""Of a quantized weight: 4 bits of code, and 8 bits of scale for every 16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunShape:
+    """What decides memory and traffic beside the model."""
+
+    world_size: int
+    replicate_size: int = 1
+    reshard_after_forward: bool = True
+    micro_batches: int = 1
+    batch_size: int = 1
+    seq_len: int = 2048
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "replicate_size", "micro_batches", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.world_size % self.replicate_size:
+            raise ValueError(
+                f"world_size must be a multiple of trainer.strategy.replicate_size, got {self.world_size} and {self.replicate_size}"
+            )
+
+    @property
+    def shard_size(self) -> int:
+        return self.world_size // self.replicate_size
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a plan, in bytes: with quantization off, and with packed gathering."""
+
+    name: str
+    formula: str
+    bf16: float
+    packed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Rows of memory and of traffic, of one GPU."""
+
+    num_parameters: int
+    num_quantized: int
+    memory: list[Row]
+    moments: list[Row]
+    peak: Row
+    wire: list[Row]
+    wire_total: Row
+
+
+class _Unit:
+    """Parameters that FSDP2 gathers together."""
+
+    def __init__(self, parameters: list[nn.Parameter], quantized: set[int], shard_size: int, served_bytes: int = 2) -> None:
+        self.served_bytes = served_bytes
+        """Of an element that is not quantized, gathered."""
+        self.elements = sum(p.numel() for p in parameters)
+        shards = [(p, -(-p.shape[0] // shard_size) * p[0].numel()) for p in parameters]
+        self.shard = sum(size for _, size in shards)
+        """Elements of this rank, padded."""
+        self.quantized_shard = sum(size for p, size in shards if id(p) in quantized)
+        self.unsharded = served_bytes * self.shard * shard_size
+        """Bytes of the gathered unit."""
+        self.largest_quantized = max((p.numel() for p in parameters if id(p) in quantized), default=0)
+
+    def sent(self, packed: bool) -> float:
+        """Bytes that this rank contributes to one gathering."""
+        if not packed:
+            return self.served_bytes * self.shard
+        return PACKED_BYTES * self.quantized_shard + self.served_bytes * (self.shard - self.quantized_shard)
+
+
+def meta_model(config: ModelConfig) -> PreTrainedModel:
+    """The model without storage; no weight is read."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32)
+
+
+def layer_activation_bytes(config: PretrainedConfig) -> int:
+    """Bytes per token that one dense decoder layer saves for its backward; `NOTES` says what."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
+    return 16 * hidden + 4 * queries + 4 * keys + 4 * heads + 8 * config.intermediate_size
+
+
+NOTES = """\
+N elements of the model; n of this GPU's shards, rows padded to a multiple of W; q of those quantized; V words; h hidden size
+A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a dense layer in eager bf16 with flash attention: two
+      norms save their fp32 input (4 h), its bf16 normalisation (2 h) and their output (2 h); attention saves queries, keys, values
+      and output (d, k wide: 2 (2 d + 2 k)) and its log-sum-exps (4 heads); the MLP saves gate, up, the activated gate and the
+      product (f wide: 2 f each). With gradient checkpointing T 2 h each, and one whole layer in its backward. Compilation saves less.
+logits  12 V T: the loss holds the fp32 log-softmax, its gradient and the gradient of the logits
+On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers (about 1 GiB)."""
+
+
+def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
+    """Count everything. `model` may lie on the meta device."""
+    config, layers, width = model.config, decoder_layers(model), shape.shard_size
+    groups = select(model, quant).groups
+    quantized = {id(model.get_submodule(name).weight) for group in groups for name in group}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    # A tied embedding is gathered with the head, both as fp32 masters.
+    embedding_parameters = [] if is_tied else list(embedding.parameters())
+    inside = {id(p) for module in layers for p in module.parameters()} | {id(p) for p in embedding_parameters}
+    layer_units = [_Unit(list(module.parameters()), quantized, width) for module in layers]
+    embedding_unit = _Unit(embedding_parameters, quantized, width, served_bytes=4)
+    head_unit = _Unit(
+        [p for p in model.parameters() if id(p) not in inside], quantized, width, served_bytes=4 if is_tied else 2
+    )
+    units = [*layer_units, embedding_unit, head_unit]
+    layer = max(layer_units, key=lambda unit: unit.unsharded)
+
+    elements, shard = sum(unit.elements for unit in units), sum(unit.shard for unit in units)
+    quantized_shard = sum(unit.quantized_shard for unit in units)
+    is_packed = width > 1
+
+    def row(name: str, formula: str, count: Callable[[bool], float]) -> Row:
+        return Row(name=name, formula=formula, bf16=count(False), packed=count(is_packed))
+
+    cache_bytes = PACKED_BYTES if is_packed else 2.0
+    memory = [
+        row("masters", "4 n", lambda _: 4 * shard),
+        row("optimizer (AdamW)", "8 n", lambda _: 8 * shard),
+        row("gradients", "4 n", lambda _: 4 * shard),
+        row(
+            "gradients of the window",
+            "4 N while A > 1 (reduced once per step)",
+            lambda _: 4 * elements * (shape.micro_batches > 1),
+        ),
+        Row(
+            name="quantized shards",
+            formula="0.5625 q (2 q where W = 1)",
+            bf16=0,
+            packed=cache_bytes * quantized_shard,
+        ),
+    ]
+
+    saved = layer_activation_bytes(config)
+    kept = 2 * config.hidden_size if shape.gradient_checkpointing else saved
+    activations = shape.tokens * len(layers) * kept
+    recomputed = shape.tokens * saved if shape.gradient_checkpointing else 0
+    gathered = 2 * layer.unsharded if shape.reshard_after_forward else sum(unit.unsharded for unit in layer_units)
+    head_grad, layer_grad = head_unit.unsharded, layer.unsharded
+
+    def buffers(packed: bool) -> float:
+        """What the gathering of a layer needs beside the gathered layer: FSDP2's buffer, and the received pieces and decoded weight."""
+        if not is_packed:
+            return 0
+        return width * layer.sent(packed) + packed * (
+            width * PACKED_BYTES * layer.quantized_shard + 2 * layer.largest_quantized
+        )
+
+    moments = [
+        row(
+            "at the loss",
+            "head + activations A_l + logits 12 V T",
+            lambda _: (
+                head_unit.unsharded
+                + (0 if shape.reshard_after_forward else gathered)
+                + activations
+                + 12 * config.vocab_size * shape.tokens
+            ),
+        ),
+        row(
+            "in the backward of a layer",
+            "head and its gradient + 2 layers + gather buffers + layer gradient and fp32 reduction + A_l",
+            lambda packed: (
+                head_unit.unsharded
+                + head_grad
+                + gathered
+                + buffers(packed)
+                + layer_grad
+                + 4 * width * layer.shard
+                + activations
+                + recomputed
+            ),
+        ),
+        row(
+            "at the end of the backward",
+            "head, embedding, their gradients and fp32 reductions",
+            lambda _: (
+                2 * (head_unit.unsharded + embedding_unit.unsharded) + 4 * width * (head_unit.shard + embedding_unit.shard)
+            ),
+        ),
+    ]
+    peak = Row(
+        name="peak",
+        formula="rows above + the largest moment",
+        bf16=sum(r.bf16 for r in memory) + max(r.bf16 for r in moments),
+        packed=sum(r.packed for r in memory) + max(r.packed for r in moments),
+    )
+
+    twice = shape.micro_batches * (2 if shape.reshard_after_forward else 1)
+    others, copies = width - 1, shape.replicate_size
+    backward = "A (W-1)" if shape.reshard_after_forward else "0: nothing is resharded after the forward;"
+    wire = [
+        row(
+            "all-gather, forward",
+            "A (W-1) x (2 n; packed 0.5625 q + 2 (n-q); embedding 4)",
+            lambda packed: shape.micro_batches * others * sum(unit.sent(packed) for unit in units),
+        ),
+        row(
+            "all-gather, backward",
+            f"{backward} x the same without the head",
+            lambda packed: (
+                (twice - shape.micro_batches) * others * sum(unit.sent(packed) for unit in units if unit is not head_unit)
+            ),
+        ),
+        row("reduce-scatter", "(W-1) 4 n, once per step", lambda _: others * 4 * shard),
+        row("all-reduce of copies", "2 (R-1)/R 4 n", lambda _: 2 * (copies - 1) / copies * 4 * shard),
+    ]
+    wire_total = Row(
+        name="on the wire", formula="received per GPU", bf16=sum(r.bf16 for r in wire), packed=sum(r.packed for r in wire)
+    )
+    return Plan(
+        num_parameters=elements,
+        num_quantized=sum(p.numel() for p in model.parameters() if id(p) in quantized),
+        memory=memory,
+        moments=moments,
+        peak=peak,
+        wire=wire,
+        wire_total=wire_total,
+    )
+
+
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
+
+
+def plan_table(plan: Plan, shape: RunShape) -> str:
+    """A printable table."""
+    lines = [
+        f"{plan.num_parameters:,} parameters, {plan.num_quantized:,} of them in NVFP4",
+        f"{shape.world_size} GPUs: W = {shape.shard_size} share a copy of the model, R = {shape.replicate_size} copies",
+        f"A = {shape.micro_batches} micro-batches per step of {shape.batch_size} x {shape.seq_len} tokens (T = {shape.tokens:,})",
+        f"gradient checkpointing {_on(shape.gradient_checkpointing)}, reshard_after_forward {_on(shape.reshard_after_forward)}",
+    ]
+    sections = [
+        ("memory per GPU, held throughout", "GiB", 2**30, plan.memory),
+        ("memory per GPU, one of these at a time", "GiB", 2**30, plan.moments),
+        ("", "", 2**30, [plan.peak]),
+        ("traffic per GPU and optimizer step", "GB", 1e9, plan.wire),
+        ("", "", 1e9, [plan.wire_total]),
+    ]
+    rows = [row for _, _, _, group in sections for row in group]
+    width = max(len(title) for title, *_ in sections)
+    formula_width = max(len(row.formula) for row in rows)
+    for title, unit, scale, group in sections:
+        if title:
+            lines += [
+                "",
+                f"{title:<{width}}  {f'bf16 {unit}':>10}  {f'packed {unit}':>11}  ratio  formula",
+                "-" * (width + 32 + formula_width),
+            ]
+        for row in group:
+            ratio = f"{row.packed / row.bf16:.3f}" if row.bf16 else "-"
+            lines.append(
+                f"{row.name:<{width}}  {row.bf16 / scale:>10.3f}  {row.packed / scale:>11.3f}  {ratio:>5}  {row.formula}"
+            )
+    return "\n".join([*lines, "", NOTES])
