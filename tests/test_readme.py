@@ -47,9 +47,10 @@ def test_readme_has_two_commands_of_one_line() -> None:
 
 
 def test_ci_runs_the_readmes_test_command(tmp_path: Path) -> None:
-    """The installation is replaced by a `python3` that only says how it was called."""
+    """The installations are replaced by a `python3` that only says how it was called, and an `apt-get` that does nothing."""
     (tmp_path / "python3").write_text('#!/bin/sh\necho "called: $*"\nexit 3\n')
     (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "apt-get").symlink_to("/bin/true")
     result = subprocess.run(
         ["bash", ROOT / ".ci" / "run"], capture_output=True, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
     )
