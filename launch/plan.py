@@ -4,6 +4,7 @@ python launch/plan.py +recipe=llama3_8b_qat world_size=64 [OPTION=VALUE ...]
 """
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -24,6 +25,8 @@ def main() -> None:
     world_size = own[-1].partition("=")[2] if own else "1"
     if not world_size.isdecimal():
         sys.exit(f"error: world_size must be a number of GPUs, got {world_size!r}")
+    # Names the run folder of a run; a plan writes nothing.
+    os.environ.setdefault("RUN_ID", "plan")
     try:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             config = compose("train", overrides=[argument for argument in arguments if argument not in own])
