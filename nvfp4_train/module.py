@@ -10,14 +10,19 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
+from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
+from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.strategy import FullyShardedStrategy
 
 
 class TrainClock:
@@ -82,7 +87,13 @@ class QATModule(L.LightningModule):
         if self.model_config.compile:
             for layer in decoder_layers(model):
                 layer.compile()
-        self.store = WeightStore(model, self.selection.groups, power_of_two=self.quant_config.power_of_two)
+        groups, power_of_two = self.selection.groups, self.quant_config.power_of_two
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if isinstance(strategy, FullyShardedStrategy):
+            shard_model(model, strategy.shard_mesh, reshard_after_forward=strategy.reshard_after_forward)
+            self.store = ShardedWeightStore(model, groups, power_of_two=power_of_two, gather=self.quant_config.gather)
+        else:
+            self.store = WeightStore(model, groups, power_of_two=power_of_two)
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -94,6 +105,10 @@ class QATModule(L.LightningModule):
         # A function of the position alone, so that a resumed run draws what an uninterrupted one draws.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
+        if isinstance(self.model, FSDPModule):
+            # Gradients of the other micro-batches add up on each rank.
+            is_last = micro_batch + 1 == self.trainer.accumulate_grad_batches or self.trainer.is_last_batch
+            self.model.set_requires_gradient_sync(is_last)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = next_token_loss(self(batch["input_ids"]), batch["input_ids"])
@@ -150,7 +165,7 @@ class QATModule(L.LightningModule):
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             return
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
-        self.log("train/grad_norm", norm)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain data only: checkpoints are read with weights_only.

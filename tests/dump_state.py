@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
+from nvfp4_train.models.sharding import whole_tensors
 
 
 class DumpState(Callback):
@@ -41,13 +42,13 @@ class DumpState(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         store = pl_module.store
-        packed = {name: nvfp4_quantize(linear.weight, store.global_scale[group]) for name, linear, group in store.items()}
+        packed = {name: nvfp4_quantize(store.master(name), store.global_scale[group]) for name, _, group in store.items()}
         state = {
-            "masters": {name: p.detach().clone() for name, p in pl_module.model.named_parameters()},
+            "masters": {name: tensor.clone() for name, tensor in whole_tensors(pl_module.model)},
             "codes": {name: codes for name, (codes, _) in packed.items()},
             "scales": {name: scales.view(torch.uint8) for name, (_, scales) in packed.items()},
             "global_scale": store.global_scale,
-            "compute_weights": {name: linear.compute_weight for name, linear in store.modules()},
+            "compute_weights": {name: store.compute_weight(name).clone() for name, _ in store.modules()},
             "all_reduces": self.all_reduces[1:],
         }
         self.folder.mkdir(parents=True, exist_ok=True)

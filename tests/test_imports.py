@@ -22,7 +22,8 @@ ALLOWED = {
     "models": ({"kernels", "quant", "models"}, {"transformers"}),
     "data": ({"data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "export"}, {"transformers"}),
-    "module": ({"kernels", "quant", "models", "losses", "optim"}, {"lightning", "transformers"}),
+    "strategy": (set(), {"lightning"}),
+    "module": ({"kernels", "quant", "models", "losses", "optim", "strategy"}, {"lightning", "transformers"}),
     "callbacks": ({"kernels", "quant", "models", "export", "module", "callbacks"}, {"lightning", "transformers", "wandb"}),
 }
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.export.compressed_tensors import export_compressed_tensors
+from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.linear import SERVED_DTYPE
-from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.quant.sharded import ShardedWeightStore
 
 
 class Export(Callback):
@@ -35,8 +36,17 @@ class Export(Callback):
         assert model is not None and store is not None
         if not store.is_enabled:
             store.update()
+        is_sharded = isinstance(store, ShardedWeightStore)
+        # Every rank takes part in gathering; rank zero keeps what it needs, a sharded model's in host memory.
+        weights, compute_weights = {}, {}
+        for name, tensor in whole_tensors(model):
+            if trainer.is_global_zero:
+                weights[name] = tensor.cpu() if is_sharded else tensor
+        for name, _ in store.modules():
+            compute_weight = store.compute_weight(name)
+            if trainer.is_global_zero:
+                compute_weights[f"{name}.weight"] = compute_weight.cpu() if is_sharded else compute_weight
         if trainer.is_global_zero:
-            weights = model.state_dict()
             report = export_compressed_tensors(
                 self.folder,
                 weights=weights,
@@ -47,7 +57,7 @@ class Export(Callback):
                 power_of_two=store.power_of_two,
                 max_shard_bytes=self.max_shard_bytes,
                 overwrite=self.overwrite,
-                expected=_ComputeWeights(model, weights, store),
+                expected=_ComputeWeights(model, weights, compute_weights),
             )
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
@@ -63,16 +73,14 @@ class Export(Callback):
 class _ComputeWeights(Mapping[str, Tensor]):
     """What the last forward computed with, by `state_dict` name; rounded one tensor at a time, as it is asked for."""
 
-    def __init__(self, model: PreTrainedModel, weights: Mapping[str, Tensor], store: WeightStore) -> None:
+    def __init__(self, model: PreTrainedModel, weights: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> None:
         self._weights = weights
+        self._quantized = quantized
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._quantized = {f"{name}.weight": linear for name, linear in store.modules()}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._quantized:
-            compute_weight = self._quantized[name].compute_weight
-            assert compute_weight is not None
-            return compute_weight
+            return self._quantized[name]
         return self._weights[name].to(SERVED_DTYPE) if name in self._parameters else self._weights[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -34,15 +34,20 @@ class ScaleStats(Callback):
     def _log(self, trainer: Trainer, pl_module: QATModule) -> None:
         store = pl_module.store
         assert store is not None
-        if not store.is_enabled or not trainer.is_global_zero:
+        if not store.is_enabled:
             return
         self._last_step = trainer.global_step
         with pl_module.clock.paused():
             names, sizes, rows = [], [], []
-            for name, linear, group in store.items():
-                names.append(name)
-                sizes.append(linear.weight.numel())
-                rows.append(weight_statistics(linear.weight, store.global_scale[group], store.global_amax[group]))
+            for name, _, group in store.items():
+                # On every rank: a sharded master is gathered.
+                master = store.master(name)
+                if trainer.is_global_zero:
+                    names.append(name)
+                    sizes.append(master.numel())
+                    rows.append(weight_statistics(master, store.global_scale[group], store.global_amax[group]))
+            if not trainer.is_global_zero:
+                return
             table = torch.stack(rows).cpu()
         pl_module.report(_aggregates(table, torch.tensor(sizes, dtype=torch.float64)))
         if self.per_layer:

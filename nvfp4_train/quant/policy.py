@@ -40,10 +40,14 @@ class QuantConfig:
     """`pow2` raises the global scale to a power of two, so that every reader decodes the same bits; `exact` is amax / 2688."""
     start_step: int = 0
     """Optimizer step from which on the forward computes with quantized weights."""
+    gather: str = "packed"
+    """How the weights of a sharded model travel: `packed` codes and scales, 0.5625 byte a weight, or decoded `bf16`, 2 bytes."""
 
     def __post_init__(self) -> None:
         if self.global_scale not in ("pow2", "exact"):
             raise ValueError(f"quant.global_scale must be 'pow2' or 'exact', got {self.global_scale!r}")
+        if self.gather not in ("packed", "bf16"):
+            raise ValueError(f"quant.gather must be 'packed' or 'bf16', got {self.gather!r}")
         if self.start_step < 0:
             raise ValueError(f"quant.start_step must be at least 0, got {self.start_step}")
         for name in ("include", "exclude"):

@@ -1,4 +1,7 @@
-"""The weight store: fills the compute weights of a replicated model (one device, or DDP) once per optimizer step."""
+"""The weight store: refreshes the weights that the forward computes with, once per optimizer step.
+
+This is the store of a replicated model (one device, or DDP); `sharded` has that of FSDP2, with the same interface.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,32 +23,30 @@ class WeightStore:
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool) -> None:
         self.groups = [list(group) for group in groups]
         self.power_of_two = power_of_two
+        self.is_enabled = False
+        """Whether the forward computes with quantized weights."""
         self._modules: dict[str, NVFP4Linear] = {}
         for name in (name for group in self.groups for name in group):
             module = model.get_submodule(name)
             if not isinstance(module, NVFP4Linear):
                 raise TypeError(f"{name} must be an NVFP4Linear, got {type(module).__name__}")
             self._modules[name] = module
-        self._compute_weights: dict[int, Tensor] = {}
-        """By the id of the master."""
+        first: dict[int, str] = {}
+        self._owners = {name: first.setdefault(id(module.weight), name) for name, module in self._modules.items()}
+        """The first module that has the parameter of a module."""
+        self._compute_weights: dict[str, Tensor] = {}
+        """By owner."""
         self.global_amax = torch.empty(0)
         """float32 [groups], of the last update."""
         self.global_scale = torch.empty(0)
         """s2, float32 [groups], of the last update."""
 
-    @property
-    def is_enabled(self) -> bool:
-        return bool(self._compute_weights)
-
     def items(self) -> Iterator[tuple[str, NVFP4Linear, int]]:
         """Module name, module and group index of every quantized weight, a shared one once."""
-        seen: set[int] = set()
         for index, group in enumerate(self.groups):
             for name in group:
-                module = self._modules[name]
-                if id(module.weight) not in seen:
-                    seen.add(id(module.weight))
-                    yield name, module, index
+                if self._owners[name] == name:
+                    yield name, self._modules[name], index
 
     def modules(self) -> Iterator[tuple[str, NVFP4Linear]]:
         """Name and module of every quantized linear."""
@@ -53,25 +54,22 @@ class WeightStore:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Quantize every master into its compute weight, and switch the forward to these.
+        """Quantize every master into what the forward computes with, and switch the forward to it.
 
         The amax of all groups is reduced over all ranks by one all_reduce(MAX); nothing waits for the device.
         """
         weights = list(self.items())
-        amax = torch.stack([module.weight.detach().abs().amax().float() for _, module, _ in weights])
+        amax = torch.stack([self._local_master(name).abs().amax().float() for name, _, _ in weights])
         index = torch.tensor([group for _, _, group in weights], device=amax.device)
         group_amax = torch.zeros(len(self.groups), device=amax.device).scatter_reduce_(0, index, amax, "amax")
         if distributed.is_available() and distributed.is_initialized():
+            # Over all ranks: shards of one tensor need it, and replicas of one cannot drift apart.
             distributed.all_reduce(group_amax, distributed.ReduceOp.MAX)
         self.global_amax = group_amax
         self.global_scale = global_scale(group_amax, self.power_of_two)
-        for _, module, group in weights:
-            master = module.weight
-            if id(master) not in self._compute_weights:
-                self._compute_weights[id(master)] = torch.empty_like(master, dtype=SERVED_DTYPE)
-            decoded = torch.ops.nvfp4.fake_quant(master, self.global_scale[group], SERVED_DTYPE)
-            self._compute_weights[id(master)].copy_(decoded)
-        self._use(self._compute_weights)
+        for name, _, group in weights:
+            self._quantize(name, self.global_scale[group])
+        self._use(True)
 
     def check_finite(self) -> None:
         """Raise ValueError, naming the weights, if the last update met a NaN or Inf. Waits for the device."""
@@ -85,13 +83,32 @@ class WeightStore:
     def masters_only(self) -> Iterator[None]:
         """Compute with the unquantized weights inside the context."""
         was_enabled = self.is_enabled
-        self._use({})
+        self._use(False)
         try:
             yield
         finally:
             if was_enabled:
-                self._use(self._compute_weights)
+                self._use(True)
 
-    def _use(self, compute_weights: dict[int, Tensor]) -> None:
-        for module in self._modules.values():
-            module.compute_weight = compute_weights.get(id(module.weight))
+    def master(self, name: str) -> Tensor:
+        """The whole master [N, K] of a module. Call it on every rank: it is a collective where masters are sharded."""
+        return self._modules[name].weight.detach()
+
+    def compute_weight(self, name: str) -> Tensor:
+        """The whole weight [N, K] in bf16, as the forward computes with it since the last update. Call it on every rank."""
+        return self._compute_weights[self._owners[name]]
+
+    def _local_master(self, name: str) -> Tensor:
+        """What this rank holds of a master, at least one row of K columns."""
+        return self._modules[name].weight.detach()
+
+    def _quantize(self, name: str, s2: Tensor) -> None:
+        master = self._local_master(name)
+        if name not in self._compute_weights:
+            self._compute_weights[name] = torch.empty_like(master, dtype=SERVED_DTYPE)
+        self._compute_weights[name].copy_(torch.ops.nvfp4.fake_quant(master, s2, SERVED_DTYPE))
+
+    def _use(self, quantized: bool) -> None:
+        self.is_enabled = quantized
+        for name, module in self._modules.items():
+            module.compute_weight = self._compute_weights[self._owners[name]] if quantized else None

@@ -1,0 +1,45 @@
+"""Sharding of a causal LM over devices by FSDP2: fp32 masters, bf16 compute, fp32 reduction."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from nvfp4_train.models.causal_lm import decoder_layers
+from nvfp4_train.quant.linear import SERVED_DTYPE
+
+
+def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
+    """Apply `fully_shard` to the decoder layers, the input embedding and the root, in place.
+
+    A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
+    gathered again in the backward, which saves memory and costs traffic.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(f"trainer: {type(model).__name__} names no decoder layers to shard (_no_split_modules is empty)")
+    served = MixedPrecisionPolicy(param_dtype=SERVED_DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
+    as_master = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=served, reshard_after_forward=reshard_after_forward)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    if not is_tied:
+        fully_shard(embedding, mesh=mesh, mp_policy=as_master, reshard_after_forward=reshard_after_forward)
+    # One parameter is in one group, with one dtype of gradients: a tied embedding makes the root's that of the masters.
+    fully_shard(model, mesh=mesh, mp_policy=as_master if is_tied else served, reshard_after_forward=False)
+
+
+@torch.no_grad()
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,184 @@
+"""The weight store of a model that is sharded by FSDP2: each rank quantizes its own rows, and weights travel packed.
+
+FSDP2 asks a parameter's local tensor for two hooks. `fsdp_pre_all_gather` gives what this rank sends, `fsdp_post_all_gather` turns
+what all ranks sent into the weight that the forward computes with. Both are set as plain attributes of the local tensor while
+quantization is on. While it is off there are none, and FSDP2 gathers the masters rounded to bf16.
+
+Codes and scales are 0.5625 byte a weight on the wire, against 2 of bf16. They are made once per optimizer step, whatever the number
+of micro-batches, and the decoded weight lives as long as FSDP2 keeps it unsharded.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.quant.store import WeightStore
+
+HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
+
+
+class _ShardedWeight:
+    """One quantized parameter: its shard, what this rank sends of it, and the hooks."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, fsdp_param: Any, *, packed: bool) -> None:
+        if not isinstance(parameter, DTensor) or not (
+            parameter.placements[-1] == Shard(0) and all(p == Replicate() for p in parameter.placements[:-1])
+        ):
+            placements = getattr(parameter, "placements", "no placements")
+            raise ValueError(
+                f"{name}.weight must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
+                "inputs stays on one rank, so shard no quantized weight by columns or by tensor parallelism"
+            )
+        self._fsdp_param = fsdp_param
+        self._shape = parameter.shape
+        group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+        self._group = group
+        # With one shard nothing travels, and FSDP2 takes a single tensor from the hook.
+        self._packed = packed and group.size() > 1
+        self._sent: tuple[Tensor, ...] = ()
+        self._s2 = torch.empty(0)
+        self._hooked: Tensor | None = None
+
+    def local_master(self) -> Tensor:
+        """The rows of this rank, padded by zeros to the same number on every rank."""
+        return self._fsdp_param._sharded_param_data.detach().view(self._fsdp_param.padded_sharded_param_size)
+
+    def quantize(self, s2: Tensor) -> None:
+        if self._packed:
+            self._sent = torch.ops.nvfp4.quantize(self.local_master(), s2)
+        else:
+            self._sent = (torch.ops.nvfp4.fake_quant(self.local_master(), s2, SERVED_DTYPE),)
+        self._s2 = s2
+
+    def gather(self) -> Tensor:
+        """The whole compute weight, by a collective of its own."""
+        received = []
+        for tensor in self._sent:
+            tensor = tensor.contiguous().view(torch.uint8)
+            output = tensor.new_empty((self._group.size() * tensor.shape[0], *tensor.shape[1:]))
+            distributed.all_gather_into_tensor(output, tensor, group=self._group)
+            received.append(output.view(self._sent[len(received)].dtype)[: self._shape[0]])
+        return self._decode(received) if self._packed else received[0]
+
+    def refresh_shard(self) -> None:
+        """Follow FSDP2 to a new local tensor, if it was replaced."""
+        if self._hooked is not None and self._local_tensor() is not self._hooked:
+            self._fsdp_param.reset_sharded_param()
+
+    def attach(self) -> None:
+        local = self._local_tensor()
+        if local is self._hooked and hasattr(local, HOOKS[0]):
+            return
+        for name, hook in zip(HOOKS, (self._pre_all_gather(), self._post_all_gather), strict=True):
+            setattr(local, name, hook)
+        self._hooked = local
+        self._forget_buffers()
+
+    def detach(self) -> None:
+        local = self._local_tensor()
+        if hasattr(local, HOOKS[0]):
+            for name in HOOKS:
+                delattr(local, name)
+            self._forget_buffers()
+
+    def _local_tensor(self) -> Tensor:
+        return self._fsdp_param.sharded_param._local_tensor
+
+    def _forget_buffers(self) -> None:
+        """FSDP2 keeps the buffers of its first gather, which have other shapes with hooks than without."""
+        self._fsdp_param.all_gather_outputs = []
+        self._fsdp_param.__dict__.pop("_unsharded_param", None)
+        self._fsdp_param._init_extensions()
+
+    def _pre_all_gather(self) -> Callable:
+        # Of one argument: the hook of five may not be packed where the rows of the ranks differ in number.
+        def fsdp_pre_all_gather(mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], None]:
+            return self._sent, None
+
+        # FSDP2 inspects the signature at every gather; found here it costs nothing.
+        fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
+        return fsdp_pre_all_gather
+
+    def _post_all_gather(
+        self, received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        if not self._packed:
+            # The gathered tensor is the unsharded parameter; FSDP2 owns its memory.
+            return None if out is not None else (received[0], ())
+        weight = self._decode([tensor[: self._shape[0]] for tensor in received])
+        for tensor in received:
+            # FSDP2 allocates these anew before the next gather; until then only the decoded weight is alive.
+            tensor.untyped_storage().resize_(0)
+        if out is None:
+            return weight, (weight,)
+        # Autograd has saved this very tensor for the backward, for which it is gathered again.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
+            out.copy_(weight)
+        return None
+
+    def _decode(self, received: Sequence[Tensor]) -> Tensor:
+        codes, scales = received
+        return torch.ops.nvfp4.dequantize(codes, scales, self._s2, SERVED_DTYPE)
+
+
+class ShardedWeightStore(WeightStore):
+    """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`, with the same bits."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed") -> None:
+        super().__init__(model, groups, power_of_two=power_of_two)
+        self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        fsdp_params = {
+            id(fsdp_param.sharded_param): fsdp_param
+            for module in self._fsdp_modules
+            if (param_group := module._get_fsdp_state()._fsdp_param_group) is not None
+            for fsdp_param in param_group.fsdp_params
+        }
+        self._weights: dict[str, _ShardedWeight] = {}
+        """By owner."""
+        for name, module, _ in self.items():
+            fsdp_param = fsdp_params.get(id(module.weight))
+            if fsdp_param is None:
+                raise ValueError(f"{name}.weight must be managed by fully_shard, got {type(module.weight).__name__}")
+            self._weights[name] = _ShardedWeight(name, module.weight, fsdp_param, packed=gather == "packed")
+
+    def update(self) -> None:
+        # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
+        self._reshard()
+        for weight in self._weights.values():
+            weight.refresh_shard()
+        super().update()
+
+    @torch.no_grad()
+    def master(self, name: str) -> Tensor:
+        self._reshard()
+        return self._modules[name].weight.detach().full_tensor()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def compute_weight(self, name: str) -> Tensor:
+        return self._weights[self._owners[name]].gather()
+
+    def _local_master(self, name: str) -> Tensor:
+        return self._weights[name].local_master()
+
+    def _quantize(self, name: str, s2: Tensor) -> None:
+        self._weights[name].quantize(s2)
+
+    def _use(self, quantized: bool) -> None:
+        self._reshard()
+        self.is_enabled = quantized
+        for weight in self._weights.values():
+            if quantized:
+                weight.attach()
+            else:
+                weight.detach()
+
+    def _reshard(self) -> None:
+        for module in self._fsdp_modules:
+            module.reshard()
