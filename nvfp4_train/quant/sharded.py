@@ -27,7 +27,7 @@ HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
 class _ShardedWeight:
     """One quantized parameter: its shard, what this rank sends of it, and the hooks."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, fsdp_param: Any, *, packed: bool) -> None:
+    def __init__(self, name: str, parameter: Tensor, fsdp_param: Any, *, packed: bool) -> None:
         if not isinstance(parameter, DTensor) or not (
             parameter.placements[-1] == Shard(0) and all(p == Replicate() for p in parameter.placements[:-1])
         ):
@@ -38,10 +38,9 @@ class _ShardedWeight:
             )
         self._fsdp_param = fsdp_param
         self._shape = parameter.shape
-        group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
-        self._group = group
+        self._group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
         # With one shard nothing travels, and FSDP2 takes a single tensor from the hook.
-        self._packed = packed and group.size() > 1
+        self._packed = packed and self._group.size() > 1
         self._sent: tuple[Tensor, ...] = ()
         self._s2 = torch.empty(0)
         self._hooked: Tensor | None = None
@@ -59,12 +58,12 @@ class _ShardedWeight:
 
     def gather(self) -> Tensor:
         """The whole compute weight, by a collective of its own."""
-        received = []
+        received: list[Tensor] = []
         for tensor in self._sent:
-            tensor = tensor.contiguous().view(torch.uint8)
-            output = tensor.new_empty((self._group.size() * tensor.shape[0], *tensor.shape[1:]))
-            distributed.all_gather_into_tensor(output, tensor, group=self._group)
-            received.append(output.view(self._sent[len(received)].dtype)[: self._shape[0]])
+            sent = tensor.view(torch.uint8)
+            output = sent.new_empty((self._group.size() * sent.shape[0], *sent.shape[1:]))
+            distributed.all_gather_into_tensor(output, sent, group=self._group)
+            received.append(output.view(tensor.dtype)[: self._shape[0]])
         return self._decode(received) if self._packed else received[0]
 
     def refresh_shard(self) -> None:
@@ -131,7 +130,9 @@ class _ShardedWeight:
 class ShardedWeightStore(WeightStore):
     """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`, with the same bits."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed") -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed"
+    ) -> None:
         super().__init__(model, groups, power_of_two=power_of_two)
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         fsdp_params = {
@@ -158,7 +159,9 @@ class ShardedWeightStore(WeightStore):
     @torch.no_grad()
     def master(self, name: str) -> Tensor:
         self._reshard()
-        return self._modules[name].weight.detach().full_tensor()  # type: ignore[operator]
+        master = self._modules[name].weight.detach()
+        assert isinstance(master, DTensor)
+        return master.full_tensor()
 
     @torch.no_grad()
     def compute_weight(self, name: str) -> Tensor:

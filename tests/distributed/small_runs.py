@@ -1,0 +1,147 @@
+"""Short runs of a small Llama on fixed tokens, the same global batch whatever the number of ranks."""
+
+import logging
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader
+
+from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.models.sharding import whole_tensors
+from nvfp4_train.module import QATModule
+from nvfp4_train.optim import OptimConfig
+from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.strategy import FullyShardedStrategy
+
+# Rows of 16, 32, 48 and 64: three ranks cannot share most of them evenly.
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+for message in (".*does not have many workers", ".*LeafSpec", ".*broadcast_buffers"):
+    warnings.filterwarnings("ignore", message=message)
+
+
+class Tokens(L.LightningDataModule):
+    """Sequence i of a stream is micro-batch i // world_size of rank i % world_size."""
+
+    def __init__(self, num_sequences: int) -> None:
+        super().__init__()
+        self.sequences = torch.randint(0, 64, (num_sequences, 1, 12), generator=torch.Generator().manual_seed(0))
+
+    def _loader(self, sequences: Tensor) -> DataLoader:
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        return DataLoader([{"input_ids": ids} for ids in sequences[rank::world_size]], batch_size=None)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.sequences)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.sequences[:12])
+
+
+class Snapshots(L.Callback):
+    """What the run holds when training starts, when it ends, and how it got there."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Any] = {"losses": []}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.taken["start"] = snapshot(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        self.taken["losses"].append(outputs["loss"].item())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.taken["end"] = snapshot(pl_module)
+
+
+def snapshot(module: Any) -> dict[str, Any]:
+    store = module.store
+    weights = {name: store.compute_weight(name).cpu().clone() for name, _ in store.modules()} if store.is_enabled else {}
+    return {
+        "masters": {name: tensor.cpu().clone() for name, tensor in whole_tensors(module.model)},
+        "compute_weights": weights,
+        "global_scale": store.global_scale.cpu(),
+        "global_amax": store.global_amax.cpu(),
+    }
+
+
+def strategy(name: str, **options: Any) -> Any:
+    if name == "fsdp2":
+        return FullyShardedStrategy(**options)
+    if name == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return "auto"
+
+
+def make_module(model: dict[str, Any] | None = None, **quant: Any) -> QATModule:
+    model = dict(model or {})
+    checkpointing = model.pop("gradient_checkpointing", False)
+    torch.manual_seed(0)
+    return QATModule(
+        model=ModelConfig(config=LLAMA | model, gradient_checkpointing=checkpointing),
+        quant=QuantConfig(**quant),
+        optim=OptimConfig(lr=1e-2),
+    )
+
+
+def make_trainer(how: str, *, sharding: dict[str, Any] | None = None, callbacks: tuple[L.Callback, ...] = (), **options: Any):
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu" if distributed.get_backend() == "gloo" else "gpu",
+        "devices": distributed.get_world_size(),
+        "strategy": strategy(how, **(sharding or {})),
+        "callbacks": [FakeQuant(), *callbacks],
+        "max_steps": 3,
+        "max_epochs": -1,
+        # A norm of reductions in another order would scale gradients by another last bit; this one scales by 1.
+        "gradient_clip_val": 1e6,
+        "limit_val_batches": 0,
+        "inference_mode": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    return L.Trainer(**defaults | options)
+
+
+def train(
+    how: str,
+    *,
+    sequences_per_step: int = 8,
+    steps: int = 3,
+    model: dict[str, Any] | None = None,
+    quant: dict[str, Any] | None = None,
+    sharding: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Snapshots of a run of `steps` optimizer steps; a rank takes its share of the sequences, one after the other."""
+    module = make_module(model, **(quant or {}))
+    snapshots = Snapshots()
+    accumulate = sequences_per_step // distributed.get_world_size()
+    trainer = make_trainer(
+        how,
+        sharding=sharding,
+        callbacks=(snapshots,),
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        **options,
+    )
+    trainer.fit(module, Tokens(sequences_per_step * steps))
+    return snapshots.taken

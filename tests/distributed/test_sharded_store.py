@@ -1,0 +1,175 @@
+"""The sharded store by itself: what travels, what stays alive, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from nvfp4_train.kernels import reference
+from nvfp4_train.quant.linear import quantize_linears
+from nvfp4_train.quant.sharded import ShardedWeightStore
+
+NAMES = ["0", "1", "2"]
+# Three ranks share 32 as 11, 11 and 10, and 4 as 2, 2 and none.
+ROWS = (32, 48, 4)
+POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def make(
+    gather: str = "packed", *, columns: int = 16, rows: tuple[int, ...] = ROWS, **sharding: Any
+) -> tuple[nn.Module, ShardedWeightStore]:
+    torch.manual_seed(0)
+    sizes = zip((columns, *rows), rows, strict=False)
+    model = nn.Sequential(*(nn.Linear(k, n, bias=False) for k, n in sizes))
+    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
+    model.to(device)
+    quantize_linears(model, NAMES)
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    fully_shard(model, mesh=mesh, mp_policy=POLICY, reshard_after_forward=True, **sharding)
+    return model, ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True, gather=gather)
+
+
+def expected_weights() -> list[Tensor]:
+    torch.manual_seed(0)
+    weights = [nn.Linear(k, n, bias=False).weight for k, n in ((16, 32), (32, 48), (48, 4))]
+    joint = torch.maximum(weights[0].abs().amax(), weights[1].abs().amax())
+    amaxes = [joint, joint, weights[2].abs().amax()]
+    return [
+        reference.fake_quant(w.detach(), reference.global_scale(a), torch.bfloat16)
+        for w, a in zip(weights, amaxes, strict=True)
+    ]
+
+
+def shards_and_hooks() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for gather in ("packed", "bf16"):
+        model, store = make(gather)
+        store.update()
+        model.unshard()
+        found[gather] = [linear.weight.detach().cpu().clone() for linear in model]
+        found[f"{gather}, by name"] = [store.compute_weight(name).cpu() for name in NAMES]
+        model.reshard()
+        # Another unshard writes into the tensors of the first.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.neg_()
+        store.update()
+        model.unshard()
+        found[f"{gather}, negated"] = [linear.weight.detach().cpu().clone() for linear in model]
+        with store.masters_only():
+            model.unshard()
+            found[f"{gather}, masters"] = [linear.weight.detach().cpu().clone() for linear in model]
+        model.unshard()
+        found[f"{gather}, again"] = [linear.weight.detach().cpu().clone() for linear in model]
+    return found
+
+
+def replaced() -> list[Tensor]:
+    """Local tensors are replaced by others of twice the value, as a load with `assign` or a move does."""
+    model, store = make()
+    store.update()
+    model(torch.ones(1, 16, device=next(model.parameters()).device))
+    for linear in model:
+        linear.weight._local_tensor = 2 * linear.weight._local_tensor.detach()
+    store.update()
+    model.unshard()
+    return [linear.weight.detach().cpu().clone() for linear in model]
+
+
+def alive_after_backward() -> dict[str, Any]:
+    """Bytes of gathered memory after a step, and bytes on the wire for each weight."""
+    model, store = make(rows=(64, 64, 64))
+    store.update()
+    params = model._get_fsdp_state()._fsdp_param_group.fsdp_params
+    model(torch.ones(2, 16, device=params[0].device, dtype=torch.bfloat16)).sum().backward()
+    sent = [sum(tensor.nbytes for tensor in p.all_gather_inputs) for p in params]
+    return {
+        "alive": [t.untyped_storage().size() for p in params for t in (p._unsharded_param, *p.all_gather_outputs)],
+        "bytes": [distributed.get_world_size() * n / p.sharded_param.numel() for n, p in zip(sent, params, strict=True)],
+    }
+
+
+def refused() -> list[str]:
+    """The messages for weights that are sharded by columns, and for weights that are not sharded at all."""
+    by_columns = {"rows": (48, 48, 48), "columns": 48, "shard_placement_fn": lambda parameter: Shard(1)}
+    plain = nn.Sequential(nn.Linear(16, 16))
+    quantize_linears(plain, ["0"])
+    messages = []
+    for build in (lambda: make(**by_columns), lambda: ShardedWeightStore(plain, [["0"]], power_of_two=True)):
+        with pytest.raises(ValueError, match=r"0\.weight must be") as error:
+            build()
+        messages.append(str(error.value))
+    return messages
+
+
+def all_reduces() -> list[int]:
+    calls: list[int] = []
+    all_reduce = distributed.all_reduce
+    distributed.all_reduce = lambda *args, **kwargs: calls.append(args[0].numel()) or all_reduce(*args, **kwargs)
+    make()[1].update()
+    distributed.all_reduce = all_reduce
+    return calls
+
+
+def everything() -> dict[str, Any]:
+    return {
+        "weights": shards_and_hooks(),
+        "replaced": replaced(),
+        "memory": alive_after_backward(),
+        "refused": refused(),
+        "all_reduces": all_reduces(),
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_ranks(request.param, everything)
+
+
+def test_every_rank_computes_with_the_reference(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for gather in ("packed", "bf16"):
+            for name, sign in ((gather, 1), (f"{gather}, by name", 1), (f"{gather}, negated", -1), (f"{gather}, again", -1)):
+                for weight, expected in zip(rank["weights"][name], expected_weights(), strict=True):
+                    assert torch.equal(weight, sign * expected), name
+
+
+def test_masters_only_gathers_the_rounded_masters(ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    masters = [-nn.Linear(k, n, bias=False).weight.detach().bfloat16() for k, n in ((16, 32), (32, 48), (48, 4))]
+    for rank in ranks:
+        for gather in ("packed", "bf16"):
+            for weight, master in zip(rank["weights"][f"{gather}, masters"], masters, strict=True):
+                assert torch.equal(weight, master)
+
+
+def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for weight, expected in zip(rank["replaced"], expected_weights(), strict=True):
+            assert torch.equal(weight, 2 * expected)
+
+
+def test_no_gathered_weight_stays_alive(ranks: list[dict[str, Any]]) -> None:
+    assert all(set(rank["memory"]["alive"]) == {0} for rank in ranks)
+
+
+def test_weights_travel_as_0_5625_byte(ranks: list[dict[str, Any]]) -> None:
+    # Two bytes where nothing travels; three ranks pad 64 rows to 66.
+    expected = {1: 2, 2: 0.5625, 3: 0.5625 * 66 / 64}[len(ranks)]
+    assert all(rank["memory"]["bytes"] == [expected] * 3 for rank in ranks)
+
+
+def test_one_collective_reduces_all_groups(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["all_reduces"] == [2] for rank in ranks)
+
+
+def test_columns_are_not_sharded(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        by_columns, plain = rank["refused"]
+        assert "0.weight must be sharded by rows" in by_columns
+        assert "0.weight must be managed by fully_shard" in plain

@@ -1,0 +1,125 @@
+"""One seed and one global batch give one outcome, whatever the number of ranks and however the model is sharded.
+
+Micro-batches of one sequence and powers of two of ranks make the sums of bf16 gradients exact in fp32 for this small model, so that
+the order of the reduction does not show, and masters are compared bit for bit after several steps. Three ranks divide by three.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_gpus, run_ranks
+from small_runs import train
+
+RUNS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {"how": "auto"}, "fsdp2": {"how": "fsdp2"}},
+    2: {
+        "ddp": {"how": "ddp"},
+        "fsdp2": {"how": "fsdp2"},
+        "gathered as bf16": {"how": "fsdp2", "quant": {"gather": "bf16"}},
+        "kept after forward": {"how": "fsdp2", "sharding": {"reshard_after_forward": False}},
+        "gradient checkpointing": {"how": "fsdp2", "model": {"gradient_checkpointing": True}},
+        # The third of four micro-batches is followed by validation.
+        "validation in a window": {"how": "fsdp2", "val_check_interval": 3, "limit_val_batches": 1.0},
+        "validation in a window, kept after forward": {
+            "how": "fsdp2",
+            "val_check_interval": 3,
+            "limit_val_batches": 1.0,
+            "sharding": {"reshard_after_forward": False},
+        },
+    },
+    4: {"fsdp2": {"how": "fsdp2"}, "hsdp": {"how": "fsdp2", "sharding": {"replicate_size": 2}}},
+}
+SWITCH = {"quant": {"start_step": 2}}
+TIED = {"model": {"tie_word_embeddings": True}}
+EXACT = {"quant": {"global_scale": "exact"}}
+PARTLY = {"quant": {"exclude": ["*.0.*"]}}
+PAIRS: dict[str, dict[str, Any]] = {
+    "switch": SWITCH,
+    "tied": TIED,
+    "exact": EXACT,
+    "partly": PARTLY,
+    "off": {"quant": {"enabled": False}},
+}
+
+
+def train_all(world_size: int) -> dict[str, Any]:
+    return {name: train(**options) for name, options in RUNS[world_size].items()}
+
+
+def train_pairs() -> dict[str, Any]:
+    return {f"{name} {how}": train(how, steps=4, **options) for name, options in PAIRS.items() for how in ("ddp", "fsdp2")}
+
+
+def train_on_three() -> dict[str, Any]:
+    return {how: train(how, sequences_per_step=6, steps=4) for how in ("ddp", "fsdp2")}
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Snapshots by rank, of every run by world size and name."""
+    found = {}
+    for world_size, options in RUNS.items():
+        by_rank = run_ranks(world_size, train_all, world_size)
+        found |= {(world_size, name): [rank[name] for rank in by_rank] for name in options}
+    return found
+
+
+@pytest.fixture(scope="module")
+def references(runs: dict[tuple[int, str], list[dict[str, Any]]]) -> dict[bool, dict[str, Any]]:
+    """The run of one device, by whether it is a GPU."""
+    first = {on_gpus(1): runs[1, "one"][0]}
+    if on_gpus(1):
+        first[False] = run_ranks(1, train_all, 1, gpus=False)[0]["one"]
+    return first
+
+
+def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert torch.equal(first["global_scale"], second["global_scale"])
+    assert torch.equal(first["global_amax"], second["global_amax"])
+    for kind in ("masters", "compute_weights"):
+        assert first[kind].keys() == second[kind].keys()
+        for name, tensor in first[kind].items():
+            assert torch.equal(tensor, second[kind][name]), f"{kind} {name}"
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, options in RUNS.items() for name in options])
+def test_masters_and_quantized_weights_are_those_of_one_device(
+    world_size: int, name: str, runs: dict[tuple[int, str], list[dict[str, Any]]], references: dict[bool, dict[str, Any]]
+) -> None:
+    expected = references[on_gpus(world_size)]
+    assert len(expected["end"]["compute_weights"]) == 14
+    assert not torch.equal(*(expected[when]["masters"]["model.norm.weight"] for when in ("start", "end")))
+    for rank in runs[world_size, name]:
+        for when in ("start", "end"):
+            assert_same_state(rank[when], expected[when])
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Any]:
+    return run_ranks(2, train_pairs)[0]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_sharded_and_replicated_runs_agree(name: str, pairs: dict[str, Any]) -> None:
+    replicated, sharded = pairs[f"{name} ddp"], pairs[f"{name} fsdp2"]
+    assert replicated["losses"] == sharded["losses"]
+    for when in ("start", "end"):
+        assert_same_state(replicated[when], sharded[when])
+
+
+def test_quantization_changes_the_outcome(pairs: dict[str, Any]) -> None:
+    assert pairs["switch fsdp2"]["losses"][:8] == pairs["off fsdp2"]["losses"][:8]
+    assert pairs["switch fsdp2"]["losses"][8:] != pairs["off fsdp2"]["losses"][8:]
+    assert not pairs["switch fsdp2"]["start"]["compute_weights"]
+
+
+def test_three_ranks_with_uneven_shards() -> None:
+    """Equal masters have equal quantized weights; after four steps masters differ by the order of fp32 sums alone."""
+    by_rank = run_ranks(3, train_on_three)
+    ddp, fsdp2 = by_rank[0]["ddp"], by_rank[0]["fsdp2"]
+    assert_same_state(ddp["start"], fsdp2["start"])
+    for rank in by_rank:
+        assert_same_state(rank["fsdp2"]["end"], fsdp2["end"])
+    for name, master in ddp["end"]["masters"].items():
+        torch.testing.assert_close(fsdp2["end"]["masters"][name], master, rtol=1e-5, atol=1e-6)
