@@ -80,6 +80,8 @@ def peak_memory(name: str, *, quantized: bool, compiled: bool) -> float:
 def compare(name: str, *, compiled: bool, steps: int) -> tuple[float, float, float, float]:
     """Milliseconds off and on, GiB off and on."""
     memory = [peak_memory(name, quantized=quantized, compiled=compiled) for quantized in (False, True)]
+    # A model of the past counts towards the recompilations that torch.compile allows.
+    torch._dynamo.reset()
     runs = [Run(name, quantized=quantized, compiled=compiled) for quantized in (False, True)]
     for run in runs:
         for _ in range(5):
@@ -98,7 +100,9 @@ def profile(name: str, *, quantized: bool, compiled: bool) -> str:
     run = Run(name, quantized=quantized, compiled=compiled)
     for _ in range(5):
         run.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as trace:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as trace:
         run.timed_step()
     return trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60)
 

@@ -74,12 +74,13 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
     """Decode scale of each block amax, in the arithmetic of Model Optimizer's `compute_fp4_scales`; float32, shaped like amax.
 
     amax / 6; when quantized, E4M3(amax / 6 * m) * (1 / m) with m = (1 / (g / 6)) * 448, where g / 6 counts as 1 at or below 2^-24.
-    There is no lower clamp: a scale may round to zero, and its block is then all zero.
+    There is no lower clamp: a scale may round to zero, and its block is then all zero. Both divisions by 6 are torch's own, as
+    they are there: IEEE divisions on the CPU, products with 1 / 6 rounded on CUDA, an ulp apart for one amax in four.
     """
-    scales = divide(amax.float(), FP4_MAX)
+    scales = amax.float() / FP4_MAX
     if not quantize_block_scales:
         return scales
-    global_max = divide(global_amax.float(), FP4_MAX)
+    global_max = global_amax.float() / FP4_MAX
     global_max = torch.where(global_max <= 2.0**-24, torch.ones_like(global_max), global_max)
     multiplier = global_max.reciprocal() * E4M3_MAX
     return round_to_e4m3(scales * multiplier) * multiplier.reciprocal()
@@ -135,8 +136,11 @@ def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def static_fake_quant(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., K] on the grid of given decode scales (`static_scales`, x.numel() // 16 of them); a zero scale gives a zero block."""
+    """x [..., K] on the grid of given decode scales (`static_scales`, x.numel() // 16 of them); a zero scale gives a zero block.
+
+    A zero is +0.0 whatever its sign was, as Model Optimizer has it.
+    """
     scales = scales.reshape(*x.shape[:-1], -1)
     is_zero = scales == 0
     x_hat = decode(encode(x, scales.masked_fill(is_zero, 1.0)), scales.masked_fill(is_zero, 1.0))
-    return x_hat.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).to(dtype)
+    return x_hat.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).add(0.0).to(dtype)

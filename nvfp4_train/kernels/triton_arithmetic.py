@@ -11,7 +11,6 @@ Kernels are compiled with `enable_fp_fusion=False`: contracting a product and a 
 stands where one rounding is wanted.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -20,23 +19,61 @@ from nvfp4_train.kernels import reference
 E4M3_MIN = tl.constexpr(reference.E4M3_MIN)
 SIGN = tl.constexpr(-(2**31))
 EXPONENT = tl.constexpr(0x7F800000)
-LOWEST_ORDINARY = tl.constexpr(2.0**-60)
-HIGHEST_ORDINARY = tl.constexpr(2.0**60)
-LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
 def load_blocks(x_ptr, is_row, TILE: tl.constexpr):
     """TILE blocks in a row, as float32 [TILE, 16], with 0.0 for -0.0: a zero has code 0, of whichever sign."""
     rows = tl.arange(0, TILE)[:, None]
+    mask = is_row[:, None]
     if x_ptr.dtype.element_ty == tl.bfloat16:
         # Two elements an int32: widening takes one instruction each, against two for the odd one of a pair of bfloat16.
-        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * 8 + tl.arange(0, 8)[None, :]
-        pairs = tl.load(pairs_ptr, mask=is_row[:, None], other=0)
+        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        pairs = tl.load(pairs_ptr + rows * 8 + tl.arange(0, 8)[None, :], mask=mask, other=0)
         x = tl.reshape(tl.join(from_bits(pairs << 16), from_bits(pairs & -0x10000)), [TILE, 16])
     else:
-        x = tl.load(x_ptr + rows * 16 + tl.arange(0, 16)[None, :], mask=is_row[:, None], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * 16 + tl.arange(0, 16)[None, :], mask=mask, other=0.0).to(tl.float32)
     return x + 0.0
+
+
+@triton.jit
+def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
+    """The same blocks as four times [TILE, 4], in such a way that a thread holds all of a block.
+
+    Of 16-bit dtypes: elements 0, 2, 4, 6; 1, 3, 5, 7; 8, 10, 12, 14; 9, 11, 13, 15. Of float32: 0 to 3, 4 to 7 and so on.
+    """
+    rows = tl.arange(0, TILE)[:, None]
+    columns = tl.arange(0, 4)[None, :]
+    mask = is_row[:, None]
+    if x_ptr.dtype.element_ty == tl.float32:
+        x_ptr += rows * 16 + columns
+        a = tl.load(x_ptr, mask=mask, other=0.0)
+        b = tl.load(x_ptr + 4, mask=mask, other=0.0)
+        c = tl.load(x_ptr + 8, mask=mask, other=0.0)
+        d = tl.load(x_ptr + 12, mask=mask, other=0.0)
+    else:
+        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * 8 + columns
+        first = tl.load(pairs_ptr, mask=mask, other=0)
+        second = tl.load(pairs_ptr + 4, mask=mask, other=0)
+        if x_ptr.dtype.element_ty == tl.bfloat16:
+            a, b = from_bits(first << 16), from_bits(first & -0x10000)
+            c, d = from_bits(second << 16), from_bits(second & -0x10000)
+        else:
+            a, b = _widen_half(first), _widen_half(first >> 16)
+            c, d = _widen_half(second), _widen_half(second >> 16)
+    return a + 0.0, b + 0.0, c + 0.0, d + 0.0
+
+
+@triton.jit
+def _widen_half(bits):
+    """float32 of the float16 in the low half of an int32."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.constexpr_function
+def is_narrow(x_ptr):
+    """Whether a pointer is to a 16-bit dtype, so that values have at most 11 significant bits."""
+    return x_ptr.dtype.element_ty != tl.float32
 
 
 @triton.jit
@@ -69,17 +106,32 @@ def larger(a, b):
 
 
 @triton.jit
+def regime(scale):
+    """2 if a positive global scale is a power of two far from the ends of fp32, 1 if only the latter, 0 if neither.
+
+    From 1 on, block scales between 2^-9 and 448 times this scale keep every step of `divide` in range.
+    """
+    is_ordinary = (scale > 2.0**-60) & (scale < 2.0**60)
+    is_power_of_two = (to_bits(scale) & 0x7FFFFF) == 0
+    return tl.where(is_ordinary, tl.where(is_power_of_two, 2, 1), 0)
+
+
+@triton.jit
+def _newton(b):
+    """1 / b to 24 bits: a guess from the bits of b, within 6 %, and three Newton steps. Rounded once if b is an E4M3 value."""
+    guess = from_bits(0x7EF311C3 - to_bits(b))
+    guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
+    guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
+    return tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
+
+
+@triton.jit
 def reciprocal(b):
-    """1 / b rounded once, for b in the ordinary range: a guess from the bits of b, within 6 %, and four Newton steps."""
-    negative = -b
-    bits = to_bits(b)
-    guess = from_bits(0x7EF311C3 - bits)
-    guess = tl.fma(tl.fma(negative, guess, 1.0), guess, guess)
-    guess = tl.fma(tl.fma(negative, guess, 1.0), guess, guess)
-    guess = tl.fma(tl.fma(negative, guess, 1.0), guess, guess)
-    guess = tl.fma(tl.fma(negative, guess, 1.0), guess, guess)
+    """1 / b rounded once, for b in the range of regime 1."""
+    guess = _newton(b)
+    guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
     # Of all significands only that of all ones comes out wrong, an ulp low.
-    return from_bits(to_bits(guess) + tl.where(((bits + 1) & 0x7FFFFF) == 0, 1, 0))
+    return from_bits(to_bits(guess) + tl.where(((to_bits(b) + 1) & 0x7FFFFF) == 0, 1, 0))
 
 
 @triton.jit
@@ -90,9 +142,30 @@ def divide(a, b, one_over_b):
 
 
 @triton.jit
-def is_ordinary_scale(scale):
-    """Whether block scales between 2^-9 and 448 times this scale keep every step of `divide` in range."""
-    return (scale > LOWEST_ORDINARY) & (scale < HIGHEST_ORDINARY)
+def block_amax(x):
+    """Largest magnitude of each row of x [TILE, 16], or NaN."""
+    return tl.reduce(tl.abs(x), 1, larger)
+
+
+@triton.jit
+def block_amax_of_quarters(a, b, c, d):
+    """The same of `load_quarters`."""
+    return tl.reduce(larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d))), 1, larger)
+
+
+@triton.jit
+def block_scales(amax, s2, s2_regime):
+    """`reference.block_scales`."""
+    if s2_regime == 0:
+        ratio = tl.div_rn(tl.div_rn(amax, 6.0), s2)
+    else:
+        # 4096 * s2 gives a scale above 448 as well, and keeps Inf out of the division.
+        sixth = divide(smaller(amax, 4096.0 * s2), 6.0, 1.0 / 6.0)
+        if s2_regime == 2:
+            ratio = sixth * from_bits(0x7F000000 - to_bits(s2))
+        else:
+            ratio = divide(sixth, s2, reciprocal(s2))
+    return round_e4m3(smaller(larger(ratio, E4M3_MIN), 448.0))
 
 
 @triton.jit
@@ -106,21 +179,6 @@ def round_e4m3(t):
     """The nearest E4M3 value of each t in [0, 448], ties to even, as float32; NaN stays NaN."""
     power = _power_of_two(t, 2.0**-6)
     return tl.fma(power, -(2.0**20), tl.fma(power, 2.0**20, t))
-
-
-@triton.jit
-def round_e2m1(magnitude):
-    """The nearest E2M1 magnitude of each float32 in [0, 7), ties to even."""
-    power = _power_of_two(magnitude, 1.0)
-    return tl.fma(power, -(2.0**22), tl.fma(power, 2.0**22, magnitude))
-
-
-@triton.jit
-def encode_e2m1(magnitude):
-    """The code 0..7 of each float32 in [0, 7)."""
-    # The sum ends in round(magnitude / step), 0 to 4; twice its exponent counts the codes below; 3 cancels the bias, modulo 8.
-    bits = to_bits(tl.fma(_power_of_two(magnitude, 1.0), 2.0**22 + 3, magnitude))
-    return (bits + (bits >> 22)) & 7
 
 
 @triton.jit
@@ -141,65 +199,153 @@ def e4m3_value(byte):
 
 
 @triton.jit
-def block_amax(x):
-    """Largest magnitude of each row of x [TILE, 16], or NaN."""
-    return tl.reduce(tl.abs(x), 1, larger)
-
-
-@triton.jit
-def block_scales(amax, s2, is_ordinary):
-    """`reference.block_scales`."""
-    if is_ordinary:
-        # 4096 * s2 gives a scale above 448 as well, and keeps Inf out of the division.
-        sixth = divide(smaller(amax, 4096.0 * s2), 6.0, 1.0 / 6.0)
-        ratio = divide(sixth, s2, reciprocal(s2))
+def _quotients(x, divisors, scales, scale_regime):
+    """|x| / divisor rounded once, in [0, 7): scales and divisors [TILE, 1], the latter with 1 for 0."""
+    if scale_regime == 0:
+        quotients = smaller(tl.div_rn(tl.abs(x), tl.broadcast_to(divisors, x.shape)), 6.0)
     else:
-        ratio = tl.div_rn(tl.div_rn(amax, 6.0), s2)
-    return round_e4m3(smaller(larger(ratio, E4M3_MIN), 448.0))
-
-
-@triton.jit
-def magnitudes(x, divisors, scales, is_ordinary):
-    """|x| / divisor, saturated for E2M1: x [TILE, 16], scales [TILE] and divisors, which are scales with 1 for 0."""
-    if is_ordinary:
         # Saturating before the division keeps Inf out of it. 6 * scale is rounded, so a quotient may be an ulp above 6.
-        saturated = smaller(tl.abs(x), 6.0 * scales[:, None])
-        quotient = divide(saturated, divisors[:, None], reciprocal(divisors)[:, None])
-    else:
-        quotient = smaller(tl.div_rn(tl.abs(x), tl.broadcast_to(divisors[:, None], x.shape)), 6.0)
-    return quotient
-
-
-@triton.jit
-def fake_quant(x, divisors, scales, is_ordinary, sign_mask):
-    """x [TILE, 16] on the grid of scales [TILE]; sign_mask is 0 where x_hat has no sign to take from x."""
-    magnitude = round_e2m1(magnitudes(x, divisors, scales, is_ordinary)) * scales[:, None]
-    return from_bits(to_bits(magnitude) | (to_bits(x) & sign_mask))
-
-
-@triton.jit
-def encode(x, scales, is_ordinary, TILE: tl.constexpr):
-    """Signed codes of x [TILE, 16] under positive scales [TILE], eight to an int32: [TILE, 2]."""
-    codes = encode_e2m1(magnitudes(x, scales, scales, is_ordinary)) | ((to_bits(x) >> 28) & 8)
-    return tl.sum(tl.reshape(codes, [TILE, 2, 8]) << (4 * tl.arange(0, 8))[None, None, :], axis=2)
-
-
-@triton.jit
-def static_scales(amax, global_amax, IS_QUANTIZED: tl.constexpr):
-    """`reference.static_scales`, and whether they are ordinary."""
-    if IS_QUANTIZED:
-        is_ordinary = global_amax < HIGHEST_ORDINARY
-        if is_ordinary:
-            sixth = divide(global_amax, 6.0, 1.0 / 6.0)
-            multiplier = reciprocal(tl.where(sixth <= 2.0**-24, 1.0, sixth)) * 448.0
-            inverse = reciprocal(multiplier)
-            scales = divide(smaller(amax, LARGEST_FLOAT), 6.0, 1.0 / 6.0)
+        saturated = smaller(tl.abs(x), 6.0 * scales)
+        if scale_regime == 2:
+            one_over = _newton(divisors)
         else:
-            multiplier = tl.div_rn(1.0, tl.div_rn(global_amax, 6.0)) * 448.0
-            inverse = tl.div_rn(1.0, multiplier)
-            scales = tl.div_rn(amax, 6.0)
-        scales = round_e4m3(smaller(scales * multiplier, 448.0)) * inverse
+            one_over = reciprocal(divisors)
+        quotients = divide(saturated, divisors, one_over)
+    return quotients
+
+
+@triton.jit
+def _coarse_quotients(x, scales):
+    """128 + |x| / scale to 16 fractional bits: x of at most 11 significant bits, scales an E4M3 value times a power of two.
+
+    Such a quotient either is a tie of two codes, and exact here, or misses all of them by more than 2^-14.
+    """
+    return tl.fma(tl.abs(x), _newton(scales), 128.0)
+
+
+@triton.jit
+def fake_quant(x, divisors, scales, scale_regime, IS_NARROW: tl.constexpr):
+    """x [TILE, 16] on the grid of scales [TILE], signs included. IS_NARROW: x was of a 16-bit dtype."""
+    divisors = divisors[:, None]
+    scales = scales[:, None]
+    if IS_NARROW:
+        if scale_regime == 2:
+            quotients = smaller(_coarse_quotients(x, scales) - 128.0, 6.0)
+        else:
+            quotients = _quotients(x, divisors, scales, scale_regime)
     else:
-        scales = tl.div_rn(amax, 6.0)
-        is_ordinary = False
-    return scales, is_ordinary
+        quotients = _quotients(x, divisors, scales, scale_regime)
+    # A power of two times 2^22 leaves one mantissa bit.
+    power = _power_of_two(quotients, 1.0)
+    magnitudes = tl.fma(power, -(2.0**22), tl.fma(power, 2.0**22, quotients)) * scales
+    return from_bits(to_bits(magnitudes) | (to_bits(x) & SIGN))
+
+
+@triton.jit
+def encode_quarters(a, b, c, d, scales, scale_regime, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
+    """Signed codes of `load_quarters` under positive scales [TILE], eight to an int32: [TILE, 2]."""
+    scales = scales[:, None]
+    if IS_NARROW:
+        if scale_regime == 2:
+            code_a = _codes(_coarse_quotients(a, scales), 128.0)
+            code_b = _codes(_coarse_quotients(b, scales), 128.0)
+            code_c = _codes(_coarse_quotients(c, scales), 128.0)
+            code_d = _codes(_coarse_quotients(d, scales), 128.0)
+        else:
+            code_a, code_b, code_c, code_d = _exact_codes(a, b, c, d, scales, scale_regime)
+    else:
+        code_a, code_b, code_c, code_d = _exact_codes(a, b, c, d, scales, scale_regime)
+    first = _pack(a, b, code_a, code_b, IS_NARROW, TILE)
+    second = _pack(c, d, code_c, code_d, IS_NARROW, TILE)
+    return tl.join(first, second)
+
+
+@triton.jit
+def _exact_codes(a, b, c, d, scales, scale_regime):
+    code_a = _codes(_quotients(a, scales, scales, scale_regime), 0.0)
+    code_b = _codes(_quotients(b, scales, scales, scale_regime), 0.0)
+    code_c = _codes(_quotients(c, scales, scales, scale_regime), 0.0)
+    code_d = _codes(_quotients(d, scales, scales, scale_regime), 0.0)
+    return code_a, code_b, code_c, code_d
+
+
+@triton.jit
+def _codes(quotients, OFFSET: tl.constexpr):
+    """Bits of 2^23 + code, 0 to 7, of each OFFSET + quotient.
+
+    The code is the least of 2q, 2 + q, 4 + q / 2 and 7, each rounded to an integer, ties to even, which adding 2^23 does.
+    """
+    below_2 = to_bits(tl.fma(quotients, 2.0, 2.0**23 - 2 * OFFSET))
+    below_4 = to_bits(quotients + (2.0**23 + 2 - OFFSET))
+    below_6 = to_bits(tl.fma(quotients, 0.5, 2.0**23 + 4 - OFFSET / 2))
+    return tl.minimum(tl.minimum(below_2, below_4), tl.minimum(below_6, 0x4B000007))
+
+
+@triton.jit
+def _pack(a, b, code_a, code_b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
+    """An int32 [TILE] of eight codes with the signs of a and b, two quarters that are neighbours."""
+    c0, c1, c2, c3, c4, c5, c6, c7 = _columns(code_a, code_b, IS_INTERLEAVED, TILE)
+    words = (c7 << 4) + c6
+    words = (words << 4) + c5
+    words = (words << 4) + c4
+    words = (words << 4) + c3
+    words = (words << 4) + c2
+    words = (words << 4) + c1
+    # Each code came with the bits of 2^23, of whose sum over the eight places this is the negative.
+    words = (words << 4) + c0 + 0x5000000
+    s0, s1, s2, s3, s4, s5, s6, s7 = _columns(_top_four_bits(a), _top_four_bits(b), IS_INTERLEAVED, TILE)
+    signs = (s7 << 4) | s6
+    signs = (signs << 4) | s5
+    signs = (signs << 4) | s4
+    signs = (signs << 4) | s3
+    signs = (signs << 4) | s2
+    signs = (signs << 4) | s1
+    signs = (signs << 4) | s0
+    return (words & 0x77777777) | (signs & -0x77777778)
+
+
+@triton.jit
+def _top_four_bits(x):
+    """Sign and three bits that do not matter: all four shift into place in one instruction."""
+    return (x.to(tl.uint32, bitcast=True) >> 28).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _columns(a, b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
+    """Two quarters [TILE, 4] as eight times [TILE], in the order of the elements."""
+    a02, a13 = tl.split(tl.reshape(a, [TILE, 2, 2]))
+    b02, b13 = tl.split(tl.reshape(b, [TILE, 2, 2]))
+    a0, a2 = tl.split(a02)
+    a1, a3 = tl.split(a13)
+    b0, b2 = tl.split(b02)
+    b1, b3 = tl.split(b13)
+    if IS_INTERLEAVED:
+        columns = a0, b0, a1, b1, a2, b2, a3, b3
+    else:
+        columns = a0, a1, a2, a3, b0, b1, b2, b3
+    return columns
+
+
+@triton.jit
+def _sixth(amax, IS_PRODUCT: tl.constexpr):
+    """amax / 6: by an IEEE division, or by the product with 1 / 6 rounded that torch makes of it on CUDA."""
+    return amax * (1.0 / 6.0) if IS_PRODUCT else tl.div_rn(amax, 6.0)
+
+
+@triton.jit
+def static_scales(amax, global_amax, IS_QUANTIZED: tl.constexpr, IS_PRODUCT: tl.constexpr):
+    """`reference.static_scales`, and their regime."""
+    scales = _sixth(amax, IS_PRODUCT)
+    scale_regime = 0
+    if IS_QUANTIZED:
+        sixth = _sixth(global_amax, IS_PRODUCT)
+        sixth = tl.where(sixth <= 2.0**-24, 1.0, sixth)
+        scale_regime = tl.minimum(regime(sixth), 1)
+        if scale_regime == 1:
+            multiplier = reciprocal(sixth) * 448.0
+            inverse = reciprocal(multiplier)
+        else:
+            multiplier = tl.div_rn(1.0, sixth) * 448.0
+            inverse = tl.div_rn(1.0, multiplier)
+        scales = round_e4m3(smaller(scales * multiplier, 448.0)) * inverse
+    return scales, scale_regime

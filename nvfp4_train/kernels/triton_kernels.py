@@ -20,7 +20,7 @@ TILES = {
     "fake_quant": (128, 4),
     "quantize": (128, 4),
     "static_scales": (256, 4),
-    "static_fake_quant": (64, 4),
+    "static_fake_quant": (128, 4),
     "dequantize": (256, 4),
 }
 """Blocks a program (for dequantize, words of eight codes) and warps a program, by operation."""
@@ -29,17 +29,11 @@ AMAX_TILES_PER_PROGRAM = 16
 
 
 @triton.jit
-def _load_blocks(x_ptr, num_blocks, TILE: tl.constexpr):
-    """This program's blocks as float32 [TILE, 16], its first block, and which rows exist."""
+def _place(num_blocks, TILE: tl.constexpr):
+    """First block of this program, its rows, and which of them exist."""
     start = tl.program_id(0).to(tl.int64) * TILE
     rows = tl.arange(0, TILE)
-    is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
-    return arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE), start, is_row
-
-
-@triton.jit
-def _store_blocks(out_ptr, values, start, is_row, TILE: tl.constexpr):
-    arithmetic.store_blocks(out_ptr + start * 16, values, is_row, TILE)
+    return start, rows, rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------------------
@@ -47,8 +41,9 @@ def _store_blocks(out_ptr, values, start, is_row, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def block_amax_kernel(x_ptr, amax_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
-    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
-    tl.store(amax_ptr + start + tl.arange(0, TILE), arithmetic.block_amax(x), mask=is_row)
+    start, rows, is_row = _place(num_blocks, TILE)
+    amax = arithmetic.block_amax_of_quarters(*arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE))
+    tl.store(amax_ptr + start + rows, amax, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -60,7 +55,7 @@ def amax_kernel(x_ptr, amax_ptr, partial_ptr, num_blocks: tl.int64, NUM_TILES: t
     for tile in range(NUM_TILES):
         start = first + tile * TILE
         is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
-        amax = arithmetic.block_amax(arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE))
+        amax = arithmetic.block_amax_of_quarters(*arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE))
         tl.store(amax_ptr + start + rows, amax, mask=is_row)
         largest = arithmetic.larger(largest, amax)
     tl.store(partial_ptr + tl.program_id(0), tl.reduce(largest, 0, arithmetic.larger))
@@ -79,50 +74,62 @@ def max_kernel(values_ptr, max_ptr, num_values: tl.int64, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
 def fake_quant_kernel(x_ptr, s2_ptr, out_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
-    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
+    start, _, is_row = _place(num_blocks, TILE)
+    x = arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE)
     s2 = tl.load(s2_ptr)
-    is_ordinary = arithmetic.is_ordinary_scale(s2)
-    scales = arithmetic.block_scales(arithmetic.block_amax(x), s2, is_ordinary) * s2
-    _store_blocks(out_ptr, arithmetic.fake_quant(x, scales, scales, is_ordinary, arithmetic.SIGN), start, is_row, TILE)
+    regime = arithmetic.regime(s2)
+    scales = arithmetic.block_scales(arithmetic.block_amax(x), s2, regime) * s2
+    x_hat = arithmetic.fake_quant(x, scales, scales, regime, arithmetic.is_narrow(x_ptr))
+    arithmetic.store_blocks(out_ptr + start * 16, x_hat, is_row, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
 def quantize_kernel(x_ptr, s2_ptr, words_ptr, scales_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
     """Eight codes to an int32, so two words a block."""
-    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
+    start, rows, is_row = _place(num_blocks, TILE)
+    a, b, c, d = arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE)
     s2 = tl.load(s2_ptr)
-    is_ordinary = arithmetic.is_ordinary_scale(s2)
-    scales = arithmetic.block_scales(arithmetic.block_amax(x), s2, is_ordinary)
-    words = arithmetic.encode(x, scales * s2, is_ordinary, TILE)
-    rows = tl.arange(0, TILE)
-    offsets = rows[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(words_ptr + start * 2 + offsets, words, mask=is_row[:, None])
+    regime = arithmetic.regime(s2)
+    scales = arithmetic.block_scales(arithmetic.block_amax_of_quarters(a, b, c, d), s2, regime)
+    words = arithmetic.encode_quarters(a, b, c, d, scales * s2, regime, arithmetic.is_narrow(x_ptr), TILE)
+    tl.store(words_ptr + start * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :], words, mask=is_row[:, None])
     tl.store(scales_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
 def static_scales_kernel(
-    amax_ptr, global_amax_ptr, scales_ptr, num_blocks: tl.int64, IS_QUANTIZED: tl.constexpr, TILE: tl.constexpr
+    amax_ptr,
+    global_amax_ptr,
+    scales_ptr,
+    num_blocks: tl.int64,
+    IS_QUANTIZED: tl.constexpr,
+    IS_PRODUCT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     amax = tl.load(amax_ptr + offsets, mask=offsets < num_blocks, other=0.0).to(tl.float32)
-    scales, _ = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED)
+    scales, _ = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
     tl.store(scales_ptr + offsets, scales, mask=offsets < num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
 def static_fake_quant_kernel(
-    x_ptr, amax_ptr, global_amax_ptr, out_ptr, num_blocks: tl.int64, IS_QUANTIZED: tl.constexpr, TILE: tl.constexpr
+    x_ptr,
+    amax_ptr,
+    global_amax_ptr,
+    out_ptr,
+    num_blocks: tl.int64,
+    IS_QUANTIZED: tl.constexpr,
+    IS_PRODUCT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    x, start, is_row = _load_blocks(x_ptr, num_blocks, TILE)
-    amax = tl.load(amax_ptr + start + tl.arange(0, TILE), mask=is_row, other=0.0).to(tl.float32)
-    scales, is_ordinary = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED)
-    # A block whose scale is zero is +0.0 all over.
-    is_zero = scales == 0.0
-    x_hat = arithmetic.fake_quant(
-        x, tl.where(is_zero, 1.0, scales), scales, is_ordinary, tl.where(is_zero, 0, arithmetic.SIGN)[:, None]
-    )
-    _store_blocks(out_ptr, x_hat, start, is_row, TILE)
+    start, rows, is_row = _place(num_blocks, TILE)
+    x = arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE)
+    amax = tl.load(amax_ptr + start + rows, mask=is_row, other=0.0).to(tl.float32)
+    scales, regime = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    # A zero is +0.0 here, as Model Optimizer has it; a scale of zero makes a zero of every element.
+    x_hat = arithmetic.fake_quant(x, tl.where(scales == 0.0, 1.0, scales), scales, regime, False) + 0.0
+    arithmetic.store_blocks(out_ptr + start * 16, x_hat, is_row, TILE)
 
 
 @triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["s2_ptr"])
@@ -189,7 +196,15 @@ def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
 def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
     scales = amax.new_empty(amax.shape, dtype=torch.float32)
     tensors = _flat(amax), global_amax, scales
-    _launch("static_scales", static_scales_kernel, amax.numel(), amax, *tensors, IS_QUANTIZED=quantize_block_scales)
+    _launch(
+        "static_scales",
+        static_scales_kernel,
+        amax.numel(),
+        amax,
+        *tensors,
+        IS_QUANTIZED=quantize_block_scales,
+        IS_PRODUCT=amax.is_cuda,
+    )
     return scales
 
 
@@ -197,7 +212,15 @@ def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_blo
     """`reference.static_fake_quant` of `reference.static_scales`, in one pass."""
     out = x.new_empty(x.shape, dtype=dtype)
     tensors = _flat(x), _flat(amax), global_amax, out
-    _launch("static_fake_quant", static_fake_quant_kernel, amax.numel(), x, *tensors, IS_QUANTIZED=quantize_block_scales)
+    _launch(
+        "static_fake_quant",
+        static_fake_quant_kernel,
+        amax.numel(),
+        x,
+        *tensors,
+        IS_QUANTIZED=quantize_block_scales,
+        IS_PRODUCT=amax.is_cuda,
+    )
     return out
 
 

@@ -18,6 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
+from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
 
@@ -40,36 +43,43 @@ class _ShardedWeight:
         self._shape = parameter.shape
         self._group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
         # With one shard nothing travels, and FSDP2 takes a single tensor from the hook.
-        self._packed = packed and self._group.size() > 1
-        self._sent: tuple[Tensor, ...] = ()
-        self._s2 = torch.empty(0)
+        self.is_packed = packed and self._group.size() > 1
+        self.sent: tuple[Tensor, ...] = ()
+        self.s2 = torch.empty(0)
         self._hooked: Tensor | None = None
 
     def local_master(self) -> Tensor:
         """The rows of this rank, padded by zeros to the same number on every rank."""
         return self._fsdp_param._sharded_param_data.detach().view(self._fsdp_param.padded_sharded_param_size)
 
-    def quantize(self, s2: Tensor) -> None:
-        if self._packed:
-            self._sent = torch.ops.nvfp4.quantize(self.local_master(), s2)
+    def allocate(self) -> None:
+        """Make room for what this rank sends."""
+        master = self.local_master()
+        if self.is_packed:
+            rows, columns = master.shape
+            self.sent = (
+                master.new_empty((rows, columns // 2), dtype=torch.uint8),
+                master.new_empty((rows, columns // BLOCK_SIZE), dtype=torch.float8_e4m3fn),
+            )
         else:
-            self._sent = (torch.ops.nvfp4.fake_quant(self.local_master(), s2, SERVED_DTYPE),)
-        self._s2 = s2
+            self.sent = (torch.empty_like(master, dtype=SERVED_DTYPE),)
 
     def gather(self) -> Tensor:
         """The whole compute weight, by a collective of its own."""
         received: list[Tensor] = []
-        for tensor in self._sent:
+        for tensor in self.sent:
             sent = tensor.view(torch.uint8)
             output = sent.new_empty((self._group.size() * sent.shape[0], *sent.shape[1:]))
             distributed.all_gather_into_tensor(output, sent, group=self._group)
             received.append(output.view(tensor.dtype)[: self._shape[0]])
-        return self._decode(received) if self._packed else received[0]
+        return self._decode(received) if self.is_packed else received[0]
 
-    def refresh_shard(self) -> None:
-        """Follow FSDP2 to a new local tensor, if it was replaced."""
-        if self._hooked is not None and self._local_tensor() is not self._hooked:
+    def follow_shard(self) -> bool:
+        """Tell FSDP2 of a new local tensor, if it was replaced since the hooks were set; whether it was."""
+        was_replaced = self._hooked is not None and self._local_tensor() is not self._hooked
+        if was_replaced:
             self._fsdp_param.reset_sharded_param()
+        return was_replaced
 
     def attach(self) -> None:
         local = self._local_tensor()
@@ -99,7 +109,7 @@ class _ShardedWeight:
     def _pre_all_gather(self) -> Callable:
         # Of one argument: the hook of five may not be packed where the rows of the ranks differ in number.
         def fsdp_pre_all_gather(mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], None]:
-            return self._sent, None
+            return self.sent, None
 
         # FSDP2 inspects the signature at every gather; found here it costs nothing.
         fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
@@ -108,7 +118,7 @@ class _ShardedWeight:
     def _post_all_gather(
         self, received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        if not self._packed:
+        if not self.is_packed:
             # The gathered tensor is the unsharded parameter; FSDP2 owns its memory.
             return None if out is not None else (received[0], ())
         weight = self._decode([tensor[: self._shape[0]] for tensor in received])
@@ -124,7 +134,7 @@ class _ShardedWeight:
 
     def _decode(self, received: Sequence[Tensor]) -> Tensor:
         codes, scales = received
-        return torch.ops.nvfp4.dequantize(codes, scales, self._s2, SERVED_DTYPE)
+        return torch.ops.nvfp4.dequantize(codes, scales, self.s2, SERVED_DTYPE)
 
 
 class ShardedWeightStore(WeightStore):
@@ -152,8 +162,9 @@ class ShardedWeightStore(WeightStore):
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
-        for weight in self._weights.values():
-            weight.refresh_shard()
+        if any([weight.follow_shard() for weight in self._weights.values()]):
+            self._quantizer = None
+            self.is_enabled = False
         super().update()
 
     @torch.no_grad()
@@ -167,11 +178,17 @@ class ShardedWeightStore(WeightStore):
     def compute_weight(self, name: str) -> Tensor:
         return self._weights[self._owners[name]].gather()
 
-    def _local_master(self, name: str) -> Tensor:
-        return self._weights[name].local_master()
-
-    def _quantize(self, name: str, s2: Tensor) -> None:
-        self._weights[name].quantize(s2)
+    def _make_quantizer(self) -> MultiTensorQuantizer:
+        weights = [self._weights[name] for name, _, _ in self.items()]
+        groups = [group for _, _, group in self.items()]
+        for weight in weights:
+            weight.allocate()
+        names = ("packed", "scales") if weights[0].is_packed else ("decoded",)
+        outputs = {name: [weight.sent[index] for weight in weights] for index, name in enumerate(names)}
+        quantizer = self._quantizer_of([weight.local_master() for weight in weights], groups, **outputs)
+        for weight, group in zip(weights, groups, strict=True):
+            weight.s2 = quantizer.global_scales[group]
+        return quantizer
 
     def _use(self, quantized: bool) -> None:
         self._reshard()

@@ -5,12 +5,12 @@ This is the store of a replicated model (one device, or DDP); `sharded` has that
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
-from nvfp4_train.kernels.reference import global_scale
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
 from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
 
 
@@ -36,6 +36,7 @@ class WeightStore:
         """The first module that has the parameter of a module."""
         self._compute_weights: dict[str, Tensor] = {}
         """By owner."""
+        self._quantizer: MultiTensorQuantizer | None = None
         self.global_amax = torch.empty(0)
         """float32 [groups], of the last update."""
         self.global_scale = torch.empty(0)
@@ -56,20 +57,14 @@ class WeightStore:
     def update(self) -> None:
         """Quantize every master into what the forward computes with, and switch the forward to it.
 
-        The amax of all groups is reduced over all ranks by one all_reduce(MAX); nothing waits for the device.
+        A handful of launches and one all_reduce(MAX) for the whole model; nothing waits for the device.
         """
-        weights = list(self.items())
-        amax = torch.stack([self._local_master(name).abs().amax().float() for name, _, _ in weights])
-        index = torch.tensor([group for _, _, group in weights], device=amax.device)
-        group_amax = torch.zeros(len(self.groups), device=amax.device).scatter_reduce_(0, index, amax, "amax")
-        if distributed.is_available() and distributed.is_initialized():
-            # Over all ranks: shards of one tensor need it, and replicas of one cannot drift apart.
-            distributed.all_reduce(group_amax, distributed.ReduceOp.MAX)
-        self.global_amax = group_amax
-        self.global_scale = global_scale(group_amax, self.power_of_two)
-        for name, _, group in weights:
-            self._quantize(name, self.global_scale[group])
-        self._use(True)
+        if self._quantizer is None:
+            self._quantizer = self._make_quantizer()
+            self.global_amax, self.global_scale = self._quantizer.global_amax, self._quantizer.global_scales
+        self._quantizer.step()
+        if not self.is_enabled:
+            self._use(True)
 
     def check_finite(self) -> None:
         """Raise ValueError, naming the weights, if the last update met a NaN or Inf. Waits for the device."""
@@ -98,15 +93,27 @@ class WeightStore:
         """The whole weight [N, K] in bf16, as the forward computes with it since the last update. Call it on every rank."""
         return self._compute_weights[self._owners[name]]
 
-    def _local_master(self, name: str) -> Tensor:
-        """What this rank holds of a master, at least one row of K columns."""
-        return self._modules[name].weight.detach()
+    def _make_quantizer(self) -> MultiTensorQuantizer:
+        weights = list(self.items())
+        self._compute_weights = {
+            name: torch.empty_like(module.weight, dtype=SERVED_DTYPE, requires_grad=False) for name, module, _ in weights
+        }
+        masters = [module.weight for _, module, _ in weights]
+        return self._quantizer_of(masters, [group for _, _, group in weights], decoded=list(self._compute_weights.values()))
 
-    def _quantize(self, name: str, s2: Tensor) -> None:
-        master = self._local_master(name)
-        if name not in self._compute_weights:
-            self._compute_weights[name] = torch.empty_like(master, dtype=SERVED_DTYPE)
-        self._compute_weights[name].copy_(torch.ops.nvfp4.fake_quant(master, s2, SERVED_DTYPE))
+    def _quantizer_of(self, masters: list[Tensor], groups: list[int], **outputs: Any) -> MultiTensorQuantizer:
+        """2-D masters: the slots of the quantizer are the groups of the store."""
+        # Over all ranks: shards of one tensor need it, and replicas of one cannot drift apart.
+        world = distributed.group.WORLD if distributed.is_available() and distributed.is_initialized() else None
+        first_slots, num_slots = slots_of_groups(masters, groups)
+        return MultiTensorQuantizer(
+            masters,
+            first_slots,
+            num_slots,
+            **outputs,
+            power_of_two=self.power_of_two,
+            process_groups=[] if world is None else [world],
+        )
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized

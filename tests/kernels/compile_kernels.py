@@ -25,7 +25,7 @@ X, OUT, FLOAT = "*bf16", "*bf16", "*fp32"
 FAKE_QUANT = ("fake_quant", kernels.fake_quant_kernel, {})
 QUANTIZE = ("quantize", kernels.quantize_kernel, {})
 AMAX = ("amax", kernels.amax_kernel, {"NUM_TILES": kernels.AMAX_TILES_PER_PROGRAM})
-STATIC = ("static_fake_quant", kernels.static_fake_quant_kernel, {"IS_QUANTIZED": True})
+STATIC = ("static_fake_quant", kernels.static_fake_quant_kernel, {"IS_QUANTIZED": True, "IS_PRODUCT": True})
 DEQUANTIZE = ("dequantize", kernels.dequantize_kernel, {"WORDS_PER_SCALE": 2, "IS_E4M3": True})
 
 KERNELS = {
@@ -39,7 +39,7 @@ KERNELS = {
     "quantize_bf16": (QUANTIZE, {"x_ptr": X, "s2_ptr": FLOAT, "words_ptr": "*i32", "scales_ptr": "*u8"}),
     "quantize_fp32": (QUANTIZE, {"x_ptr": FLOAT, "s2_ptr": FLOAT, "words_ptr": "*i32", "scales_ptr": "*u8"}),
     "static_scales": (
-        ("static_scales", kernels.static_scales_kernel, {"IS_QUANTIZED": True}),
+        ("static_scales", kernels.static_scales_kernel, {"IS_QUANTIZED": True, "IS_PRODUCT": True}),
         {"amax_ptr": FLOAT, "global_amax_ptr": FLOAT, "scales_ptr": FLOAT},
     ),
     "static_fake_quant": (STATIC, {"x_ptr": X, "amax_ptr": FLOAT, "global_amax_ptr": FLOAT, "out_ptr": OUT}),

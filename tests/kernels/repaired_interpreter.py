@@ -1,16 +1,10 @@
-"""Kernel tests run on CUDA where there is a GPU, else in Triton's interpreter, whose arithmetic is repaired here.
+"""Triton's interpreter, with the arithmetic of a GPU. Import it before kernels run.
 
 The interpreter rounds `fma` twice, truncates float32 to bfloat16, and gets subnormal bfloat16 values wrong; a GPU does not.
 """
 
-import os
-
 import numpy as np
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from triton.runtime import interpreter
 
 

@@ -1,0 +1,192 @@
+"""NVFP4 quantization of all weights of a model at once, with the global amax of siblings and ranks reduced in the same step.
+
+A step measures every master, takes the maximum per slot (a slot is what shares one s2) and over ranks by one all_reduce, derives
+s2, and quantizes every master: into decoded weights, into packed codes and scales, or into both. It launches three kernels, waits
+for nothing, and after the first step allocates nothing. Pointers and sizes sit in a table on the device.
+
+With a power-of-two s2 the masters are read once: they are measured and quantized under the last s2 in one pass, and only slots
+whose s2 moved are quantized again, which the device decides. The result is that of two passes, bit for bit.
+
+CUDA tensors take the kernels of `multi_tensor_kernels`, CPU tensors the plain PyTorch of `reference`.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from nvfp4_train.kernels import reference
+
+
+def slots_of_groups(masters: Sequence[Tensor], groups: Sequence[int]) -> tuple[list[int], int]:
+    """First slot of each master and the number of slots, from the sibling group of each.
+
+    A 2-D master has one slot, a 3-D master [E, N, K] one per expert; masters of one group share theirs.
+    """
+    num_slots = [0] * (max(groups, default=-1) + 1)
+    for master, group in zip(masters, groups, strict=True):
+        num_scales = master.shape[0] if master.dim() == 3 else 1
+        if num_slots[group] not in (0, num_scales):
+            raise ValueError(
+                f"masters of group {group} must have equally many experts, got {num_slots[group]} and {num_scales}"
+            )
+        num_slots[group] = num_scales
+    first = [sum(num_slots[:group]) for group in range(len(num_slots))]
+    return [first[group] for group in groups], sum(num_slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a step reads and writes; a list that is not wanted is empty."""
+
+    masters: list[Tensor]
+    """[N, K] or [E, N, K], of one float dtype, contiguous."""
+    first_slots: list[int]
+    """Slot of each master, or of the first expert of each."""
+    decoded: list[Tensor]
+    """Like the masters, of one float dtype."""
+    packed: list[Tensor]
+    """uint8 [..., K // 2]."""
+    scales: list[Tensor]
+    """float8_e4m3fn [..., K // 16]."""
+
+    def __post_init__(self) -> None:
+        if not self.decoded and not self.packed:
+            raise ValueError("outputs are required: decoded, or packed and scales, got none")
+        for name, divisor in (("decoded", 1), ("packed", 2), ("scales", 16)):
+            outputs = getattr(self, name)
+            if not outputs and (name == "decoded" or not self.packed and not self.scales):
+                continue
+            if len(outputs) != len(self.masters):
+                raise ValueError(f"{name} must have one tensor per master, {len(self.masters)}, got {len(outputs)}")
+            for index, (master, output) in enumerate(zip(self.masters, outputs, strict=True)):
+                required = (*master.shape[:-1], master.shape[-1] // divisor)
+                if output.shape != required:
+                    raise ValueError(f"{name}[{index}] must have shape {required}, got {tuple(output.shape)}")
+        for name, dtypes in (
+            ("masters", (torch.float32, torch.bfloat16)),
+            ("decoded", (torch.float32, torch.bfloat16, torch.float16)),
+            ("packed", (torch.uint8,)),
+            ("scales", (torch.float8_e4m3fn,)),
+        ):
+            tensors = getattr(self, name)
+            if len({tensor.dtype for tensor in tensors}) > 1:
+                raise ValueError(f"{name} must share one dtype, got {', '.join(sorted({str(t.dtype) for t in tensors}))}")
+            for index, tensor in enumerate(tensors):
+                self._check(f"{name}[{index}]", tensor, dtypes)
+
+    def _check(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} of shape {tuple(tensor.shape)}")
+        if tensor.device != self.masters[0].device:
+            raise ValueError(f"{name} must be on the device of the first master, {self.masters[0].device}, got {tensor.device}")
+        if name.startswith("masters") and (tensor.dim() not in (2, 3) or tensor.shape[-1] % reference.BLOCK_SIZE):
+            raise ValueError(f"{name} must be [N, K] or [E, N, K] with K a multiple of 16, got shape {tuple(tensor.shape)}")
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.masters, *self.decoded, *self.packed, *self.scales]
+
+
+class MultiTensorQuantizer:
+    """Quantizes many masters by `step()`; see the module's docstring.
+
+    Give `first_slots` and `num_slots` as `slots_of_groups` returns them; with experts sharded over ranks, the slots of the local
+    ones. `process_groups` are those over which masters are sharded or replicated, one all_reduce(MAX) each: one in all but
+    several-dimensional meshes. Memory of a tensor may move between steps; its shape may not change.
+    """
+
+    def __init__(
+        self,
+        masters: Sequence[Tensor],
+        first_slots: Sequence[int],
+        num_slots: int,
+        *,
+        decoded: Sequence[Tensor] = (),
+        packed: Sequence[Tensor] = (),
+        scales: Sequence[Tensor] = (),
+        power_of_two: bool = True,
+        process_groups: Sequence[distributed.ProcessGroup] = (),
+    ) -> None:
+        if not masters:
+            raise ValueError("masters must not be empty, got no tensor")
+        self.weights = Weights(
+            masters=list(masters),
+            first_slots=list(first_slots),
+            decoded=list(decoded),
+            packed=list(packed),
+            scales=list(scales),
+        )
+        for master, slot in zip(masters, first_slots, strict=True):
+            last = slot + (master.shape[0] if master.dim() == 3 else 1)
+            if slot < 0 or last > num_slots:
+                raise ValueError(f"slots of a master must lie within num_slots={num_slots}, got {slot} to {last - 1}")
+        device = masters[0].device
+        self.power_of_two = power_of_two
+        self.process_groups = tuple(process_groups)
+        self.measured = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        """Bits of the largest magnitude per slot of the step under way, whose integer order is theirs, with NaN on top."""
+        self.global_amax = torch.zeros(num_slots, device=device)
+        """float32 [num_slots], of the last step."""
+        self.global_scales = torch.ones(num_slots, device=device)
+        """s2, float32 [num_slots], of the last step."""
+        self._passes = self._make_passes()
+
+    def _make_passes(self) -> "ReferencePasses":
+        if self.weights.masters[0].is_cuda:
+            # Imported here: on Windows and macOS there is no Triton to import.
+            return importlib.import_module("nvfp4_train.kernels.multi_tensor_kernels").TritonPasses(self)
+        return ReferencePasses(self)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Quantize every master into its outputs and update `global_amax` and `global_scales`. NaN and Inf end up in both."""
+        with torch.cuda.device_of(self.measured):
+            self._passes.measure()
+            for process_group in self.process_groups:
+                distributed.all_reduce(self.measured, distributed.ReduceOp.MAX, group=process_group)
+            self._passes.update_scales()
+            self._passes.quantize()
+
+
+class ReferencePasses:
+    """The three passes in plain PyTorch, each master on its own."""
+
+    def __init__(self, quantizer: MultiTensorQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def measure(self) -> None:
+        for master, slots in self._masters():
+            amax = reference.block_amax(master).flatten(1).amax(1)
+            bits = amax.view(torch.int32) if master.dim() == 3 else amax.max().reshape(1).view(torch.int32)
+            # A NaN may come with a sign bit.
+            slots.copy_(torch.maximum(slots, bits & 0x7FFFFFFF))
+
+    def update_scales(self) -> None:
+        quantizer = self.quantizer
+        quantizer.global_amax.copy_(quantizer.measured.view(torch.float32))
+        quantizer.global_scales.copy_(reference.global_scale(quantizer.global_amax, quantizer.power_of_two))
+        quantizer.measured.zero_()
+
+    def quantize(self) -> None:
+        weights = self.quantizer.weights
+        for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
+            if master.numel() == 0:
+                continue
+            num_slots = master.shape[0] if master.dim() == 3 else 1
+            s2 = self.quantizer.global_scales[slot : slot + num_slots].reshape(-1, *[1] * (master.dim() - 1))
+            if weights.decoded:
+                weights.decoded[index].copy_(reference.fake_quant(master, s2, weights.decoded[index].dtype))
+            if weights.packed:
+                packed, scales = reference.quantize(master, s2)
+                weights.packed[index].copy_(packed)
+                weights.scales[index].copy_(scales)
+
+    def _masters(self):
+        weights = self.quantizer.weights
+        for master, slot in zip(weights.masters, weights.first_slots, strict=True):
+            if master.numel():
+                yield master, self.quantizer.measured[slot : slot + (master.shape[0] if master.dim() == 3 else 1)]

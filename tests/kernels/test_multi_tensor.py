@@ -1,0 +1,234 @@
+"""The whole-model pass gives the bits of quantizing each weight on its own, whatever the exponents did since the last step."""
+
+import os
+import socket
+
+import pytest
+import torch
+from kernel_cases import DEVICE, assert_same_bits
+from torch import distributed, multiprocessing
+
+from nvfp4_train.kernels import multi_tensor, multi_tensor_kernels, reference
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
+
+SHAPES = [(48, 64), (8, 64), (8, 64), (3, 16, 32), (3, 16, 32), (1, 16), (20, 256)]
+GROUPS = [0, 1, 1, 2, 2, 3, 4]
+"""Siblings: the second and third, and the experts of the fourth and fifth, pair by pair. The last one spans two chunks."""
+
+# Small chunks, so that small weights have several of them.
+multi_tensor_kernels.BLOCKS_PER_CHUNK = 256
+
+
+class TritonQuantizer(MultiTensorQuantizer):
+    """Takes Triton's passes on the CPU too, in the interpreter."""
+
+    def _make_passes(self):
+        return multi_tensor_kernels.TritonPasses(self)
+
+
+QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]
+
+
+def _masters(dtype=torch.float32, device=DEVICE):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in SHAPES]
+
+
+def _outputs(masters):
+    """Filled with NaN and all ones, so that what is not written shows."""
+    decoded = [torch.full_like(master, torch.nan, dtype=torch.bfloat16) for master in masters]
+    packed = [torch.full((*m.shape[:-1], m.shape[-1] // 2), 255, dtype=torch.uint8, device=m.device) for m in masters]
+    scales = [torch.full((*m.shape[:-1], m.shape[-1] // 16), 255, dtype=torch.uint8, device=m.device) for m in masters]
+    return {"decoded": decoded, "packed": packed, "scales": [s.view(torch.float8_e4m3fn) for s in scales]}
+
+
+def _assert_quantized_one_by_one(quantizer, masters, outputs, power_of_two):
+    """Against the maximum over siblings, and the operators of `reference`, expert by expert."""
+    pieces = [list(master) if master.dim() == 3 else [master] for master in masters]
+    for index, master_pieces in enumerate(pieces):
+        siblings = [pieces[i] for i, group in enumerate(GROUPS) if group == GROUPS[index]]
+        for expert, piece in enumerate(master_pieces):
+            amax = torch.stack([sibling[expert].abs().amax().float() for sibling in siblings]).amax().cpu()
+            s2 = reference.global_scale(amax, power_of_two)
+            slot = quantizer.weights.first_slots[index] + expert
+            assert_same_bits(quantizer.global_amax[slot], amax)
+            assert_same_bits(quantizer.global_scales[slot], s2)
+            at = expert if masters[index].dim() == 3 else ...
+            packed, scales = reference.quantize(piece.cpu(), s2)
+            if "decoded" in outputs:
+                assert_same_bits(outputs["decoded"][index][at], reference.fake_quant(piece.cpu(), s2, torch.bfloat16))
+            if "packed" in outputs:
+                assert_same_bits(outputs["packed"][index][at], packed)
+                assert_same_bits(outputs["scales"][index][at], scales)
+
+
+FACTORS = [1.0, 1.01, 3.0, 0.9, 0.2, 0.2, 1e4, 1e-9, 0.0, 1.0, 2.0**-70, 1.0]
+"""A step's masters over the first ones: exponents stay, move up, move down, by little and by much; all zero; out of range."""
+
+
+@pytest.mark.parametrize("power_of_two", [True, False], ids=["pow2", "exact"])
+@pytest.mark.parametrize("wanted", [("decoded",), ("packed", "scales"), ("decoded", "packed", "scales")], ids="+".join)
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_every_step_equals_quantizing_one_by_one(quantizer_class, wanted, power_of_two):
+    masters, first = _masters(), _masters()
+    outputs = {name: tensors for name, tensors in _outputs(masters).items() if name in wanted}
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), power_of_two=power_of_two, **outputs)
+    for step, factor in enumerate(FACTORS if len(wanted) == 1 else FACTORS[:4]):
+        for index, master in enumerate(masters):
+            # Some groups move while others stay.
+            torch.mul(first[index], factor if index % 2 == step % 2 else 1.0, out=master)
+        quantizer.step()
+        _assert_quantized_one_by_one(quantizer, masters, outputs, power_of_two)
+
+
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_bf16_masters_are_quantized_too(quantizer_class):
+    masters = _masters(torch.bfloat16)
+    outputs = {"decoded": _outputs(masters)["decoded"]}
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs)
+    quantizer.step()
+    _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+
+
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
+    masters = _masters()
+    outputs = {"decoded": _outputs(masters)["decoded"]}
+    parameters = [torch.nn.Parameter(master) for master in masters]
+    quantizer = quantizer_class(parameters, *slots_of_groups(masters, GROUPS), **outputs)
+    quantizer.step()
+    moved = [master * 1.3 for master in masters]
+    for parameter, master in zip(parameters, moved, strict=True):
+        parameter.data = master
+    quantizer.step()
+    _assert_quantized_one_by_one(quantizer, moved, outputs, True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_a_bad_weight_shows_in_the_amax_of_its_group_alone_and_only_while_it_is_there(quantizer_class, value):
+    masters = _masters()
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), decoded=_outputs(masters)["decoded"])
+    good = masters[3][1, 2, 3].clone()
+    masters[3][1, 2, 3] = value
+    quantizer.step()
+    slot = quantizer.weights.first_slots[3] + 1
+    expected = torch.ones(len(quantizer.global_amax), dtype=torch.bool, device=DEVICE)
+    expected[slot] = False
+    assert torch.equal(quantizer.global_amax.isfinite(), expected)
+    masters[3][1, 2, 3] = good
+    quantizer.step()
+    assert quantizer.global_amax.isfinite().all()
+    assert all(decoded.isfinite().all() for decoded in quantizer.weights.decoded)
+
+
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_an_empty_shard_takes_part(quantizer_class):
+    masters = [torch.randn(4, 32, device=DEVICE), torch.empty(0, 32, device=DEVICE)]
+    decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in masters]
+    quantizer = quantizer_class(masters, [0, 1], 2, decoded=decoded)
+    quantizer.step()
+    assert quantizer.global_amax.tolist() == [float(masters[0].abs().max()), 0.0]
+    assert_same_bits(decoded[0], reference.fake_quant(masters[0].cpu(), quantizer.global_scales[0].cpu(), torch.bfloat16))
+
+
+def test_slots_follow_groups_and_experts():
+    assert slots_of_groups(_masters(), GROUPS) == ([0, 1, 1, 2, 2, 5, 6], 7)
+    with pytest.raises(ValueError, match="group 0 must have equally many experts, got 3 and 1"):
+        slots_of_groups([torch.empty(3, 4, 16), torch.empty(4, 16)], [0, 0])
+
+
+def _build(masters=None, first_slots=(0,), num_slots=1, **outputs):
+    masters = [torch.zeros(4, 32)] if masters is None else masters
+    return MultiTensorQuantizer(masters, first_slots, num_slots, **outputs)
+
+
+DECODED = [torch.zeros(4, 32).bfloat16()]
+BAD_CALLS = {
+    "no masters": (lambda: _build([], ()), "masters must not be empty"),
+    "no outputs": (lambda: _build(), "outputs are required"),
+    "scales missing": (lambda: _build(packed=[torch.zeros(4, 16).byte()]), "scales must have one tensor per master, 1, got 0"),
+    "decoded missing": (
+        lambda: _build(first_slots=(0, 0), masters=[torch.zeros(4, 32)] * 2, decoded=DECODED),
+        "per master, 2, got 1",
+    ),
+    "decoded shape": (lambda: _build(decoded=[DECODED[0][:2]]), r"decoded\[0\] must have shape \(4, 32\), got \(2, 32\)"),
+    "decoded dtype": (lambda: _build(decoded=[torch.zeros(4, 32).int()]), r"decoded\[0\] must be of .* got torch.int32"),
+    "strides": (lambda: _build([torch.zeros(32, 4).t()], decoded=DECODED), r"masters\[0\] must be contiguous, got strides"),
+    "one dimension": (lambda: _build([torch.zeros(32)], decoded=[torch.zeros(32)]), r"masters\[0\] must be \[N, K\]"),
+    "K is 24": (lambda: _build([torch.zeros(4, 24)], decoded=[torch.zeros(4, 24)]), "multiple of 16, got shape"),
+    "mixed dtypes": (
+        lambda: _build([torch.zeros(4, 32), torch.zeros(4, 32).bfloat16()], (0, 0), decoded=DECODED * 2),
+        "masters must share one dtype, got torch.bfloat16, torch.float32",
+    ),
+    "device": (lambda: _build(decoded=[DECODED[0].to("meta")]), r"decoded\[0\] must be on the device of the first master"),
+    "slot": (lambda: _build(first_slots=(1,), decoded=DECODED), "must lie within num_slots=1, got 1 to 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_is_refused_with_what_was_required_and_what_came(name):
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_shard_off_a_16_byte_boundary_is_refused_by_the_kernels():
+    masters = [torch.zeros(4 * 32 + 1, device=DEVICE)[1:].view(4, 32)]
+    quantizer = TritonQuantizer(masters, [0], 1, decoded=[torch.empty(4, 32, device=DEVICE)])
+    with pytest.raises(ValueError, match="16-byte boundary"):
+        quantizer.step()
+
+
+def _run_rank(rank: int, port: int) -> None:
+    """Row shards on 1, 2 and 4 of four ranks, with exponents that move, against the whole masters on each rank."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=4)
+    process_groups = {size: distributed.new_group(list(range(size))) for size in (1, 2, 4)}
+    for size, process_group in process_groups.items():
+        if rank >= size:
+            continue
+        whole, shards = _sharded_masters(rank, size)
+        # The interpreter is slow on four ranks at a time, and absent where there is a GPU.
+        for quantizer_class in QUANTIZERS if size == 2 and DEVICE == "cpu" else QUANTIZERS[:1]:
+            decoded = [torch.full_like(shard, torch.nan, dtype=torch.bfloat16) for shard in shards]
+            slots = slots_of_groups(whole, GROUPS)
+            quantizer = quantizer_class(shards, *slots, decoded=decoded, process_groups=[process_group])
+            whole_decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in whole]
+            alone = MultiTensorQuantizer(whole, *slots, decoded=whole_decoded)
+            for factor in (1.0, 1.0, 5.0, 0.01):
+                for tensor in (*whole, *shards):
+                    tensor.mul_(factor)
+                quantizer.step()
+                alone.step()
+                assert_same_bits(quantizer.global_scales, alone.global_scales)
+                for shard, master in zip(decoded, whole_decoded, strict=True):
+                    assert_same_bits(shard, _rows(master, rank, size))
+                for tensor in (*whole, *shards):
+                    tensor.div_(factor)
+    distributed.destroy_process_group()
+
+
+def _rows(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """A rank's rows: of a matrix as FSDP cuts it, some ranks getting none; of experts those of every expert."""
+    chunks = tensor.chunk(size, dim=tensor.dim() - 2)
+    return chunks[rank] if rank < len(chunks) else tensor.narrow(tensor.dim() - 2, 0, 0)
+
+
+def _sharded_masters(rank: int, size: int):
+    whole = _masters(device="cpu")
+    return whole, [_rows(master, rank, size).clone() for master in whole]
+
+
+def test_ranks_that_hold_shards_get_the_bits_of_one_that_holds_all():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    multiprocessing.spawn(_run_rank, args=(port,), nprocs=4)
+
+
+def test_the_cpu_takes_plain_pytorch():
+    masters = [torch.randn(4, 32)]
+    quantizer = MultiTensorQuantizer(masters, [0], 1, decoded=[torch.empty(4, 32)])
+    assert isinstance(quantizer._passes, multi_tensor.ReferencePasses)
