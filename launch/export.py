@@ -15,7 +15,7 @@ from nvfp4_train.export.checkpoint import load_checkpoint
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file that training wrote")
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file that training wrote, or the folder of a sharded run")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is verified")
     parser.add_argument(

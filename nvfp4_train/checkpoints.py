@@ -1,11 +1,19 @@
-"""Which checkpoint of a run is the newest one that was written to its end."""
+"""Training checkpoints on disk: which of them is the newest whole one, and what they hold.
+
+A replicated model writes a file, by `torch.save`. A sharded model writes a folder: the shards of weights and optimizer states in the
+format of torch.distributed.checkpoint, and everything else in `meta.pt`. Both are read alike, and without a process group.
+"""
 
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 _SHARDED_STATE = "meta.pt"
 """What Lightning writes last into the folder of a sharded checkpoint: everything that is not sharded."""
@@ -39,3 +47,43 @@ def _has_all_shards(folder: Path) -> bool:
         and (folder / piece.relative_path).stat().st_size >= piece.offset + piece.length
         for piece in (index.storage_data or {}).values()
     )
+
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Whether the path is a folder that was written to its end: the file of the rest comes last."""
+    return (path / _SHARDED_STATE).is_file()
+
+
+def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, Any]:
+    """A checkpoint as a file holds it, on the CPU. Tensors of a file stay on disk until they are used."""
+    if not is_sharded_checkpoint(path):
+        # Only the zip format can be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    checkpoint = torch.load(path / _SHARDED_STATE, map_location="cpu", weights_only=True)
+    keys = None if with_optimizers else {"state_dict"}
+    state: dict[str, Any] = {}
+    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(keys=keys), no_dist=True)
+    checkpoint["state_dict"] = state.pop("state_dict")
+    if with_optimizers:
+        checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
+    return checkpoint
+
+
+def by_number(optimizer_state: dict[str, Any]) -> dict[str, Any]:
+    """State of an optimizer by parameter number, as `torch.optim.Optimizer` has it, of one by parameter name."""
+    names = [name for group in optimizer_state["param_groups"] for name in group["params"]]
+    return _renamed(optimizer_state, {name: number for number, name in enumerate(names)})
+
+
+def by_name(optimizer_state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Inverse of `by_number`; `names` are those of the optimizer's parameters in its own order."""
+    return _renamed(optimizer_state, dict(enumerate(names)))
+
+
+def _renamed(optimizer_state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    return {
+        "state": {names[key]: state for key, state in optimizer_state["state"].items()},
+        "param_groups": [
+            group | {"params": [names[key] for key in group["params"]]} for group in optimizer_state["param_groups"]
+        ],
+    }

@@ -1,10 +1,16 @@
-"""Lightning's strategy for FSDP2, with the sizes of the device mesh taken from the run."""
+"""Lightning's strategy for FSDP2, with the sizes of the device mesh taken from the run, and checkpoints that every strategy reads."""
 
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nvfp4_train.checkpoints import by_name, is_sharded_checkpoint, read_checkpoint
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -54,3 +60,28 @@ class FullyShardedStrategy(ModelParallelStrategy):
         # Lightning's own defaults are tensor parallel within a node.
         self._data_parallel_size, self._tensor_parallel_size = world_size, 1
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded_checkpoint(path):
+            return super().load_checkpoint(path, weights_only)
+        # Every rank takes its rows of the file. Lightning 2.6 numbers an optimizer's parameters in the order of the model, which
+        # is wrong for an optimizer with several groups.
+        assert self.model is not None
+        checkpoint = read_checkpoint(path)
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
+        return checkpoint
+
+
+class AnyCheckpointIO(TorchCheckpointIO):
+    """For strategies that write files: reads the folder of a sharded run, too."""
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        if is_sharded_checkpoint(Path(path)):
+            return read_checkpoint(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)

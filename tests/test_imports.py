@@ -21,8 +21,8 @@ ALLOWED = {
     "quant": ({"kernels", "quant"}, set()),
     "models": ({"kernels", "quant", "models"}, {"transformers"}),
     "data": ({"data"}, {"lightning", "transformers", "datasets"}),
-    "export": ({"kernels", "quant", "models", "export"}, {"transformers"}),
-    "strategy": (set(), {"lightning"}),
+    "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
+    "strategy": ({"checkpoints"}, {"lightning"}),
     "module": ({"kernels", "quant", "models", "losses", "optim", "strategy"}, {"lightning", "transformers"}),
     "callbacks": ({"kernels", "quant", "models", "export", "module", "callbacks"}, {"lightning", "transformers", "wandb"}),
 }

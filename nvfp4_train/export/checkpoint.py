@@ -1,14 +1,14 @@
 """What an export needs from a training checkpoint, read without the training framework."""
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+
+from nvfp4_train.checkpoints import is_sharded_checkpoint, read_checkpoint
 
 STATE_PREFIX = "model."
 
@@ -27,12 +27,14 @@ class ExportableCheckpoint:
 
 
 def load_checkpoint(path: Path) -> ExportableCheckpoint:
-    """Read a checkpoint file; its tensors stay on disk until they are used. ValueError where it cannot be exported."""
-    if not path.is_file():
-        raise ValueError(f"checkpoint must be a file, got {path}")
+    """Read a checkpoint file, whose tensors stay on disk until they are used, or the folder of a sharded checkpoint.
+
+    Raises ValueError where it cannot be exported.
+    """
+    if not path.is_file() and not is_sharded_checkpoint(path):
+        raise ValueError(f"checkpoint must be a file, or the folder of a sharded checkpoint, got {path}")
     try:
-        # Only the zip format can be mapped into memory.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        checkpoint = read_checkpoint(path, with_optimizers=False)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is no checkpoint that torch.load reads with weights_only=True: {error}") from error
     try:

@@ -1,5 +1,6 @@
 """Runs a function on several ranks of one machine: on GPUs where there are enough, else on CPU processes over gloo."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -49,6 +50,8 @@ def _rank(rank: int, world_size: int, folder: str, gpus: bool, function: Callabl
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
+    # It writes many lines about every checkpoint.
+    logging.getLogger("dcp_logger").setLevel(logging.ERROR)
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
         distributed.barrier()

@@ -2,21 +2,23 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.data.module import _rewind_to_last_step
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
 from nvfp4_train.quant.policy import QuantConfig
-from nvfp4_train.strategy import FullyShardedStrategy
+from nvfp4_train.strategy import AnyCheckpointIO, FullyShardedStrategy
 
 # Rows of 16, 32, 48 and 64: three ranks cannot share most of them evenly.
 LLAMA = {
@@ -31,8 +33,24 @@ LLAMA = {
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
-for message in (".*does not have many workers", ".*LeafSpec", ".*broadcast_buffers"):
+for message in (
+    ".*does not have many workers",
+    ".*LeafSpec",
+    ".*broadcast_buffers",
+    ".*not resumable",
+    ".*all_gather_into_tensor",
+):
     warnings.filterwarnings("ignore", message=message)
+
+
+class Stream(IterableDataset):
+    """Has no length, as the stream of a real run: Lightning ends an accumulation window where it sees the data end."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.batches)
 
 
 class Tokens(L.LightningDataModule):
@@ -42,15 +60,15 @@ class Tokens(L.LightningDataModule):
         super().__init__()
         self.sequences = torch.randint(0, 64, (num_sequences, 1, 12), generator=torch.Generator().manual_seed(0))
 
-    def _loader(self, sequences: Tensor) -> DataLoader:
-        rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        return DataLoader([{"input_ids": ids} for ids in sequences[rank::world_size]], batch_size=None)
+    def _batches(self, sequences: Tensor) -> list[dict[str, Tensor]]:
+        return [{"input_ids": ids} for ids in sequences[distributed.get_rank() :: distributed.get_world_size()]]
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.sequences)
+        done = _rewind_to_last_step(self.trainer) * distributed.get_world_size()
+        return DataLoader(Stream(self._batches(self.sequences[done:])), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.sequences[:12])
+        return DataLoader(self._batches(self.sequences[:12]), batch_size=None)
 
 
 class Snapshots(L.Callback):
@@ -67,6 +85,19 @@ class Snapshots(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.taken["end"] = snapshot(pl_module)
+
+
+class StopAndSave(L.Callback):
+    """Saves a checkpoint after an optimizer step, and ends the run."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
 
 
 def snapshot(module: Any) -> dict[str, Any]:
@@ -104,6 +135,7 @@ def make_trainer(how: str, *, sharding: dict[str, Any] | None = None, callbacks:
         "accelerator": "cpu" if distributed.get_backend() == "gloo" else "gpu",
         "devices": distributed.get_world_size(),
         "strategy": strategy(how, **(sharding or {})),
+        "plugins": None if how == "fsdp2" else AnyCheckpointIO(),
         "callbacks": [FakeQuant(), *callbacks],
         "max_steps": 3,
         "max_epochs": -1,
@@ -129,19 +161,24 @@ def train(
     model: dict[str, Any] | None = None,
     quant: dict[str, Any] | None = None,
     sharding: dict[str, Any] | None = None,
+    save: tuple[int, str] | None = None,
+    resume: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Snapshots of a run of `steps` optimizer steps; a rank takes its share of the sequences, one after the other."""
+    """Snapshots of a run of `steps` optimizer steps; a rank takes its share of the sequences, one after the other.
+
+    `save` is a step after which to save to a path and stop, `resume` the path of a checkpoint to continue from.
+    """
     module = make_module(model, **(quant or {}))
     snapshots = Snapshots()
     accumulate = sequences_per_step // distributed.get_world_size()
     trainer = make_trainer(
         how,
         sharding=sharding,
-        callbacks=(snapshots,),
+        callbacks=(snapshots, *([StopAndSave(*save)] if save else [])),
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         **options,
     )
-    trainer.fit(module, Tokens(sequences_per_step * steps))
+    trainer.fit(module, Tokens(sequences_per_step * steps), ckpt_path=resume, weights_only=True)
     return snapshots.taken

@@ -1,0 +1,81 @@
+"""A run moves between numbers of ranks, and between replicated and sharded, and ends where an uninterrupted one does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from running import assert_same
+from small_runs import train
+
+from nvfp4_train.checkpoints import read_checkpoint
+from nvfp4_train.export.checkpoint import load_checkpoint
+
+STEPS = 6
+# Ranks, and how the model is held, for the steps up to the number.
+JOURNEY = [(1, 4, "fsdp2"), (2, 2, "fsdp2"), (3, 1, "fsdp2"), (4, 2, "fsdp2"), (5, 2, "ddp"), (6, 2, "fsdp2")]
+
+
+def run(how: str, **options: Any) -> dict[str, Any]:
+    return train(how, steps=STEPS, quant={"start_step": 2}, **options)
+
+
+def run_both(folder: str) -> dict[str, Any]:
+    """Without a stop, and with one after step 3."""
+    path = f"{folder}/middle.ckpt"
+    return {
+        "whole": run("fsdp2", save=(STEPS, f"{folder}/whole.ckpt")),
+        "stopped": run("fsdp2", save=(3, path)),
+        "resumed": run("fsdp2", resume=path, save=(STEPS, f"{folder}/resumed.ckpt")),
+    }
+
+
+def leg(how: str, save: tuple[int, str], resume: str | None) -> dict[str, Any]:
+    return run(how, save=save, resume=resume)
+
+
+def comparable(path: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    found = {key: checkpoint[key] for key in ("state_dict", "lr_schedulers", "global_step")}
+    for optimizer in checkpoint["optimizer_states"]:
+        found["optimizer"] = optimizer["state"]
+        # A tuple comes back from a sharded checkpoint as a list.
+        found["options"] = [group | {"betas": list(group["betas"])} for group in optimizer["param_groups"]]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    for rank in run_ranks(2, run_both, f"{folder}"):
+        assert_same(rank["whole"]["end"], rank["resumed"]["end"])
+    return folder
+
+
+def test_resume_on_as_many_ranks_is_exact(whole: Path) -> None:
+    assert_same(comparable(whole / "whole.ckpt"), comparable(whole / "resumed.ckpt"))
+
+
+def test_a_run_that_moves_ends_where_it_would_have(whole: Path, tmp_path: Path) -> None:
+    resume = None
+    for step, ranks, how in JOURNEY:
+        path = str(tmp_path / f"{step}.ckpt")
+        run_ranks(ranks, leg, how, (step, path), resume)
+        resume = path
+    assert_same(comparable(whole / "whole.ckpt"), comparable(tmp_path / f"{STEPS}.ckpt"))
+
+
+def test_an_export_reads_the_folder_of_a_sharded_run(whole: Path) -> None:
+    assert not torch.distributed.is_initialized()
+    checkpoint = load_checkpoint(whole / "whole.ckpt")
+    saved = read_checkpoint(whole / "whole.ckpt")["state_dict"]
+    assert {f"model.{name}" for name in checkpoint.weights} == set(saved)
+    assert checkpoint.config.hidden_size == 32
+    assert len(checkpoint.groups) == 8
+
+
+def test_a_folder_that_was_cut_short_is_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").mkdir()
+    with pytest.raises(ValueError, match="must be a file, or the folder of a sharded checkpoint"):
+        load_checkpoint(tmp_path / "cut.ckpt")
