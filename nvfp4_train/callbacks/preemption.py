@@ -4,6 +4,7 @@ Lightning's own handling ends a run between two micro-batches, without a checkpo
 from inside the signal handler, which deadlocks where ranks are signalled one after the other.
 """
 
+import atexit
 import os
 import shutil
 import signal
@@ -20,6 +21,11 @@ EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. 143 would not tell a saved run from one that SIGTERM killed."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Preempted(SystemExit):
@@ -109,8 +115,10 @@ class Preemption(Callback):
         path = self.dirpath / f"preempted-step-{trainer.global_step:07d}.ckpt"
         # Returns on no rank before the checkpoint is complete.
         trainer.save_checkpoint(path)
-        # The first rank to end makes torchrun signal the others, which end with the same code all the same.
+        # The first rank to end makes torchrun signal the others, which end with the same code all the same. Python takes its own
+        # handlers away before it has ended.
         self._has_saved = True
+        atexit.register(_ignore_signals)
         if trainer.is_global_zero:
             for earlier in self.dirpath.glob("preempted-step-*.ckpt"):
                 if earlier != path:
