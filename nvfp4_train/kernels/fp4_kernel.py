@@ -41,7 +41,7 @@ def static_blockwise_fp4_fake_quant(
     amax has x.numel() // 16 elements in the order of the blocks, in any shape. Its scales are those of `compute_fp4_scales`.
     """
     out_dtype = _checked_out_dtype(x, out_dtype)
-    _check_float(x=x, amax=amax)
+    _check_float(amax=amax)
     _check_blocks("x", x)
     if amax.numel() * BLOCK_SIZE != x.numel():
         raise ValueError(
@@ -131,10 +131,13 @@ def _check_dtype(name: str, dtype: torch.dtype) -> None:
 
 def _check_float(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         _check_dtype(f"the dtype of {name}", tensor.dtype)
 
 
 def _checked_out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    _check_float(x=x)
     if out_dtype is None:
         return x.dtype
     _check_dtype("out_dtype", out_dtype)
@@ -162,9 +165,11 @@ def _check_same_device(x: Tensor, **tensors: Tensor) -> None:
 def _check_finite(name: str, amax: Tensor) -> None:
     if torch.compiler.is_compiling() or (amax.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    num_bad = amax.numel() - int(amax.isfinite().sum())
+    num_bad = amax.numel() - int((amax.isfinite() & (amax >= 0)).sum())
     if num_bad:
-        raise ValueError(f"{name} must be finite, got {num_bad} NaN or Inf among {amax.numel()} values")
+        raise ValueError(
+            f"{name} must be finite and not negative, got {num_bad} NaN, Inf or negative among {amax.numel()} values"
+        )
 
 
 def _checked_global_amax(amax: Tensor, global_amax: Tensor | None) -> Tensor:
@@ -181,7 +186,8 @@ def _checked_global_amax(amax: Tensor, global_amax: Tensor | None) -> Tensor:
 def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
     _check_float(x=x)
     _check_blocks("x", x)
-    _check_single("global_scale", global_scale)
     _check_float(global_scale=global_scale)
+    _check_single("global_scale", global_scale)
     _check_same_device(x, global_scale=global_scale)
+    _check_finite("global_scale", global_scale)
     return global_scale.float()

@@ -119,7 +119,10 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] and its global scale s2 (one element) -> packed codes uint8 [..., K // 2], E4M3 scales [..., K // 16]."""
+    """x [..., K] and its global scale s2 (one element) -> packed codes uint8 [..., K // 2], E4M3 scales [..., K // 16].
+
+    The scale of a block that holds NaN is NaN, and its codes mean nothing.
+    """
     scales = block_scales(block_amax(x), s2)
     return pack(encode(x, scales * s2)), scales.to(torch.float8_e4m3fn)
 
@@ -138,9 +141,10 @@ def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
 def static_fake_quant(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., K] on the grid of given decode scales (`static_scales`, x.numel() // 16 of them); a zero scale gives a zero block.
 
-    A zero is +0.0 whatever its sign was, as Model Optimizer has it.
+    A zero is +0.0 whatever its sign was, as Model Optimizer has it. NaN stays NaN.
     """
     scales = scales.reshape(*x.shape[:-1], -1)
     is_zero = scales == 0
     x_hat = decode(encode(x, scales.masked_fill(is_zero, 1.0)), scales.masked_fill(is_zero, 1.0))
-    return x_hat.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).add(0.0).to(dtype)
+    x_hat = x_hat.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).add(0.0)
+    return x_hat.masked_fill(x.isnan(), torch.nan).to(dtype)

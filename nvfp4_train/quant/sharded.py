@@ -162,7 +162,8 @@ class ShardedWeightStore(WeightStore):
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
-        if any([weight.follow_shard() for weight in self._weights.values()]):
+        were_replaced = [weight.follow_shard() for weight in self._weights.values()]
+        if any(were_replaced):
             self._quantizer = None
             self.is_enabled = False
         super().update()

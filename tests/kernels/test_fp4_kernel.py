@@ -100,19 +100,29 @@ BAD_CALLS = {
     "amax is integer": (lambda: fp4_kernel.compute_fp4_scales(AMAX.int()), "dtype of amax must be one of"),
     "amax has NaN": (
         lambda: fp4_kernel.compute_fp4_scales(_with(AMAX, torch.nan)),
-        "amax must be finite, got 1 NaN or Inf among 45",
+        "amax must be finite and not negative, got 1 NaN, Inf or negative among 45",
     ),
     "amax has Inf": (
         lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, _with(AMAX, torch.inf)),
-        "amax must be finite, got 1 NaN or Inf among 45",
+        "amax must be finite and not negative, got 1 NaN, Inf or negative among 45",
     ),
     "global amax is NaN": (
         lambda: fp4_kernel.compute_fp4_scales(AMAX, AMAX.max() * torch.nan),
-        "global_amax must be finite, got 1 NaN or Inf among 1",
+        "global_amax must be finite and not negative, got 1 NaN, Inf or negative among 1",
     ),
     "global amax is a vector": (
         lambda: fp4_kernel.compute_fp4_scales(AMAX, AMAX[0, 0]),
         "global_amax must have one element, got 3",
+    ),
+    "amax is negative": (
+        lambda: fp4_kernel.compute_fp4_scales(torch.tensor([1.0, -1.0])),
+        "got 1 NaN, Inf or negative among 2",
+    ),
+    "amax is a list": (lambda: fp4_kernel.compute_fp4_scales([1.0]), "amax must be a tensor, got list"),
+    "x is a list": (lambda: fp4_kernel.nvfp4_fake_quant([1.0], torch.ones(1)), "x must be a tensor, got list"),
+    "global scale is a number": (
+        lambda: fp4_kernel.nvfp4_fake_quant(torch.ones(1, 16), 1.0),
+        "global_scale must be a tensor, got float",
     ),
     "global amax is Inf": (lambda: fp4_kernel.nvfp4_global_scale(torch.tensor([torch.inf, 1])), "global_amax must be finite"),
     "devices": (lambda: fp4_kernel.nvfp4_quantize(X, S2.to("meta")), "global_scale must be on the device of"),
