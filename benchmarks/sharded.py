@@ -1,0 +1,246 @@
+"""Time, peak memory and traffic of FSDP2 training steps: weights gathered packed, gathered as bf16, and without quantization.
+
+    torchrun --nproc-per-node 2 benchmarks/sharded.py [--cases 8b_1x2048 ...] [--steps 10] [--profile]
+
+A step is two micro-batches of forward, loss and backward, gradients reduced once, clipping, fused AdamW and, with quantization on,
+the weight store's update. Weights and tokens are random. One model serves all sides, which take turns: off, packed, bf16, off,
+packed, bf16. Times are medians of device-synchronised steps of the slowest rank; `host` is when the host had issued the step. Memory
+is the peak that the allocator reached on one rank, of the first turn for `off`, before anything was quantized. Bytes are those that
+a rank receives by all-gather in one step, as the profiler counts them, and those of decoder layers alone.
+
+Without GPUs `--cases tiny` runs the same code over gloo.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import yaml
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from nvfp4_train.losses import next_token_loss
+from nvfp4_train.models.causal_lm import ModelConfig, load_model
+from nvfp4_train.models.sharding import shard_model
+from nvfp4_train.optim import OptimConfig, build_optimizer
+from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
+from nvfp4_train.quant.policy import QuantConfig, Selection, select
+from nvfp4_train.quant.sharded import ShardedWeightStore
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
+CASES = {
+    # Model, sequences and tokens of a micro-batch, gradient checkpointing.
+    "1b_1x2048": ("llama_1b", 1, 2048, False),
+    "8b_1x2048": ("llama3_8b", 1, 2048, False),
+    "8b_4x2048_checkpointed": ("llama3_8b", 4, 2048, True),
+    "tiny": ("tiny", 1, 128, False),
+}
+MICRO_BATCHES = 2
+SIDES = ("off", "packed", "bf16")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build_model(name: str) -> tuple[PreTrainedModel, Selection]:
+    """A sharded model with random weights; no rank ever holds all of it."""
+    fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["config"]
+    with torch.device("meta"):
+        model = load_model(ModelConfig(config=fields))
+    selection = select(model, QuantConfig())
+    quantize_linears(model, [name for group in selection.groups for name in group])
+    compute_in_served_dtype(model)
+    shard_model(model, init_device_mesh(DEVICE, (distributed.get_world_size(),)))
+    model.to_empty(device=DEVICE)
+    torch.manual_seed(distributed.get_rank())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local()  # type: ignore[attr-defined]
+            local.fill_(1) if parameter.ndim == 1 else local.normal_(std=0.02)
+    rotary = model.model.rotary_emb
+    with torch.device(DEVICE):
+        fresh = type(rotary)(model.config)
+    for buffer_name, buffer in fresh.named_buffers():
+        rotary.register_buffer(buffer_name, buffer, persistent=False)
+    return model, selection
+
+
+class Side:
+    """One way to compute with the weights of a model that all sides share."""
+
+    def __init__(self, name: str, model: PreTrainedModel, selection: Selection) -> None:
+        self.name = name
+        self.store: ShardedWeightStore | None = None
+        self._make = lambda: ShardedWeightStore(model, selection.groups, power_of_two=True, gather=name)
+
+    @contextlib.contextmanager
+    def turn(self):
+        """The store exists, and its hooks are set, inside the context."""
+        if self.name == "off":
+            yield
+            return
+        self.store = self._make()
+        self.store.update()
+        yield
+        self.store._use(False)
+        self.store = None
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, side: Side, input_ids: torch.Tensor) -> None:
+    for index in range(MICRO_BATCHES):
+        model.set_requires_gradient_sync(index + 1 == MICRO_BATCHES)  # type: ignore[operator]
+        loss = next_token_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+        (loss / MICRO_BATCHES).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if side.store is not None:
+        side.store.update()
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(run: Any) -> tuple[float, float]:
+    """Milliseconds until the device, and until the host, was done."""
+    distributed.barrier()
+    synchronize()
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    synchronize()
+    return (time.perf_counter() - start) * 1e3, host * 1e3
+
+
+def gathered_bytes(run: Any) -> Counter[int]:
+    """How often this rank received how many bytes by all-gather in one run, itself included."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]
+    with profile(activities=activities, record_shapes=True) as trace:
+        run()
+        synchronize()
+    # Every rank writes a file of its own.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found: Counter[int] = Counter()
+    sizes = {"unsigned char": 1, "c10::BFloat16": 2, "float": 4}
+    for event in events:
+        if event.get("name", "").startswith("c10d::_allgather_base"):
+            (num_elements,), dtype = event["args"]["Input Dims"][0], event["args"]["Input type"][0]
+            found[num_elements * sizes[dtype]] += 1
+    return found
+
+
+def slowest(values: list[float]) -> list[float]:
+    """The largest over ranks, value by value."""
+    tensor = torch.tensor(values, device=DEVICE)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def measure(case: str, steps: int, show_profile: bool) -> None:
+    name, batch, tokens, checkpointed = CASES[case]
+    model, selection = build_model(name)
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=10_000)
+    input_ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=DEVICE)
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    hosts: dict[str, list[float]] = {side: [] for side in SIDES}
+    memory: dict[str, float] = {}
+    traffic: dict[str, Counter[int]] = {}
+    tables: dict[str, str] = {}
+    for round_number in range(2):
+        for side in (Side(side_name, model, selection) for side_name in SIDES):
+            with side.turn():
+                run = lambda side=side: step(model, optimizer, side, input_ids)  # noqa: E731
+                for _ in range(4 if round_number == 0 else 2):
+                    run()
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                for _ in range(-(-steps // 2)):
+                    total, host = timed(run)
+                    times[side.name].append(total)
+                    hosts[side.name].append(host)
+                if round_number == 0:
+                    memory[side.name] = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
+                    traffic[side.name] = gathered_bytes(run)
+                    if show_profile:
+                        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+                            run()
+                            synchronize()
+                        averages = trace.key_averages()
+                        tables[side.name] = "\n".join(
+                            averages.table(sort_by=key, row_limit=22, max_name_column_width=70)
+                            for key in ("self_cuda_time_total", "self_cpu_time_total")
+                        )
+    report(case, selection, times, hosts, memory, traffic, tables)
+
+
+def report(
+    case: str,
+    selection: Selection,
+    times: dict[str, list[float]],
+    hosts: dict[str, list[float]],
+    memory: dict[str, float],
+    traffic: dict[str, Counter[int]],
+    tables: dict[str, str],
+) -> None:
+    rows = {}
+    for side in SIDES:
+        step_ms = statistics.median(slowest(times[side]))
+        host_ms = statistics.median(slowest(hosts[side]))
+        (peak,) = slowest([memory[side]])
+        # Layers are gathered more often than anything else.
+        layer = max(traffic[side], key=lambda size: traffic[side][size], default=0)
+        rows[side] = (step_ms, host_ms, peak, sum(size * count for size, count in traffic[side].items()), layer)
+    if distributed.get_rank() != 0:
+        return
+    print(f"\n{case}, {sum(len(group) for group in selection.groups)} quantized linears")
+    print(f"{'side':<8}{'ms':>9}{'/off':>7}{'host ms':>9}{'GiB':>8}{'gathered MB':>13}{'/off':>7}{'a layer MB':>12}{'/off':>7}")
+    off = rows["off"]
+    for side, (ms, host, peak, total, layer) in rows.items():
+        print(
+            f"{side:<8}{ms:>9.1f}{ms / off[0]:>7.3f}{host:>9.1f}{peak:>8.2f}{total / 1e6:>13.1f}{total / (off[3] or 1):>7.3f}"
+            f"{layer / 1e6:>12.2f}{layer / (off[4] or 1):>7.3f}",
+            flush=True,
+        )
+    for side, table in tables.items():
+        print(f"\nprofile of {case}, {side}\n{table}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[case for case in CASES if case != "tiny"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="print where device and host time of a step goes")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    if distributed.get_rank() == 0:
+        device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+        print(f"{distributed.get_world_size()} x {device}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
+    for case in arguments.cases:
+        measure(case, arguments.steps, arguments.profile)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
