@@ -1,7 +1,7 @@
 """Train a causal language model in NVFP4 and export the packed checkpoint.
 
     python launch/train.py +recipe=NAME [OPTION=VALUE ...]
-    torchrun --nproc-per-node N launch/train.py +recipe=NAME trainer=ddp
+    torchrun --nproc-per-node N launch/train.py +recipe=NAME trainer=ddp|fsdp2|hsdp
 
 `--help` lists the recipes; `+recipe=NAME --cfg job` prints everything that can be set.
 SIGTERM or SIGUSR1 to any rank saves a checkpoint after the current optimizer step and ends every rank with exit code 75 (see
