@@ -121,7 +121,8 @@ def check_model_optimizer() -> str:
     from modelopt.torch.kernels.quantization.gemm import fp4_kernel as peer
 
     _without_its_extension()
-    count = 0
+    count = num_other = 0
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device="cuda")
     for dtype in (torch.float32, BF16, torch.float16):
         for magnitude in (1.0, 1e-3, 30.0):
             x = (torch.randn(4096, 4096, device="cuda") * magnitude).to(dtype)
@@ -133,9 +134,16 @@ def check_model_optimizer() -> str:
                     arguments = amax, None if factor is None else amax.max().float() * factor, is_quantized
                     assert _same(fp4_kernel.compute_fp4_scales(*arguments), peer.compute_fp4_scales(*arguments))
                     ours = fp4_kernel.static_blockwise_fp4_fake_quant(x, *arguments)
-                    assert _same(ours, peer.static_blockwise_fp4_fake_quant(x, *arguments))
+                    is_other = ours != peer.static_blockwise_fp4_fake_quant(x, *arguments)
+                    num_other += int(is_other.sum())
+                    scales = fp4_kernel.compute_fp4_scales(*arguments).unsqueeze(-1).expand(*amax.shape, 16).reshape(x.shape)
+                    quotients = x.float().abs()[is_other] / scales[is_other]
+                    assert ((quotients.unsqueeze(-1) / ties - 1).abs().amin(-1) < 2.0**-21).all()
                     count += x.numel()
-    return f"compute_fp4_scales and static_blockwise_fp4_fake_quant equal Model Optimizer's over {count:.1e} elements"
+    return (
+        f"compute_fp4_scales equals Model Optimizer's bit for bit, static_blockwise_fp4_fake_quant in all but {num_other} of "
+        f"{count:.1e} values: those are within 4 ulp of a tie of two codes, which its approximate division moves"
+    )
 
 
 def _without_its_extension() -> None:
@@ -148,7 +156,7 @@ def _without_its_extension() -> None:
 # ---- times -------------------------------------------------------------------------------------------------------------------
 
 
-def measure(calls: list[Callable], num_replays: int = 15) -> float:
+def measure(calls: Sequence[Callable], num_replays: int = 15) -> float:
     """Milliseconds of one call, over a graph that makes each call once."""
     for call in calls:
         call()
@@ -260,7 +268,9 @@ def time_whole_model(name: str, shapes: Sequence[tuple[int, ...]]) -> None:
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
     quantizer.step()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated, "a step allocated memory"
-    copy = measure_copy(6 * num_elements, 1) if num_elements < 2e9 else 4 * measure_copy(1.5 * num_elements, 1)
+    # A copy of gigabytes at once is slower than its parts.
+    num_parts = max(1, num_elements // 2**27)
+    copy = measure_copy(6 * num_elements / num_parts, 4) * num_parts
     steady = measure([quantizer.step] * 4)
     print_row(f"{name}, steady", f"{num_elements / 1e6:.0f}M", 6 * num_elements, copy, steady, 1 / 1.1)
 

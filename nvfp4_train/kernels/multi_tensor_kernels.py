@@ -12,18 +12,60 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
+from nvfp4_train.kernels.triton_kernels import launch
 
-TILE = 128
-NUM_WARPS = {"decoded": 8, "packed": 4}
+TILE = 64
+NUM_WARPS = 2
 BLOCKS_PER_CHUNK = 2048
 """32768 elements: small enough that those of a 125M model fill a GPU evenly."""
 
-PROGRAMS_PER_MULTIPROCESSOR = 8
+PROGRAMS_PER_MULTIPROCESSOR = 16
 """Of the pass that finds most chunks done."""
 
 COLUMNS = tl.constexpr(6)
 SMALLEST_GLOBAL_AMAX = tl.constexpr(reference.SMALLEST_GLOBAL_AMAX)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _stream(
+    source,
+    decoded,
+    words,
+    bytes_ptr,
+    num_blocks,
+    s2,
+    IS_SIMPLE: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    IS_MEASURED: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One chunk; returns the largest magnitude, per row of a tile."""
+    dtype: tl.constexpr = source.dtype.element_ty
+    is_narrow: tl.constexpr = dtype != tl.float32
+    rows = tl.arange(0, TILE)
+    largest = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_blocks, TILE):
+        is_row = rows < num_blocks - start
+        a, b, c, d = arithmetic.load_quarters(source + start * 16, is_row, TILE)
+        a, b, c, d = arithmetic.widen(a, b, c, d, dtype)
+        amax = arithmetic.block_amax(a, b, c, d)
+        if IS_MEASURED:
+            largest = arithmetic.larger(largest, amax)
+        if IS_QUANTIZED:
+            factor = arithmetic.factor_of(s2)
+            block_scales = arithmetic.block_scales(amax, s2, IS_SIMPLE)
+            scales = block_scales * s2
+            if IS_PACKED:
+                codes = arithmetic.encode(a, b, c, d, scales, factor, IS_SIMPLE, is_narrow, TILE)
+                offsets = (start + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
+                tl.store(words + offsets, codes, mask=is_row[:, None])
+                tl.store(bytes_ptr + start + rows, arithmetic.e4m3_byte(block_scales), mask=is_row)
+            if decoded is not None:
+                a, b, c, d = arithmetic.fake_quant(a, b, c, d, scales, scales, factor, IS_SIMPLE, is_narrow)
+                arithmetic.store_quarters(decoded + start * 16, a, b, c, d, is_row, is_narrow, TILE)
+    return largest
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -49,36 +91,21 @@ def pass_kernel(
         if ONLY_MOVED:
             num_blocks = tl.where(tl.load(is_moved_ptr + slot) != 0, num_blocks, 0)
         source = tl.multiple_of(tl.load(row).to(tl.pointer_type(SOURCE)), 16)
-        s2 = tl.load(scales_ptr + slot)
-        regime = arithmetic.regime(s2)
-        IS_NARROW: tl.constexpr = arithmetic.is_narrow(source)
+        decoded = None
         if DECODED is not None:
             decoded = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DECODED)), 16)
-        if IS_PACKED:
-            words = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 8)
-            bytes_ptr = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
-        rows = tl.arange(0, TILE)
-        largest = tl.zeros([TILE], tl.float32)
-        for start in range(0, num_blocks, TILE):
-            is_row = rows < num_blocks - start
-            if DECODED is not None:
-                x = arithmetic.load_blocks(source + start * 16, is_row, TILE)
-                amax = arithmetic.block_amax(x)
-                if IS_QUANTIZED:
-                    scales = arithmetic.block_scales(amax, s2, regime) * s2
-                    x_hat = arithmetic.fake_quant(x, scales, scales, regime, IS_NARROW)
-                    arithmetic.store_blocks(decoded + start * 16, x_hat, is_row, TILE)
-            if IS_PACKED:
-                a, b, c, d = arithmetic.load_quarters(source + start * 16, is_row, TILE)
-                amax = arithmetic.block_amax_of_quarters(a, b, c, d)
-                if IS_QUANTIZED:
-                    scales = arithmetic.block_scales(amax, s2, regime)
-                    codes = arithmetic.encode_quarters(a, b, c, d, scales * s2, regime, IS_NARROW, TILE)
-                    offsets = (start + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
-                    tl.store(words + offsets, codes, mask=is_row[:, None])
-                    tl.store(bytes_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
-            if IS_MEASURED:
-                largest = arithmetic.larger(largest, amax)
+        words = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 8)
+        bytes_ptr = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
+        s2 = tl.load(scales_ptr + slot)
+        # A loop for each kind of s2: one loop with a branch inside would keep the registers of both.
+        if arithmetic.is_simple(s2):
+            largest = _stream(
+                source, decoded, words, bytes_ptr, num_blocks, s2, True, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
+            )
+        else:
+            largest = _stream(
+                source, decoded, words, bytes_ptr, num_blocks, s2, False, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
+            )
         if IS_MEASURED:
             bits = arithmetic.to_bits(tl.reduce(largest, 0, arithmetic.larger))
             tl.atomic_max(measured_ptr + slot, bits, sem="relaxed")
@@ -114,6 +141,7 @@ class TritonPasses:
     def __init__(self, quantizer) -> None:
         self.quantizer = quantizer
         weights = quantizer.weights
+        self._tensors = weights.tensors()
         self._is_moved = torch.zeros_like(quantizer.measured)
         self._addresses: tuple[int, ...] = ()
         self._table = torch.empty(0, COLUMNS.value, dtype=torch.int64)
@@ -121,16 +149,13 @@ class TritonPasses:
             "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
             "DECODED": TRITON_DTYPES[weights.decoded[0].dtype] if weights.decoded else None,
             "IS_PACKED": bool(weights.packed),
-            "TILE": TILE,
-            "num_warps": NUM_WARPS["packed" if weights.packed else "decoded"],
-            "enable_fp_fusion": False,
         }
         device = weights.masters[0].device
         num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._num_persistent = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
 
     def measure(self) -> None:
-        addresses = tuple(map(Tensor.data_ptr, self.quantizer.weights.tensors()))
+        addresses = tuple(map(Tensor.data_ptr, self._tensors))
         if addresses != self._addresses:
             self._addresses = addresses
             self._table = chunk_table(self.quantizer.weights).to(self.quantizer.measured.device)
@@ -139,22 +164,22 @@ class TritonPasses:
     def update_scales(self) -> None:
         quantizer = self.quantizer
         num_slots = quantizer.measured.numel()
-        tensors = quantizer.measured, quantizer.global_amax, quantizer.global_scales, self._is_moved
-        update_scales_kernel[(triton.cdiv(num_slots, 256),)](
-            *tensors, num_slots, POWER_OF_TWO=quantizer.power_of_two, TILE=256, enable_fp_fusion=False
-        )
+        args = quantizer.measured, quantizer.global_amax, quantizer.global_scales, self._is_moved, num_slots
+        constants = {"POWER_OF_TWO": quantizer.power_of_two, "TILE": 256}
+        launch("update_scales", update_scales_kernel, triton.cdiv(num_slots, 256), 4, quantizer.measured, args, constants)
 
     def quantize(self) -> None:
         is_pow2 = self.quantizer.power_of_two
         num_programs = min(self._num_persistent, self._table.shape[0]) if is_pow2 else self._table.shape[0]
         self._pass(num_programs, IS_MEASURED=False, IS_QUANTIZED=True, ONLY_MOVED=is_pow2)
 
-    def _pass(self, num_programs: int, **constants: bool) -> None:
+    def _pass(self, num_programs: int, **passed: bool) -> None:
         if num_programs == 0:
             return
         quantizer = self.quantizer
-        tensors = self._table, quantizer.measured, quantizer.global_scales, self._is_moved
-        pass_kernel[(num_programs,)](*tensors, self._table.shape[0], **self._constants, **constants)
+        args = self._table, quantizer.measured, quantizer.global_scales, self._is_moved, self._table.shape[0]
+        constants = {**self._constants, **passed, "TILE": TILE}
+        launch("whole_model", pass_kernel, num_programs, NUM_WARPS, quantizer.measured, args, constants)
 
 
 def chunk_table(weights) -> Tensor:

@@ -5,8 +5,10 @@ through. They are registered on a bare `Library`, whose calls cost less than tho
 neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through estimator belongs to the caller.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +16,12 @@ from torch import Tensor
 from nvfp4_train.kernels import reference
 
 _library = torch.library.Library("nvfp4", "DEF")
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    """Imported at the first call on CUDA: on Windows and macOS there is no Triton to import."""
+    return importlib.import_module("nvfp4_train.kernels.triton_kernels")
 
 
 def _register(schema: str, on_cpu: Callable, fake: Callable) -> None:
@@ -25,9 +33,7 @@ def _register(schema: str, on_cpu: Callable, fake: Callable) -> None:
         return on_cpu(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
 
     def cuda(*args):
-        # Imported at the first call: on Windows and macOS there is no Triton to import.
-        kernels = importlib.import_module("nvfp4_train.kernels.triton_kernels")
-        return getattr(kernels, name)(*args)
+        return getattr(_triton_kernels(), name)(*args)
 
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
@@ -42,6 +48,10 @@ def _amax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
     return reference.static_fake_quant(x, reference.static_scales(amax, global_amax, quantize_block_scales), dtype)
+
+
+def _dequantize_into(packed: Tensor, scales: Tensor, s2: Tensor, out: Tensor) -> None:
+    out.copy_(reference.dequantize(packed, scales, s2, out.dtype))
 
 
 def _fake_block_amax(x: Tensor) -> Tensor:
@@ -75,4 +85,9 @@ _register(
     "dequantize(Tensor packed, Tensor scales, Tensor s2, ScalarType dtype) -> Tensor",
     reference.dequantize,
     lambda packed, scales, s2, dtype: packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype),
+)
+_register(
+    "dequantize_into(Tensor packed, Tensor scales, Tensor s2, Tensor(a!) out) -> ()",
+    _dequantize_into,
+    lambda packed, scales, s2, out: None,
 )

@@ -1,9 +1,10 @@
-"""NVFP4 arithmetic for Triton kernels: `reference`, bit for bit, on tiles [TILE, 16] that hold one block per row.
+"""NVFP4 arithmetic for Triton kernels: `reference`, bit for bit, on TILE blocks at a time.
 
 Where the plain formulation costs bandwidth, another that gives the same bits is used:
 
 - Division. An IEEE quotient a / b is a * r with one correction by fused multiply-add, where r is 1 / b rounded once (Markstein).
-  It holds while nothing under- or overflows, so each kernel asks once, of its global scale, and else divides by `tl.div_rn`.
+  It holds while nothing under- or overflows; towards the ends of fp32 both are moved by a power of two first.
+- A global scale that is a power of two makes most steps exact, and is taken on a path of its own: IS_SIMPLE.
 - Rounding. Adding and subtracting 2^22 times its own power of two leaves a number one mantissa bit, ties to even, which is E2M1;
   with 2^20 it leaves three, which is E4M3. Of E4M3 hardware, which compute capability 8.0 has not, nothing is used.
 
@@ -22,26 +23,8 @@ EXPONENT = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def load_blocks(x_ptr, is_row, TILE: tl.constexpr):
-    """TILE blocks in a row, as float32 [TILE, 16], with 0.0 for -0.0: a zero has code 0, of whichever sign."""
-    rows = tl.arange(0, TILE)[:, None]
-    mask = is_row[:, None]
-    if x_ptr.dtype.element_ty == tl.bfloat16:
-        # Two elements an int32: widening takes one instruction each, against two for the odd one of a pair of bfloat16.
-        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        pairs = tl.load(pairs_ptr + rows * 8 + tl.arange(0, 8)[None, :], mask=mask, other=0)
-        x = tl.reshape(tl.join(from_bits(pairs << 16), from_bits(pairs & -0x10000)), [TILE, 16])
-    else:
-        x = tl.load(x_ptr + rows * 16 + tl.arange(0, 16)[None, :], mask=mask, other=0.0).to(tl.float32)
-    return x + 0.0
-
-
-@triton.jit
 def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
-    """The same blocks as four times [TILE, 4], in such a way that a thread holds all of a block.
-
-    Of 16-bit dtypes: elements 0, 2, 4, 6; 1, 3, 5, 7; 8, 10, 12, 14; 9, 11, 13, 15. Of float32: 0 to 3, 4 to 7 and so on.
-    """
+    """TILE blocks in a row as four times [TILE, 4], in such a way that a thread holds all of a block; see `widen`."""
     rows = tl.arange(0, TILE)[:, None]
     columns = tl.arange(0, 4)[None, :]
     mask = is_row[:, None]
@@ -52,15 +35,24 @@ def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
         c = tl.load(x_ptr + 8, mask=mask, other=0.0)
         d = tl.load(x_ptr + 12, mask=mask, other=0.0)
     else:
+        # Two elements an int32; what a quarter repeats costs nothing.
         pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * 8 + columns
-        first = tl.load(pairs_ptr, mask=mask, other=0)
-        second = tl.load(pairs_ptr + 4, mask=mask, other=0)
-        if x_ptr.dtype.element_ty == tl.bfloat16:
-            a, b = from_bits(first << 16), from_bits(first & -0x10000)
-            c, d = from_bits(second << 16), from_bits(second & -0x10000)
-        else:
-            a, b = _widen_half(first), _widen_half(first >> 16)
-            c, d = _widen_half(second), _widen_half(second >> 16)
+        a = tl.load(pairs_ptr, mask=mask, other=0)
+        c = tl.load(pairs_ptr + 4, mask=mask, other=0)
+        b, d = a, c
+    return a, b, c, d
+
+
+@triton.jit
+def widen(a, b, c, d, dtype: tl.constexpr):
+    """`load_quarters` as float32, with 0.0 for -0.0: a zero has code 0, of whichever sign.
+
+    Of 16-bit dtypes: elements 0, 2, 4, 6; 1, 3, 5, 7; 8, 10, 12, 14; 9, 11, 13, 15. Of float32: 0 to 3, 4 to 7 and so on.
+    """
+    if dtype == tl.bfloat16:
+        a, b, c, d = from_bits(a << 16), from_bits(b & -0x10000), from_bits(c << 16), from_bits(d & -0x10000)
+    elif dtype == tl.float16:
+        a, b, c, d = _widen_half(a), _widen_half(b >> 16), _widen_half(c), _widen_half(d >> 16)
     return a + 0.0, b + 0.0, c + 0.0, d + 0.0
 
 
@@ -77,10 +69,14 @@ def is_narrow(x_ptr):
 
 
 @triton.jit
-def store_blocks(out_ptr, values, is_row, TILE: tl.constexpr):
-    """Write [TILE, 16] in the dtype of out_ptr, where there is a row."""
-    offsets = tl.arange(0, TILE)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+def store_quarters(out_ptr, a, b, c, d, is_row, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
+    """Write quarters in the dtype of out_ptr, where there is a row; IS_INTERLEAVED as `widen` leaves 16-bit dtypes."""
+    first, second = tl.join(a, b), tl.join(c, d)
+    if not IS_INTERLEAVED:
+        first, second = tl.permute(first, (0, 2, 1)), tl.permute(second, (0, 2, 1))
+    out_ptr += tl.arange(0, TILE)[:, None] * 16 + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr, tl.reshape(first, [TILE, 8]).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+    tl.store(out_ptr + 8, tl.reshape(second, [TILE, 8]).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
 @triton.jit
@@ -106,14 +102,18 @@ def larger(a, b):
 
 
 @triton.jit
-def regime(scale):
-    """2 if a positive global scale is a power of two far from the ends of fp32, 1 if only the latter, 0 if neither.
+def is_simple(scale):
+    """Whether a positive global scale is a power of two far from the ends of fp32."""
+    return (scale > 2.0**-60) & (scale < 2.0**60) & ((to_bits(scale) & 0x7FFFFF) == 0)
 
-    From 1 on, block scales between 2^-9 and 448 times this scale keep every step of `divide` in range.
+
+@triton.jit
+def factor_of(scale):
+    """The power of two that moves a global scale, with block scales from 2^-9 to 448 times it, off the ends of fp32.
+
+    A quotient is the same when dividend and divisor have moved; what the dividend loses at the ends no code could tell.
     """
-    is_ordinary = (scale > 2.0**-60) & (scale < 2.0**60)
-    is_power_of_two = (to_bits(scale) & 0x7FFFFF) == 0
-    return tl.where(is_ordinary, tl.where(is_power_of_two, 2, 1), 0)
+    return tl.where(scale < 2.0**-50, 2.0**100, tl.where(scale > 2.0**50, 2.0**-100, 1.0))
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _newton(b):
 
 @triton.jit
 def reciprocal(b):
-    """1 / b rounded once, for b in the range of regime 1."""
+    """1 / b rounded once, for b from 2^-125 to 2^125."""
     guess = _newton(b)
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
     # Of all significands only that of all ones comes out wrong, an ulp low.
@@ -142,29 +142,25 @@ def divide(a, b, one_over_b):
 
 
 @triton.jit
-def block_amax(x):
-    """Largest magnitude of each row of x [TILE, 16], or NaN."""
-    return tl.reduce(tl.abs(x), 1, larger)
-
-
-@triton.jit
-def block_amax_of_quarters(a, b, c, d):
-    """The same of `load_quarters`."""
+def block_amax(a, b, c, d):
+    """Largest magnitude of each block, [TILE], or NaN."""
     return tl.reduce(larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d))), 1, larger)
 
 
 @triton.jit
-def block_scales(amax, s2, s2_regime):
+def block_scales(amax, s2, IS_SIMPLE: tl.constexpr):
     """`reference.block_scales`."""
-    if s2_regime == 0:
-        ratio = tl.div_rn(tl.div_rn(amax, 6.0), s2)
-    else:
+    if IS_SIMPLE:
         # 4096 * s2 gives a scale above 448 as well, and keeps Inf out of the division.
-        sixth = divide(smaller(amax, 4096.0 * s2), 6.0, 1.0 / 6.0)
-        if s2_regime == 2:
-            ratio = sixth * from_bits(0x7F000000 - to_bits(s2))
-        else:
-            ratio = divide(sixth, s2, reciprocal(s2))
+        ratio = divide(smaller(amax, 4096.0 * s2), 6.0, 1.0 / 6.0) * from_bits(0x7F000000 - to_bits(s2))
+    else:
+        factor = factor_of(s2)
+        moved = s2 * factor
+        sixth = divide(smaller(amax * factor, 4096.0 * moved), 6.0, 1.0 / 6.0)
+        # Where amax / 6 is subnormal, it is rounded to a multiple of 2^-149, which is 2^-49 here.
+        subnormal = tl.where(factor > 1.0, 2.0**-26, 0.0)
+        sixth = tl.where(sixth < subnormal, (sixth + subnormal) - subnormal, sixth)
+        ratio = divide(sixth, moved, reciprocal(moved))
     return round_e4m3(smaller(larger(ratio, E4M3_MIN), 448.0))
 
 
@@ -199,19 +195,16 @@ def e4m3_value(byte):
 
 
 @triton.jit
-def _quotients(x, divisors, scales, scale_regime):
-    """|x| / divisor rounded once, in [0, 7): scales and divisors [TILE, 1], the latter with 1 for 0."""
-    if scale_regime == 0:
-        quotients = smaller(tl.div_rn(tl.abs(x), tl.broadcast_to(divisors, x.shape)), 6.0)
-    else:
-        # Saturating before the division keeps Inf out of it. 6 * scale is rounded, so a quotient may be an ulp above 6.
-        saturated = smaller(tl.abs(x), 6.0 * scales)
-        if scale_regime == 2:
-            one_over = _newton(divisors)
-        else:
-            one_over = reciprocal(divisors)
-        quotients = divide(saturated, divisors, one_over)
-    return quotients
+def _quotients(a, b, c, d, divisors, scales, IS_SIMPLE: tl.constexpr):
+    """|x| / divisor rounded once, in [0, 7), of quarters: scales and divisors [TILE, 1], the latter with 1 for 0."""
+    one_over = _newton(divisors) if IS_SIMPLE else reciprocal(divisors)
+    # Saturating before the division keeps Inf out of it. The limit is rounded, so a quotient may be an ulp above 6.
+    limit = 6.0 * scales
+    a = divide(smaller(tl.abs(a), limit), divisors, one_over)
+    b = divide(smaller(tl.abs(b), limit), divisors, one_over)
+    c = divide(smaller(tl.abs(c), limit), divisors, one_over)
+    d = divide(smaller(tl.abs(d), limit), divisors, one_over)
+    return a, b, c, d
 
 
 @triton.jit
@@ -224,17 +217,29 @@ def _coarse_quotients(x, scales):
 
 
 @triton.jit
-def fake_quant(x, divisors, scales, scale_regime, IS_NARROW: tl.constexpr):
-    """x [TILE, 16] on the grid of scales [TILE], signs included. IS_NARROW: x was of a 16-bit dtype."""
+def fake_quant(a, b, c, d, divisors, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr):
+    """Quarters on the grid of scales [TILE], signs included. IS_NARROW: they were of a 16-bit dtype.
+
+    Divisors are the scales with 1 for 0; factor is that of the global scale, or one per block, and 1 if IS_SIMPLE.
+    """
     divisors = divisors[:, None]
     scales = scales[:, None]
-    if IS_NARROW:
-        if scale_regime == 2:
-            quotients = smaller(_coarse_quotients(x, scales) - 128.0, 6.0)
-        else:
-            quotients = _quotients(x, divisors, scales, scale_regime)
+    if IS_SIMPLE and IS_NARROW:
+        q_a = smaller(_coarse_quotients(a, scales) - 128.0, 6.0)
+        q_b = smaller(_coarse_quotients(b, scales) - 128.0, 6.0)
+        q_c = smaller(_coarse_quotients(c, scales) - 128.0, 6.0)
+        q_d = smaller(_coarse_quotients(d, scales) - 128.0, 6.0)
+    elif IS_SIMPLE:
+        q_a, q_b, q_c, q_d = _quotients(a, b, c, d, divisors, scales, True)
     else:
-        quotients = _quotients(x, divisors, scales, scale_regime)
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
+        q_a, q_b, q_c, q_d = _quotients(a, b, c, d, divisors * factor, scales * factor, False)
+    return _on_grid(a, q_a, scales), _on_grid(b, q_b, scales), _on_grid(c, q_c, scales), _on_grid(d, q_d, scales)
+
+
+@triton.jit
+def _on_grid(x, quotients, scales):
+    """The nearest E2M1 value of each quotient in [0, 7), times its scale, with the sign of x."""
     # A power of two times 2^22 leaves one mantissa bit.
     power = _power_of_two(quotients, 1.0)
     magnitudes = tl.fma(power, -(2.0**22), tl.fma(power, 2.0**22, quotients)) * scales
@@ -242,31 +247,21 @@ def fake_quant(x, divisors, scales, scale_regime, IS_NARROW: tl.constexpr):
 
 
 @triton.jit
-def encode_quarters(a, b, c, d, scales, scale_regime, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
-    """Signed codes of `load_quarters` under positive scales [TILE], eight to an int32: [TILE, 2]."""
+def encode(a, b, c, d, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
+    """Signed codes of quarters under positive scales [TILE], eight to an int32: [TILE, 2]. As for `fake_quant`."""
     scales = scales[:, None]
-    if IS_NARROW:
-        if scale_regime == 2:
-            code_a = _codes(_coarse_quotients(a, scales), 128.0)
-            code_b = _codes(_coarse_quotients(b, scales), 128.0)
-            code_c = _codes(_coarse_quotients(c, scales), 128.0)
-            code_d = _codes(_coarse_quotients(d, scales), 128.0)
-        else:
-            code_a, code_b, code_c, code_d = _exact_codes(a, b, c, d, scales, scale_regime)
+    offset: tl.constexpr = 128.0 if IS_SIMPLE and IS_NARROW else 0.0
+    if IS_SIMPLE and IS_NARROW:
+        q_a, q_b = _coarse_quotients(a, scales), _coarse_quotients(b, scales)
+        q_c, q_d = _coarse_quotients(c, scales), _coarse_quotients(d, scales)
+    elif IS_SIMPLE:
+        q_a, q_b, q_c, q_d = _quotients(a, b, c, d, scales, scales, True)
     else:
-        code_a, code_b, code_c, code_d = _exact_codes(a, b, c, d, scales, scale_regime)
-    first = _pack(a, b, code_a, code_b, IS_NARROW, TILE)
-    second = _pack(c, d, code_c, code_d, IS_NARROW, TILE)
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
+        q_a, q_b, q_c, q_d = _quotients(a, b, c, d, scales * factor, scales * factor, False)
+    first = _pack(a, b, _codes(q_a, offset), _codes(q_b, offset), IS_NARROW, TILE)
+    second = _pack(c, d, _codes(q_c, offset), _codes(q_d, offset), IS_NARROW, TILE)
     return tl.join(first, second)
-
-
-@triton.jit
-def _exact_codes(a, b, c, d, scales, scale_regime):
-    code_a = _codes(_quotients(a, scales, scales, scale_regime), 0.0)
-    code_b = _codes(_quotients(b, scales, scales, scale_regime), 0.0)
-    code_c = _codes(_quotients(c, scales, scales, scale_regime), 0.0)
-    code_d = _codes(_quotients(d, scales, scales, scale_regime), 0.0)
-    return code_a, code_b, code_c, code_d
 
 
 @triton.jit
@@ -334,18 +329,10 @@ def _sixth(amax, IS_PRODUCT: tl.constexpr):
 
 @triton.jit
 def static_scales(amax, global_amax, IS_QUANTIZED: tl.constexpr, IS_PRODUCT: tl.constexpr):
-    """`reference.static_scales`, and their regime."""
+    """`reference.static_scales`."""
     scales = _sixth(amax, IS_PRODUCT)
-    scale_regime = 0
     if IS_QUANTIZED:
         sixth = _sixth(global_amax, IS_PRODUCT)
-        sixth = tl.where(sixth <= 2.0**-24, 1.0, sixth)
-        scale_regime = tl.minimum(regime(sixth), 1)
-        if scale_regime == 1:
-            multiplier = reciprocal(sixth) * 448.0
-            inverse = reciprocal(multiplier)
-        else:
-            multiplier = tl.div_rn(1.0, sixth) * 448.0
-            inverse = tl.div_rn(1.0, multiplier)
-        scales = round_e4m3(smaller(scales * multiplier, 448.0)) * inverse
-    return scales, scale_regime
+        multiplier = reciprocal(tl.where(sixth <= 2.0**-24, 1.0, sixth)) * 448.0
+        scales = round_e4m3(smaller(scales * multiplier, 448.0)) * reciprocal(multiplier)
+    return scales

@@ -5,6 +5,8 @@ registers. A tensor is a flat run of blocks (the last dimension is a multiple of
 compiles nothing.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,18 +16,19 @@ from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
 
 TILES = {
-    "block_amax": (128, 4),
-    "amax": (128, 4),
+    "block_amax": (512, 16),
+    "amax": (512, 16),
     "max": (1024, 4),
-    "fake_quant": (128, 4),
+    "fake_quant": (64, 2),
     "quantize": (128, 4),
     "static_scales": (256, 4),
-    "static_fake_quant": (128, 4),
+    "static_fake_quant": (64, 2),
     "dequantize": (256, 4),
 }
 """Blocks a program (for dequantize, words of eight codes) and warps a program, by operation."""
 
-AMAX_TILES_PER_PROGRAM = 16
+TILES_PER_PROGRAM = {"amax": (8, 1024), "quantize": (4, 4096)}
+"""Of the operations that loop: most tiles a program, and how many programs there have to be before one gets a second tile."""
 
 
 @triton.jit
@@ -36,26 +39,34 @@ def _place(num_blocks, TILE: tl.constexpr):
     return start, rows, rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
 
 
+@triton.jit
+def _load(x_ptr, start, is_row, TILE: tl.constexpr):
+    """Quarters of the blocks from `start` on, as float32."""
+    a, b, c, d = arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE)
+    return arithmetic.widen(a, b, c, d, x_ptr.dtype.element_ty)
+
+
 # ---- kernels -----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def block_amax_kernel(x_ptr, amax_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
     start, rows, is_row = _place(num_blocks, TILE)
-    amax = arithmetic.block_amax_of_quarters(*arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE))
-    tl.store(amax_ptr + start + rows, amax, mask=is_row)
+    a, b, c, d = _load(x_ptr, start, is_row, TILE)
+    tl.store(amax_ptr + start + rows, arithmetic.block_amax(a, b, c, d), mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def amax_kernel(x_ptr, amax_ptr, partial_ptr, num_blocks: tl.int64, NUM_TILES: tl.constexpr, TILE: tl.constexpr):
-    """Block amax, and the largest of NUM_TILES tiles."""
-    first = tl.program_id(0).to(tl.int64) * (TILE * NUM_TILES)
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
+def amax_kernel(x_ptr, amax_ptr, partial_ptr, num_tiles: tl.int32, num_blocks: tl.int64, TILE: tl.constexpr):
+    """Block amax, and the largest of num_tiles tiles."""
+    first = tl.program_id(0).to(tl.int64) * (num_tiles * TILE)
     rows = tl.arange(0, TILE)
     largest = tl.zeros([TILE], tl.float32)
-    for tile in range(NUM_TILES):
+    for tile in range(num_tiles):
         start = first + tile * TILE
         is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
-        amax = arithmetic.block_amax_of_quarters(*arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE))
+        a, b, c, d = _load(x_ptr, start, is_row, TILE)
+        amax = arithmetic.block_amax(a, b, c, d)
         tl.store(amax_ptr + start + rows, amax, mask=is_row)
         largest = arithmetic.larger(largest, amax)
     tl.store(partial_ptr + tl.program_id(0), tl.reduce(largest, 0, arithmetic.larger))
@@ -72,28 +83,63 @@ def max_kernel(values_ptr, max_ptr, num_values: tl.int64, TILE: tl.constexpr):
     tl.store(max_ptr, tl.reduce(largest, 0, arithmetic.larger))
 
 
+@triton.jit
+def _fake_quant_tile(a, b, c, d, s2, out_ptr, is_row, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
+    scales = arithmetic.block_scales(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE) * s2
+    a, b, c, d = arithmetic.fake_quant(a, b, c, d, scales, scales, arithmetic.factor_of(s2), IS_SIMPLE, IS_NARROW)
+    arithmetic.store_quarters(out_ptr, a, b, c, d, is_row, IS_NARROW, TILE)
+
+
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
 def fake_quant_kernel(x_ptr, s2_ptr, out_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
-    start, _, is_row = _place(num_blocks, TILE)
-    x = arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE)
-    s2 = tl.load(s2_ptr)
-    regime = arithmetic.regime(s2)
-    scales = arithmetic.block_scales(arithmetic.block_amax(x), s2, regime) * s2
-    x_hat = arithmetic.fake_quant(x, scales, scales, regime, arithmetic.is_narrow(x_ptr))
-    arithmetic.store_blocks(out_ptr + start * 16, x_hat, is_row, TILE)
-
-
-@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
-def quantize_kernel(x_ptr, s2_ptr, words_ptr, scales_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
-    """Eight codes to an int32, so two words a block."""
     start, rows, is_row = _place(num_blocks, TILE)
-    a, b, c, d = arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE)
+    a, b, c, d = _load(x_ptr, start, is_row, TILE)
     s2 = tl.load(s2_ptr)
-    regime = arithmetic.regime(s2)
-    scales = arithmetic.block_scales(arithmetic.block_amax_of_quarters(a, b, c, d), s2, regime)
-    words = arithmetic.encode_quarters(a, b, c, d, scales * s2, regime, arithmetic.is_narrow(x_ptr), TILE)
+    if arithmetic.is_simple(s2):
+        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, True, arithmetic.is_narrow(x_ptr), TILE)
+    else:
+        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, False, arithmetic.is_narrow(x_ptr), TILE)
+
+
+@triton.jit
+def _quantize_tile(
+    a, b, c, d, s2, start, is_row, words_ptr, bytes_ptr, IS_SIMPLE: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr
+):
+    rows = tl.arange(0, TILE)
+    a, b, c, d = arithmetic.widen(a, b, c, d, dtype)
+    scales = arithmetic.block_scales(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE)
+    words = arithmetic.encode(a, b, c, d, scales * s2, arithmetic.factor_of(s2), IS_SIMPLE, dtype != tl.float32, TILE)
     tl.store(words_ptr + start * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :], words, mask=is_row[:, None])
-    tl.store(scales_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
+    tl.store(bytes_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
+def quantize_kernel(x_ptr, s2_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, num_blocks: tl.int64, TILE: tl.constexpr):
+    """Eight codes to an int32, so two words a block.
+
+    A loop for each kind of s2: one loop with a branch inside would keep the registers of both.
+    """
+    first = tl.program_id(0).to(tl.int64) * (num_tiles * TILE)
+    rows = tl.arange(0, TILE)
+    s2 = tl.load(s2_ptr)
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if arithmetic.is_simple(s2):
+        is_row = rows < tl.minimum(num_blocks - first, TILE).to(tl.int32)
+        a, b, c, d = arithmetic.load_quarters(x_ptr + first * 16, is_row, TILE)
+        for tile in range(num_tiles):
+            start = first + tile * TILE
+            # The next tile is on its way while this one is worked on.
+            is_next_row = rows < tl.minimum(num_blocks - start - TILE, (num_tiles - 1 - tile) * TILE).to(tl.int32)
+            next_a, next_b, next_c, next_d = arithmetic.load_quarters(x_ptr + (start + TILE) * 16, is_next_row, TILE)
+            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, True, dtype, TILE)
+            a, b, c, d, is_row = next_a, next_b, next_c, next_d, is_next_row
+    else:
+        for tile in range(num_tiles):
+            start = first + tile * TILE
+            is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
+            a, b, c, d = arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE)
+            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, False, dtype, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
@@ -108,7 +154,7 @@ def static_scales_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     amax = tl.load(amax_ptr + offsets, mask=offsets < num_blocks, other=0.0).to(tl.float32)
-    scales, _ = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    scales = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
     tl.store(scales_ptr + offsets, scales, mask=offsets < num_blocks)
 
 
@@ -124,23 +170,27 @@ def static_fake_quant_kernel(
     TILE: tl.constexpr,
 ):
     start, rows, is_row = _place(num_blocks, TILE)
-    x = arithmetic.load_blocks(x_ptr + start * 16, is_row, TILE)
+    a, b, c, d = _load(x_ptr, start, is_row, TILE)
     amax = tl.load(amax_ptr + start + rows, mask=is_row, other=0.0).to(tl.float32)
-    scales, regime = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    scales = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    divisors = tl.where(scales == 0.0, 1.0, scales)
+    factor = arithmetic.factor_of(divisors)[:, None]
+    a, b, c, d = arithmetic.fake_quant(a, b, c, d, divisors, scales, factor, False, arithmetic.is_narrow(x_ptr))
     # A zero is +0.0 here, as Model Optimizer has it; a scale of zero makes a zero of every element.
-    x_hat = arithmetic.fake_quant(x, tl.where(scales == 0.0, 1.0, scales), scales, regime, False) + 0.0
-    arithmetic.store_blocks(out_ptr + start * 16, x_hat, is_row, TILE)
+    a, b, c, d = a + 0.0, b + 0.0, c + 0.0, d + 0.0
+    arithmetic.store_quarters(out_ptr + start * 16, a, b, c, d, is_row, arithmetic.is_narrow(x_ptr), TILE)
 
 
 @triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["s2_ptr"])
 def dequantize_kernel(
-    words_ptr, scales_ptr, s2_ptr, out_ptr, num_words: tl.int64,
+    packed_ptr, scales_ptr, s2_ptr, out_ptr, num_words: tl.int64,
     WORDS_PER_SCALE: tl.constexpr, IS_E4M3: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """An int32 holds eight codes, which share a scale."""
     start = tl.program_id(0).to(tl.int64) * TILE
     rows = tl.arange(0, TILE)
     is_row = rows < tl.minimum(num_words - start, TILE).to(tl.int32)
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     words = tl.load(words_ptr + start + rows, mask=is_row, other=0)
     if TILE % WORDS_PER_SCALE == 0:
         scales_ptr += start // WORDS_PER_SCALE + rows // WORDS_PER_SCALE
@@ -170,12 +220,13 @@ def amax(x: Tensor) -> tuple[Tensor, Tensor]:
     block_amax = x.new_empty(_block_shape(x), dtype=torch.float32)
     if x.numel() == 0:
         return block_amax, x.new_zeros((), dtype=torch.float32)
-    tiles = AMAX_TILES_PER_PROGRAM
-    partial = x.new_empty(triton.cdiv(block_amax.numel(), TILES["amax"][0] * tiles), dtype=torch.float32)
+    num_tiles = _tiles_per_program("amax", block_amax.numel())
+    partial = x.new_empty(triton.cdiv(block_amax.numel(), TILES["amax"][0] * num_tiles), dtype=torch.float32)
     global_amax = x.new_empty((), dtype=torch.float32)
-    _launch("amax", amax_kernel, block_amax.numel(), x, _flat(x), block_amax, partial, tiles=tiles, NUM_TILES=tiles)
+    tensors = _flat(x), block_amax, partial, num_tiles
+    _launch("amax", amax_kernel, block_amax.numel(), x, *tensors, num_tiles=num_tiles)
     # All values in one program.
-    _launch("max", max_kernel, partial.numel(), x, partial, global_amax, tiles=partial.numel())
+    _launch("max", max_kernel, partial.numel(), x, partial, global_amax, num_tiles=partial.numel())
     return block_amax, global_amax
 
 
@@ -188,8 +239,11 @@ def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
     packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     scales = x.new_empty(_block_shape(x), dtype=torch.float8_e4m3fn)
-    words = packed.view(-1).view(torch.int32)
-    _launch("quantize", quantize_kernel, scales.numel(), x, _flat(x), s2, words, scales.view(torch.uint8))
+    num_blocks = x.numel() // reference.BLOCK_SIZE
+    num_tiles = _tiles_per_program("quantize", num_blocks)
+    # As bytes, since Triton has no E4M3 type on compute capability 8.0.
+    tensors = _flat(x), s2, packed, scales.view(torch.uint8), num_tiles
+    _launch("quantize", quantize_kernel, num_blocks, x, *tensors, num_tiles=num_tiles)
     return packed, scales
 
 
@@ -226,17 +280,22 @@ def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_blo
 
 def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
     out = packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)
-    if out.numel() == 0:
-        return out
-    block_size = out.shape[-1] // scales.shape[-1]
-    if block_size % 8:
-        return reference.dequantize(packed, scales, s2, dtype)
-    words = _flat(packed).view(-1).view(torch.int32)
-    is_e4m3 = scales.dtype == torch.float8_e4m3fn
-    scales = _flat(scales.view(torch.uint8) if is_e4m3 else scales)
-    tensors = words, scales, s2, out
-    _launch("dequantize", dequantize_kernel, words.numel(), packed, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
+    dequantize_into(packed, scales, s2, out)
     return out
+
+
+def dequantize_into(packed: Tensor, scales: Tensor, s2: Tensor, out: Tensor) -> None:
+    """`dequantize` to a given tensor, of which dtype and shape are taken."""
+    if out.numel() == 0:
+        return
+    block_size = out.shape[-1] // scales.shape[-1]
+    if block_size % 8 or not out.is_contiguous() or out.data_ptr() % 16:
+        out.copy_(reference.dequantize(packed, scales, s2, out.dtype))
+        return
+    is_e4m3 = scales.dtype == torch.float8_e4m3fn
+    tensors = _flat(packed), _flat(scales.view(torch.uint8) if is_e4m3 else scales), s2, out
+    num_words = out.numel() // 8
+    _launch("dequantize", dequantize_kernel, num_words, out, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
 
 
 def _block_shape(x: Tensor) -> tuple[int, ...]:
@@ -249,15 +308,39 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _launch(operation: str, kernel, num_rows: int, x: Tensor, *args, tiles: int = 1, **constants) -> None:
+def _tiles_per_program(operation: str, num_rows: int) -> int:
+    most, num_programs = TILES_PER_PROGRAM[operation]
+    return max(1, min(most, num_rows // (TILES[operation][0] * num_programs)))
+
+
+def _launch(operation: str, kernel, num_rows: int, x: Tensor, *args, num_tiles: int = 1, **constants) -> None:
     """Run a kernel over num_rows rows on the device of x, so many tiles a program."""
     if num_rows == 0:
         return
     tile, num_warps = TILES[operation]
-    grid = (triton.cdiv(num_rows, tile * tiles),)
-    constants |= {"TILE": tile, "num_warps": num_warps, "enable_fp_fusion": False}
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernel[grid](*args, num_rows, **constants)
+    constants["TILE"] = tile
+    launch(operation, kernel, triton.cdiv(num_rows, tile * num_tiles), num_warps, x, (*args, num_rows), constants)
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(name: str, kernel, num_programs: int, num_warps: int, x: Tensor, args: tuple, constants: dict[str, Any]) -> None:
+    """Run a kernel on the device of x: constants in the order of its parameters, tensors on 16-byte boundaries.
+
+    Nothing else of the arguments but dtypes is compiled in, so a compiled kernel is kept and called without Triton's own look-up,
+    which takes longer than a small kernel runs.
+    """
+    device = x.get_device()
+    if x.is_cuda and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(name, kernel, num_programs, num_warps, x, args, constants)
+        return
+    grid = (num_programs, 1, 1)
+    key = (name, device, *constants.values(), *[arg.dtype for arg in args if isinstance(arg, Tensor)])
+    compiled = _compiled.get(key)
+    if compiled is None:
+        # None again in the interpreter, which compiles nothing.
+        _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
     else:
-        kernel[grid](*args, num_rows, **constants)
+        compiled[grid](*args, *constants.values())

@@ -10,35 +10,51 @@ import sys
 import pytest
 
 CAPABILITIES = (80, 89, 90, 100, 120)
+PROCESSES = ((80, 89, 90), (100, 120))
 
 
 @functools.cache
 def _compiled() -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = pathlib.Path(__file__).with_name("compile_kernels.py")
-    command = [sys.executable, str(script), *map(str, CAPABILITIES)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    script = str(pathlib.Path(__file__).with_name("compile_kernels.py"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, *map(str, capabilities)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for capabilities in PROCESSES
+    ]
+    entries = []
+    for process in processes:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        entries += [json.loads(line) for line in output.splitlines()]
+    return entries
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills(capability):
     kernels = [entry for entry in _compiled() if entry["capability"] == capability]
-    assert len(kernels) == 12
+    assert len(kernels) == 15
     for entry in kernels:
         assert entry["stack"] == 0, entry
         assert entry["local"] == 0, entry
-        assert entry["registers"] <= 128, entry
+        assert entry["registers"] <= 96, entry
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_streams_move_in_16_byte_accesses(capability):
-    """The larger stream of each kernel: what it reads, and what it writes unless that is packed codes."""
+    """All that is read but packed codes and tables; all that is written but packed codes, scales and amax."""
     for entry in _compiled():
-        if entry["capability"] != capability or entry["kernel"] in ("static_scales", "max"):
+        name = entry["kernel"]
+        if entry["capability"] != capability or name in ("static_scales", "max"):
             continue
-        if not entry["kernel"].startswith("dequantize"):
-            assert entry["LDG"].get("128", 0) > 0, entry
-        if "fake_quant" in entry["kernel"] or entry["kernel"].startswith("dequantize"):
+        if name != "dequantize":
+            assert entry["LDG"].get("128", 0) >= 2, entry
+        if "fake_quant" in name or name in ("dequantize", "whole_model_to_bf16", "whole_model_moved"):
             assert set(entry["STG"]) == {"128"}, entry
+        if name.startswith("quantize") or name == "whole_model_to_codes":
+            assert set(entry["STG"]) == {"64", "U8"}, entry

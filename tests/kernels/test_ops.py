@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import triton
 from kernel_cases import CASES, DEVICE, assert_same_bits
 
-from nvfp4_train.kernels import fp4_kernel, reference
+from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference
 
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
@@ -21,6 +22,7 @@ OP_ARGUMENTS = {
     ],
     "quantize": [(X, S2), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
     "fake_quant": [(X, S2, torch.bfloat16), (X.bfloat16().transpose(0, 1), S2, torch.float32)],
+    "dequantize_into": [(PACKED, BLOCK_SCALES.float(), S2, torch.empty_like(X))],
     "dequantize": [(PACKED, BLOCK_SCALES, S2, torch.bfloat16), (PACKED, BLOCK_SCALES.float(), S2, torch.float32)],
 }
 
@@ -40,7 +42,7 @@ def test_meta_tensors_get_the_shapes_of_real_ones(name):
         op = getattr(torch.ops.nvfp4, name)
         on_meta = op(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
         real = op(*arguments)
-        pairs = zip(real, on_meta, strict=True) if isinstance(real, tuple) else [(real, on_meta)]
+        pairs = zip(real, on_meta, strict=True) if isinstance(real, tuple) else [(real, on_meta)] if real is not None else []
         for a, b in pairs:
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
@@ -81,3 +83,44 @@ def test_public_functions_replay_from_a_cuda_graph():
     assert_same_bits(captured[2], expected[2])
     assert_same_bits(captured[4].abs(), expected[4].abs())
     assert not torch.equal(captured[4], expected[4])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
+def test_a_new_shape_compiles_nothing(monkeypatch):
+    _public_functions(X, AMAX, S2)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **arguments: compiled.append(arguments) or False)
+    for shape in ((1, 16), (16,), (7, 3, 112), (4096, 2048), (33, 64)):
+        x = torch.randn(shape, device=DEVICE)
+        _public_functions(x, reference.block_amax(x), torch.cat((S2, S2, S2))[1:2])
+    assert not compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
+def test_the_whole_model_pass_replays_from_a_cuda_graph():
+    masters = [torch.randn(64, 128, device=DEVICE), torch.randn(2, 32, 64, device=DEVICE)]
+    decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in masters]
+    quantizer = multi_tensor.MultiTensorQuantizer(masters, *multi_tensor.slots_of_groups(masters, [0, 1]), decoded=decoded)
+    quantizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        quantizer.step()
+    masters[0].mul_(5)
+    graph.replay()
+    assert_same_bits(decoded[0], reference.fake_quant(masters[0].cpu(), quantizer.global_scales[0].cpu(), torch.bfloat16))
+    assert_same_bits(quantizer.global_amax[0], masters[0].abs().amax())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
+def test_a_step_allocates_nothing_after_the_first():
+    masters = [torch.randn(64, 128, device=DEVICE) for _ in range(3)]
+    decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in masters]
+    quantizer = multi_tensor.MultiTensorQuantizer(masters, [0, 1, 2], 3, decoded=decoded)
+    quantizer.step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    masters[1].mul_(7)
+    quantizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

@@ -43,6 +43,9 @@ def _assert_ops_match(x: torch.Tensor, s2: torch.Tensor, out_dtypes=DTYPES) -> N
         assert_same_bits(TRITON.fake_quant(on_device, s2_on_device, dtype), reference.fake_quant(x, s2, dtype))
         decoded = TRITON.dequantize(packed.to(DEVICE), scales.to(DEVICE), s2_on_device, dtype)
         assert_same_bits(decoded, reference.dequantize(packed, scales, s2, dtype))
+        out = torch.full_like(decoded, torch.nan)
+        TRITON.dequantize_into(packed.to(DEVICE), scales.to(DEVICE), s2_on_device, out)
+        assert_same_bits(out, decoded)
 
 
 def _assert_static_ops_match(x: torch.Tensor, amax: torch.Tensor, global_amax: torch.Tensor, out_dtypes=DTYPES) -> None:
@@ -130,6 +133,14 @@ def test_dequantize_takes_any_block_size(num_columns, block_size):
     assert_same_bits(decoded, reference.dequantize(packed, scales, torch.tensor(1.5), torch.float32))
 
 
+def test_dequantize_into_takes_tensors_of_any_strides():
+    packed, scales = reference.quantize(CASES["gaussian"], torch.tensor(1.0))
+    expected = reference.dequantize(packed, scales, torch.tensor(1.0), torch.float32)
+    for out in (torch.empty(160, 37, device=DEVICE).t(), torch.empty(37 * 160 + 1, device=DEVICE)[1:].view(37, 160)):
+        TRITON.dequantize_into(packed.to(DEVICE), scales.to(DEVICE), torch.tensor(1.0, device=DEVICE), out)
+        assert_same_bits(out, expected)
+
+
 def test_nan_reaches_amax_scale_and_output():
     x = CASES["gaussian"].clone()
     x[2, 3] = torch.nan
@@ -185,7 +196,7 @@ def test_random_values_match_reference(seed, dtype, num_blocks, exponent_spread,
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31), scale_bits=st.integers(1, 0x7F000000))
 def test_random_bit_patterns_match_reference(seed, scale_bits):
-    """Any float32 but NaN, under any positive global scale."""
+    """Any float32 but NaN, under any positive s2."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-(2**31), 2**31, (24, 16), generator=generator).int().view(torch.float32)
     s2 = torch.tensor(scale_bits, dtype=torch.int32).view(torch.float32)
