@@ -5,20 +5,25 @@
 A step is what a run does after the data has arrived: forward, loss, backward, clipping, fused AdamW and, with quantization on, the
 weight store's update. Weights and tokens are random. The two sides run alternately in one process, each on its own copy of the
 model; times are device-synchronised medians over the steps, memory is the peak that the allocator reached while one side alone
-was on the device.
+was on the device. Where Model Optimizer is installed, its weight-only fake quantization of the same model, eager under bf16
+autocast, is a third side. (torchao's NVFP4 training quantizes activations as well, and computes on Blackwell only.)
 """
 
 import argparse
+import functools
+import gc
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import peers
 import torch
 import triton
 import yaml
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.models.causal_lm import ModelConfig, load_model
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.policy import QuantConfig
@@ -63,9 +68,31 @@ class Run:
         return (time.perf_counter() - start) * 1e3
 
 
-def peak_memory(name: str, *, quantized: bool, compiled: bool) -> float:
+class PeerRun(Run):
+    """The same model, loss and optimizer, with Model Optimizer's fake quantization in every forward."""
+
+    def __init__(self, name: str) -> None:
+        fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            self.model = load_model(ModelConfig(config=fields["config"]))
+        peers.quantize_weights_with_model_optimizer(self.model)
+        self.optimizer, _ = build_optimizer(self.model, OptimConfig(), total_steps=1000)
+        batch, tokens = BATCH[name]
+        self.input_ids = torch.randint(0, fields["config"]["vocab_size"], (batch, tokens), device="cuda")
+
+    def step(self) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = next_token_loss(self.model(input_ids=self.input_ids, use_cache=False).logits, self.input_ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def peak_memory(make: Callable[[], Run]) -> float:
     """GiB at the peak of a steady step."""
-    run = Run(name, quantized=quantized, compiled=compiled)
+    run = make()
     for _ in range(3):
         run.step()
     torch.cuda.reset_peak_memory_stats()
@@ -77,22 +104,28 @@ def peak_memory(name: str, *, quantized: bool, compiled: bool) -> float:
     return peak
 
 
-def compare(name: str, *, compiled: bool, steps: int) -> tuple[float, float, float, float]:
-    """Milliseconds off and on, GiB off and on."""
-    memory = [peak_memory(name, quantized=quantized, compiled=compiled) for quantized in (False, True)]
+def compare(name: str, *, compiled: bool, steps: int) -> list[tuple[float, float]]:
+    """Milliseconds and GiB of each side: off, on and, in eager mode, the peer if there is one."""
+    sides: list[Callable[[], Run]] = [
+        functools.partial(Run, name, quantized=quantized, compiled=compiled) for quantized in (False, True)
+    ]
+    if peers.has_model_optimizer() and not compiled:
+        sides.append(functools.partial(PeerRun, name))
+    memory = [peak_memory(make) for make in sides]
     # A model of the past counts towards the recompilations that torch.compile allows.
     torch._dynamo.reset()
-    runs = [Run(name, quantized=quantized, compiled=compiled) for quantized in (False, True)]
+    runs = [make() for make in sides]
     for run in runs:
         for _ in range(5):
             run.step()
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(steps):
         for run, measured in zip(runs, times, strict=True):
             measured.append(run.timed_step())
-    del runs
+    runs.clear()
+    gc.collect()
     torch.cuda.empty_cache()
-    return statistics.median(times[0]), statistics.median(times[1]), memory[0], memory[1]
+    return list(zip(map(statistics.median, times), memory, strict=True))
 
 
 def profile(name: str, *, quantized: bool, compiled: bool) -> str:
@@ -118,16 +151,17 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {arguments.steps} steps each"
     )
-    print(f"{'model':<12}{'mode':<10}{'tokens':>8}{'off ms':>10}{'on ms':>10}{'on/off':>8}{'off GiB':>10}{'on GiB':>10}")
+    print(f"{'model':<12}{'mode':<10}{'tokens':>8}{'side':>18}{'ms':>10}{'/off':>8}{'GiB':>10}")
     for name in arguments.models:
         batch, tokens = BATCH[name]
         for compiled in (False,) if arguments.eager_only else (False, True):
-            off, on, memory_off, memory_on = compare(name, compiled=compiled, steps=arguments.steps)
+            rows = compare(name, compiled=compiled, steps=arguments.steps)
             mode = "compiled" if compiled else "eager"
-            print(
-                f"{name:<12}{mode:<10}{batch * tokens:>8}{off:>10.2f}{on:>10.2f}{on / off:>8.3f}{memory_off:>10.2f}{memory_on:>10.2f}",
-                flush=True,
-            )
+            for side, (ms, gib) in zip(("off", "on", "Model Optimizer"), rows, strict=False):
+                print(
+                    f"{name:<12}{mode:<10}{batch * tokens:>8}{side:>18}{ms:>10.2f}{ms / rows[0][0]:>8.3f}{gib:>10.2f}",
+                    flush=True,
+                )
         if arguments.profile:
             print(profile(name, quantized=True, compiled=False), flush=True)
 

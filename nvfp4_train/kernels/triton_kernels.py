@@ -221,7 +221,7 @@ def amax(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return block_amax, x.new_zeros((), dtype=torch.float32)
     num_tiles = _tiles_per_program("amax", block_amax.numel())
-    partial = x.new_empty(triton.cdiv(block_amax.numel(), TILES["amax"][0] * num_tiles), dtype=torch.float32)
+    partial = x.new_empty(_cdiv(block_amax.numel(), TILES["amax"][0] * num_tiles), dtype=torch.float32)
     global_amax = x.new_empty((), dtype=torch.float32)
     tensors = _flat(x), block_amax, partial, num_tiles
     _launch("amax", amax_kernel, block_amax.numel(), x, *tensors, num_tiles=num_tiles)
@@ -231,7 +231,7 @@ def amax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
-    out = x.new_empty(x.shape, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     _launch("fake_quant", fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out)
     return out
 
@@ -264,7 +264,7 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
 
 def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
     """`reference.static_fake_quant` of `reference.static_scales`, in one pass."""
-    out = x.new_empty(x.shape, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     tensors = _flat(x), _flat(amax), global_amax, out
     _launch(
         "static_fake_quant",
@@ -298,6 +298,11 @@ def dequantize_into(packed: Tensor, scales: Tensor, s2: Tensor, out: Tensor) -> 
     _launch("dequantize", dequantize_kernel, num_words, out, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
 
 
+def _cdiv(a: int, b: int) -> int:
+    # That of Triton takes a microsecond.
+    return -(-a // b)
+
+
 def _block_shape(x: Tensor) -> tuple[int, ...]:
     return (*x.shape[:-1], x.shape[-1] // reference.BLOCK_SIZE)
 
@@ -319,7 +324,7 @@ def _launch(operation: str, kernel, num_rows: int, x: Tensor, *args, num_tiles: 
         return
     tile, num_warps = TILES[operation]
     constants["TILE"] = tile
-    launch(operation, kernel, triton.cdiv(num_rows, tile * num_tiles), num_warps, x, (*args, num_rows), constants)
+    launch(operation, kernel, _cdiv(num_rows, tile * num_tiles), num_warps, x, (*args, num_rows), constants)
 
 
 _compiled: dict[tuple, Any] = {}
