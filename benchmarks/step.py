@@ -90,6 +90,13 @@ class PeerRun(Run):
         self.optimizer.zero_grad()
 
 
+def release() -> None:
+    """Free a model of the past, which torch.compile keeps, and counts towards the recompilations that it allows."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def peak_memory(make: Callable[[], Run]) -> float:
     """GiB at the peak of a steady step."""
     run = make()
@@ -100,7 +107,7 @@ def peak_memory(make: Callable[[], Run]) -> float:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / 2**30
     del run
-    torch.cuda.empty_cache()
+    release()
     return peak
 
 
@@ -112,8 +119,6 @@ def compare(name: str, *, compiled: bool, steps: int) -> list[tuple[float, float
     if peers.has_model_optimizer() and not compiled:
         sides.append(functools.partial(PeerRun, name))
     memory = [peak_memory(make) for make in sides]
-    # A model of the past counts towards the recompilations that torch.compile allows.
-    torch._dynamo.reset()
     runs = [make() for make in sides]
     for run in runs:
         for _ in range(5):
@@ -122,9 +127,8 @@ def compare(name: str, *, compiled: bool, steps: int) -> list[tuple[float, float
     for _ in range(steps):
         for run, measured in zip(runs, times, strict=True):
             measured.append(run.timed_step())
-    runs.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    del run, runs
+    release()
     return list(zip(map(statistics.median, times), memory, strict=True))
 
 

@@ -16,8 +16,8 @@ from nvfp4_train.kernels.triton_kernels import launch
 
 TILE = 64
 NUM_WARPS = 2
-BLOCKS_PER_CHUNK = 2048
-"""32768 elements: small enough that those of a 125M model fill a GPU evenly."""
+BLOCKS_PER_CHUNK = 512
+"""8192 elements: small enough that those of a 125M model fill a GPU evenly."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 16
 """Of the pass that finds most chunks done."""
