@@ -23,7 +23,7 @@ import triton
 import yaml
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, load_model
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.policy import QuantConfig
@@ -83,7 +83,7 @@ class PeerRun(Run):
 
     def step(self) -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = next_token_loss(self.model(input_ids=self.input_ids, use_cache=False).logits, self.input_ids)
+            loss = next_token_loss(compute_logits(self.model, self.input_ids), self.input_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model
 from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
@@ -99,7 +99,7 @@ class QATModule(L.LightningModule):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V] in bf16 of token ids [B, T]."""
         assert self.model is not None, "configure_model has not run"
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        return compute_logits(self.model, input_ids)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # A function of the position alone, so that a resumed run draws what an uninterrupted one draws.

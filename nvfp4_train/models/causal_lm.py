@@ -1,6 +1,7 @@
 """A Hugging Face causal LM with fp32 masters: from a folder, a hub name, or a config with random weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,23 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained returns a model in evaluation mode.
     return model.train()
+
+
+def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of token ids [B, T], each row of which is one sequence, without padding."""
+    with _unpacked_rows():
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+@contextmanager
+def _unpacked_rows() -> Iterator[None]:
+    """Spare transformers its search for several sequences in a row: in every forward the host would wait for its answer."""
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

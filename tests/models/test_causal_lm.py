@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nvfp4_train.models.causal_lm import ModelConfig, load_config, load_model
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_config, load_model
 
 LLAMA = {
     "model_type": "llama",
@@ -72,3 +73,34 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 def test_bad_input_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(ModelConfig(**options))
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "llama", **TINY},
+        {"model_type": "mistral", "sliding_window": 4, "num_key_value_heads": 1, **TINY},
+        {"model_type": "gemma3_text", "sliding_window": 4, "head_dim": 16, "num_key_value_heads": 1, **TINY},
+    ],
+    ids=lambda fields: fields["model_type"],
+)
+def test_logits_are_those_of_the_model_and_the_host_waits_for_no_value(fields: dict) -> None:
+    model = load_model(ModelConfig(config=fields)).eval()
+    input_ids = torch.randint(0, 64, (2, 12))
+    with ReadsOfValues() as reads:
+        logits = compute_logits(model, input_ids)
+    assert reads.count == 0
+    assert torch.equal(logits, model(input_ids=input_ids, use_cache=False).logits)
+
+
+class ReadsOfValues(TorchDispatchMode):
+    """Counts how often the host reads a value of a tensor, for which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
