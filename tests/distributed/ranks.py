@@ -25,6 +25,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, gpus: b
     """
     gpus = on_gpus(world_size) if gpus is None else gpus
     multiprocessing.set_forkserver_preload(PRELOAD)
+    # Else asking for GPUs, as imports do, initializes CUDA in the server, which no process may be forked from then.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(
             _rank, (world_size, folder, gpus, function, args), nprocs=world_size, start_method="forkserver"
