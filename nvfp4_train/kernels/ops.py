@@ -1,8 +1,9 @@
 """`torch.ops.nvfp4`: the arithmetic as registered operators, the one place where CPU and CUDA part ways.
 
-CPU tensors go to `reference`, CUDA tensors to `triton_kernels` and `multi_tensor_kernels`, meta and fake tensors get shapes, so torch.compile traces
-through. They are registered on a bare `Library`, whose calls cost less than those of `torch.library.custom_op`. Operators check
-neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through estimator belongs to the caller.
+CPU tensors go to `reference`, CUDA tensors to `triton_kernels` and `multi_tensor_kernels`, meta and fake tensors get shapes, so
+torch.compile traces through. They are registered on a bare `Library`, whose calls cost less than those of
+`torch.library.custom_op`. Operators check neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through
+estimator belongs to the caller.
 """
 
 import functools

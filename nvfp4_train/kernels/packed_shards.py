@@ -23,8 +23,8 @@ BLOCKS_PER_CHUNK = 1024
 class PackedShards:
     """Where the rows of weights of the given shapes lie; K is a multiple of 16."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], num_ranks: int) -> None:
-        self.shapes = [tuple(shape) for shape in shapes]
+    def __init__(self, shapes: Sequence[Sequence[int]], num_ranks: int) -> None:
+        self.shapes = [(rows, columns) for rows, columns in shapes]
         self.num_ranks = num_ranks
         self._shard_shapes = [(-(-rows // num_ranks), columns) for rows, columns in self.shapes]
         sizes = [rows * columns // divisor for divisor in (2, BLOCK_SIZE) for rows, columns in self._shard_shapes]

@@ -82,15 +82,24 @@ def replaced() -> list[Tensor]:
 
 
 def alive_after_backward() -> dict[str, Any]:
-    """Bytes of gathered memory after a step, and bytes on the wire for each weight."""
-    model, store = make(rows=(64, 64, 64))
+    """Bytes of gathered memory while a layer is unsharded and after a step, and bytes on the wire."""
+    model, store = make(rows=(256, 256, 256), columns=256)
     store.update()
     params = model._get_fsdp_state()._fsdp_param_group.fsdp_params
-    model(torch.ones(2, 16, device=params[0].device, dtype=torch.bfloat16)).sum().backward()
-    sent = [sum(tensor.nbytes for tensor in p.all_gather_inputs) for p in params]
+
+    def gathered() -> int:
+        tensors = [t for p in params for t in (p._unsharded_param, *p.all_gather_outputs)]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().size() for t in tensors}.values())
+
+    model.unshard()
+    unsharded = gathered()
+    model.reshard()
+    resharded = gathered()
+    model(torch.ones(2, 256, device=params[0].device, dtype=torch.bfloat16)).sum().backward()
     return {
-        "alive": [t.untyped_storage().size() for p in params for t in (p._unsharded_param, *p.all_gather_outputs)],
-        "bytes": [distributed.get_world_size() * n / p.sharded_param.numel() for n, p in zip(sent, params, strict=True)],
+        "unsharded": unsharded,
+        "freed": [resharded, gathered()],
+        "sent": [sum(tensor.nbytes for tensor in p.all_gather_inputs) for p in params],
     }
 
 
@@ -154,14 +163,17 @@ def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> Non
             assert torch.equal(weight, 2 * expected)
 
 
-def test_no_gathered_weight_stays_alive(ranks: list[dict[str, Any]]) -> None:
-    assert all(set(rank["memory"]["alive"]) == {0} for rank in ranks)
+def test_only_decoded_weights_are_alive_and_only_while_unsharded(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["memory"]["unsharded"] == 2 * 3 * 256 * 256
+        assert rank["memory"]["freed"] == [0, 0]
 
 
-def test_weights_travel_as_0_5625_byte(ranks: list[dict[str, Any]]) -> None:
-    # Two bytes where nothing travels; three ranks pad 64 rows to 66.
-    expected = {1: 2, 2: 0.5625, 3: 0.5625 * 66 / 64}[len(ranks)]
-    assert all(rank["memory"]["bytes"] == [expected] * 3 for rank in ranks)
+def test_weights_travel_together_as_0_5625_byte(ranks: list[dict[str, Any]]) -> None:
+    # Two bytes each where nothing travels; three ranks pad 256 rows to 258.
+    num_elements = 256 * -(-256 // len(ranks))
+    expected = [2 * num_elements] * 3 if len(ranks) == 1 else [3 * num_elements * 9 // 16, 0, 0]
+    assert all(rank["memory"]["sent"] == expected for rank in ranks)
 
 
 def test_one_collective_reduces_all_groups(ranks: list[dict[str, Any]]) -> None:
