@@ -103,6 +103,39 @@ def alive_after_backward() -> dict[str, Any]:
     }
 
 
+def kept_by_autograd() -> list[Tensor]:
+    """A gradient that needs the weights: at once, and after they were freed and gathered again, twice."""
+    model, store = make()
+    store.update()
+    model.unshard()
+    x = torch.ones(1, 16, device=next(model.parameters()).device, dtype=torch.bfloat16, requires_grad=True)
+    output = model[1](model[0](x)).sum()
+    gradients = [*torch.autograd.grad(output, x, retain_graph=True)]
+    for _ in range(2):
+        model.reshard()
+        model.unshard()
+    gradients += torch.autograd.grad(output, x)
+    return [gradient.cpu() for gradient in gradients]
+
+
+def several_groups() -> list[Tensor]:
+    """The first linear is gathered by itself, the others by the root, beside a weight that is not quantized."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(k, n, bias=False) for k, n in zip((16, *ROWS), ROWS, strict=False)), nn.LayerNorm(4))
+    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
+    model.to(device)
+    quantize_linears(model, NAMES)
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh, mp_policy=POLICY, reshard_after_forward=True)
+    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store.update()
+    model(torch.ones(1, 16, device=device, dtype=torch.bfloat16)).sum().backward()
+    model[0].unshard()
+    model.unshard()
+    return [linear.weight.detach().cpu().clone() for linear in model[:3]]
+
+
 def refused() -> list[str]:
     """The messages for weights that are sharded by columns, and for weights that are not sharded at all."""
     by_columns = {"rows": (48, 48, 48), "columns": 48, "shard_placement_fn": lambda parameter: Shard(1)}
@@ -130,6 +163,8 @@ def everything() -> dict[str, Any]:
         "weights": shards_and_hooks(),
         "replaced": replaced(),
         "memory": alive_after_backward(),
+        "gradients": kept_by_autograd(),
+        "several groups": several_groups(),
         "refused": refused(),
         "all_reduces": all_reduces(),
     }
@@ -161,6 +196,19 @@ def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> Non
     for rank in ranks:
         for weight, expected in zip(rank["replaced"], expected_weights(), strict=True):
             assert torch.equal(weight, 2 * expected)
+
+
+def test_autograd_finds_the_weights_that_it_saved(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        at_once, later = rank["gradients"]
+        assert at_once.count_nonzero() > 0
+        assert torch.equal(at_once, later)
+
+
+def test_every_parameter_group_has_its_own_gather(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for weight, expected in zip(rank["several groups"], expected_weights(), strict=True):
+            assert torch.equal(weight, expected)
 
 
 def test_only_decoded_weights_are_alive_and_only_while_unsharded(ranks: list[dict[str, Any]]) -> None:
