@@ -37,6 +37,22 @@ def slots_of_groups(masters: Sequence[Tensor], groups: Sequence[int]) -> tuple[l
     return [first[group] for group in groups], sum(num_slots)
 
 
+def into_chunks(table: Tensor, steps: Sequence[int], blocks_per_chunk: int) -> Tensor:
+    """Cut runs of blocks: int64 rows (places..., number of blocks, slot) to rows of at most blocks_per_chunk blocks each.
+
+    A place moves by its step with every block.
+    """
+    num_blocks = table[:, len(steps)]
+    num_chunks = (num_blocks + blocks_per_chunk - 1) // blocks_per_chunk
+    first_chunk = num_chunks.cumsum(0) - num_chunks
+    chunk = torch.arange(int(num_chunks.sum())) - first_chunk.repeat_interleave(num_chunks)
+    table = table.repeat_interleave(num_chunks, dim=0)
+    first_block = chunk * blocks_per_chunk
+    table[:, : len(steps)] += first_block[:, None] * torch.tensor(steps)
+    table[:, len(steps)] = (table[:, len(steps)] - first_block).clamp(max=blocks_per_chunk)
+    return table
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """What a step reads and writes; a list that is not wanted is empty."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
-from nvfp4_train.kernels.triton_kernels import launch
+from nvfp4_train.kernels.multi_tensor import into_chunks
+from nvfp4_train.kernels.triton_kernels import TILES, launch
 
 TILE = 64
 NUM_WARPS = 2
@@ -23,6 +24,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 """Of the pass that finds most chunks done."""
 
 COLUMNS = tl.constexpr(6)
+SHARD_COLUMNS = tl.constexpr(5)
 SMALLEST_GLOBAL_AMAX = tl.constexpr(reference.SMALLEST_GLOBAL_AMAX)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -135,6 +137,24 @@ def update_scales_kernel(
     tl.store(measured_ptr + slots, tl.zeros([TILE], tl.int32), mask=mask)
 
 
+@triton.jit(do_not_specialize_on_alignment=["s2_ptr"])
+def decode_shards_kernel(received_ptr, table_ptr, s2_ptr, out_ptr, TILE: tl.constexpr):
+    """A program decodes a chunk, TILE words of eight codes at a time."""
+    row = table_ptr + tl.program_id(0) * SHARD_COLUMNS
+    words_ptr = (received_ptr + tl.multiple_of(tl.load(row), 16)).to(tl.pointer_type(tl.int32), bitcast=True)
+    scales_ptr = received_ptr + tl.load(row + 1)
+    out_ptr += tl.multiple_of(tl.load(row + 2), 16)
+    num_words = tl.load(row + 3).to(tl.int32) * 2
+    s2 = tl.load(s2_ptr + tl.load(row + 4))
+    rows = tl.arange(0, TILE)
+    for start in range(0, num_words, TILE):
+        is_row = rows < num_words - start
+        words = tl.load(words_ptr + start + rows, mask=is_row, other=0)
+        scales = arithmetic.e4m3_value(tl.load(scales_ptr + start // 2 + rows // 2, mask=is_row, other=0))
+        values = arithmetic.decode(words, scales * s2).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + start * 8 + rows[:, None] * 8 + tl.arange(0, 8)[None, :], values, mask=is_row[:, None])
+
+
 class TritonPasses:
     """One launch a pass. With a power-of-two s2, `measure` also quantizes, under the last s2."""
 
@@ -182,6 +202,12 @@ class TritonPasses:
         launch("whole_model", pass_kernel, num_programs, NUM_WARPS, quantizer.measured, args, constants)
 
 
+def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> None:
+    """`reference.decode_shards` in one launch. Tensors start on 16-byte boundaries."""
+    tile, num_warps = TILES["dequantize"]
+    launch("decode_shards", decode_shards_kernel, table.shape[0], num_warps, out, (received, table, s2, out), {"TILE": tile})
+
+
 def chunk_table(weights) -> Tensor:
     """int64 [chunks, 6] on the CPU, one row per chunk; address 0 stands for an output that is not wanted."""
     segments = [torch.empty(0, COLUMNS.value, dtype=torch.int64)]
@@ -198,18 +224,12 @@ def chunk_table(weights) -> Tensor:
         columns[:, 4] = master.numel() // len(segment) // reference.BLOCK_SIZE
         columns[:, 5] = slot + segment
         segments.append(columns)
-    table = torch.cat(segments)
-    num_chunks = (table[:, 4] + BLOCKS_PER_CHUNK - 1) // BLOCKS_PER_CHUNK
-    first_chunk = num_chunks.cumsum(0) - num_chunks
-    chunk = torch.arange(int(num_chunks.sum())) - first_chunk.repeat_interleave(num_chunks)
-    table = table.repeat_interleave(num_chunks, dim=0)
-    first_block = chunk * BLOCKS_PER_CHUNK
     elements_per_block = reference.BLOCK_SIZE, reference.BLOCK_SIZE, reference.BLOCK_SIZE // 2, 1
-    for column, (tensors, num_elements) in enumerate(zip(lists, elements_per_block, strict=True)):
-        if tensors:
-            table[:, column] += first_block * (num_elements * tensors[0].element_size())
-    table[:, 4] = (table[:, 4] - first_block).clamp(max=BLOCKS_PER_CHUNK)
-    return table
+    steps = [
+        num_elements * tensors[0].element_size() if tensors else 0
+        for tensors, num_elements in zip(lists, elements_per_block, strict=True)
+    ]
+    return into_chunks(torch.cat(segments), steps, BLOCKS_PER_CHUNK)
 
 
 def _check_aligned(tensor: Tensor) -> None:

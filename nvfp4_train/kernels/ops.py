@@ -1,8 +1,9 @@
 """`torch.ops.nvfp4`: the arithmetic as registered operators, the one place where CPU and CUDA part ways.
 
-CPU tensors go to `reference`, CUDA tensors to `triton_kernels`, meta and fake tensors get shapes, so torch.compile traces
-through. They are registered on a bare `Library`, whose calls cost less than those of `torch.library.custom_op`. Operators check
-neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through estimator belongs to the caller.
+CPU tensors go to `reference`, CUDA tensors to `triton_kernels` and `multi_tensor_kernels`, meta and fake tensors get shapes, so
+torch.compile traces through. They are registered on a bare `Library`, whose calls cost less than those of
+`torch.library.custom_op`. Operators check neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through
+estimator belongs to the caller.
 """
 
 import functools
@@ -19,12 +20,12 @@ _library = torch.library.Library("nvfp4", "DEF")
 
 
 @functools.cache
-def _triton_kernels() -> ModuleType:
+def _kernels(module: str) -> ModuleType:
     """Imported at the first call on CUDA: on Windows and macOS there is no Triton to import."""
-    return importlib.import_module("nvfp4_train.kernels.triton_kernels")
+    return importlib.import_module(f"nvfp4_train.kernels.{module}")
 
 
-def _register(schema: str, on_cpu: Callable, fake: Callable) -> None:
+def _register(schema: str, on_cpu: Callable, fake: Callable, module: str = "triton_kernels") -> None:
     name = schema.partition("(")[0]
 
     def cpu(*args):
@@ -33,7 +34,7 @@ def _register(schema: str, on_cpu: Callable, fake: Callable) -> None:
         return on_cpu(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
 
     def cuda(*args):
-        return getattr(_triton_kernels(), name)(*args)
+        return getattr(_kernels(module), name)(*args)
 
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
@@ -90,4 +91,10 @@ _register(
     "dequantize_into(Tensor packed, Tensor scales, Tensor s2, Tensor(a!) out) -> ()",
     _dequantize_into,
     lambda packed, scales, s2, out: None,
+)
+_register(
+    "decode_shards(Tensor received, Tensor table, Tensor s2, Tensor(a!) out) -> ()",
+    reference.decode_shards,
+    lambda received, table, s2, out: None,
+    module="multi_tensor_kernels",
 )

@@ -132,6 +132,19 @@ def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -
     return decode(unpack(packed), scales.float() * s2.float()).to(dtype)
 
 
+def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> None:
+    """`dequantize` runs of blocks that lie anywhere in received (uint8) to anywhere in out (one-dimensional).
+
+    A row of the table (int64 [runs, 5]) is a run: byte of its first code and of its first scale, element of its first value,
+    number of blocks, and which element of s2 (float32 [slots]) is its global scale.
+    """
+    for first_code, first_scale, first_value, num_blocks, slot in table.tolist():
+        packed = received[first_code : first_code + num_blocks * BLOCK_SIZE // 2].view(num_blocks, -1)
+        scales = received[first_scale : first_scale + num_blocks].view(torch.float8_e4m3fn).unsqueeze(1)
+        values = dequantize(packed, scales, s2[slot], out.dtype)
+        out[first_value : first_value + values.numel()] = values.flatten()
+
+
 def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
     """`dequantize(*quantize(x, s2), s2, dtype)`, without the packing."""
     scales = block_scales(block_amax(x), s2) * s2

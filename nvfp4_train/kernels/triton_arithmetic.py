@@ -325,6 +325,15 @@ def _columns(a, b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def decode(words, scales):
+    """float32 [TILE, 8] of TILE int32, each of eight codes under one decode scale."""
+    columns = tl.arange(0, 8)[None, :]
+    # Sign to bit 31, magnitude to bits 24..22, as the arithmetic shift leaves them; 2^126 makes up for the exponent bias.
+    bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
+    return (from_bits(bits) * 2.0**126) * scales[:, None]
+
+
+@triton.jit
 def _sixth(amax, IS_PRODUCT: tl.constexpr):
     """amax / 6: by an IEEE division, or by the product with 1 / 6 rounded that torch makes of it on CUDA."""
     return amax * (1.0 / 6.0) if IS_PRODUCT else tl.div_rn(amax, 6.0)

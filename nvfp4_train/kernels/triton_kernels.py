@@ -199,11 +199,8 @@ def dequantize_kernel(
     scales = tl.load(scales_ptr, mask=is_row, other=0)
     scales = arithmetic.e4m3_value(scales) if IS_E4M3 else scales.to(tl.float32)
     scales *= tl.load(s2_ptr).to(tl.float32)
-    columns = tl.arange(0, 8)[None, :]
-    # Sign to bit 31, magnitude to bits 24..22, as the arithmetic shift leaves them; 2^126 makes up for the exponent bias.
-    bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
-    values = (arithmetic.from_bits(bits) * 2.0**126) * scales[:, None]
-    tl.store(out_ptr + start * 8 + rows[:, None] * 8 + columns, values.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+    values = arithmetic.decode(words, scales).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + start * 8 + rows[:, None] * 8 + tl.arange(0, 8)[None, :], values, mask=is_row[:, None])
 
 
 # ---- launchers: the signatures of `reference` --------------------------------------------------------------------------------

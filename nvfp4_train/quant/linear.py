@@ -61,6 +61,9 @@ class _ServedParameters:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         masters = self._parameters
+        if all(p is None or p.dtype is SERVED_DTYPE for p in masters.values()):
+            # As FSDP2 gathers them; to swap the dictionary takes longer than a small module's own forward.
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         self._parameters = {name: None if p is None else p.to(SERVED_DTYPE) for name, p in masters.items()}  # type: ignore[misc]
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

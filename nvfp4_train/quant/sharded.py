@@ -5,7 +5,9 @@ what all ranks sent into the weight that the forward computes with. Both are set
 quantization is on. While it is off there are none, and FSDP2 gathers the masters rounded to bf16.
 
 Codes and scales are 0.5625 byte a weight on the wire, against 2 of bf16. They are made once per optimizer step, whatever the number
-of micro-batches, and the decoded weight lives as long as FSDP2 keeps it unsharded.
+of micro-batches. What is gathered together, as a rule a decoder layer, travels as one tensor and is decoded by one launch into
+one tensor, of which the weights are views; it lives as long as FSDP2 keeps the layer unsharded. So a gather costs the host less
+than one of bf16, which handles every weight on its own.
 """
 
 import inspect
@@ -20,17 +22,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
-from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.kernels.packed_shards import PackedShards
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
 
 HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
+decode_shards = torch.ops.nvfp4.decode_shards.default
 
 
 class _ShardedWeight:
-    """One quantized parameter: its shard, what this rank sends of it, and the hooks."""
+    """One quantized parameter: its rows on this rank, and what FSDP2 keeps of it."""
 
-    def __init__(self, name: str, parameter: Tensor, fsdp_param: Any, *, packed: bool) -> None:
+    def __init__(self, name: str, parameter: Tensor, fsdp_param: Any, slot: int) -> None:
         if not isinstance(parameter, DTensor) or not (
             parameter.placements[-1] == Shard(0) and all(p == Replicate() for p in parameter.placements[:-1])
         ):
@@ -39,55 +42,29 @@ class _ShardedWeight:
                 f"{name}.weight must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
                 "inputs stays on one rank, so shard no quantized weight by columns or by tensor parallelism"
             )
+        self.name = name
+        self.slot = slot
+        self.shape = parameter.shape
+        self.ranks = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
         self._fsdp_param = fsdp_param
-        self._shape = parameter.shape
-        self._group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
-        # With one shard nothing travels, and FSDP2 takes a single tensor from the hook.
-        self.is_packed = packed and self._group.size() > 1
-        self.sent: tuple[Tensor, ...] = ()
-        self.s2 = torch.empty(0)
-        self._hooked: Tensor | None = None
+        self._followed: Tensor | None = None
 
     def local_master(self) -> Tensor:
         """The rows of this rank, padded by zeros to the same number on every rank."""
+        self._followed = self._local_tensor()
         return self._fsdp_param._sharded_param_data.detach().view(self._fsdp_param.padded_sharded_param_size)
 
-    def allocate(self) -> None:
-        """Make room for what this rank sends."""
-        master = self.local_master()
-        if self.is_packed:
-            rows, columns = master.shape
-            self.sent = (
-                master.new_empty((rows, columns // 2), dtype=torch.uint8),
-                master.new_empty((rows, columns // BLOCK_SIZE), dtype=torch.float8_e4m3fn),
-            )
-        else:
-            self.sent = (torch.empty_like(master, dtype=SERVED_DTYPE),)
+    def is_replaced(self) -> bool:
+        """Whether the parameter has another local tensor than `local_master` saw; FSDP2 is told of it."""
+        if self._followed is None or self._local_tensor() is self._followed:
+            return False
+        self._fsdp_param.reset_sharded_param()
+        return True
 
-    def gather(self) -> Tensor:
-        """The whole compute weight, by a collective of its own."""
-        received: list[Tensor] = []
-        for tensor in self.sent:
-            sent = tensor.view(torch.uint8)
-            output = sent.new_empty((self._group.size() * sent.shape[0], *sent.shape[1:]))
-            distributed.all_gather_into_tensor(output, sent, group=self._group)
-            received.append(output.view(tensor.dtype)[: self._shape[0]])
-        return self._decode(received) if self.is_packed else received[0]
-
-    def follow_shard(self) -> bool:
-        """Tell FSDP2 of a new local tensor, if it was replaced since the hooks were set; whether it was."""
-        was_replaced = self._hooked is not None and self._local_tensor() is not self._hooked
-        if was_replaced:
-            self._fsdp_param.reset_sharded_param()
-        return was_replaced
-
-    def attach(self) -> None:
+    def attach(self, hooks: Sequence[Callable]) -> None:
         local = self._local_tensor()
-        if local is self._hooked and hasattr(local, HOOKS[0]):
-            return
-        for name, hook in zip(HOOKS, (self._pre_all_gather(), self._post_all_gather), strict=True):
+        for name, hook in zip(HOOKS, hooks, strict=True):
             setattr(local, name, hook)
-        self._hooked = local
         self._forget_buffers()
 
     def detach(self) -> None:
@@ -96,6 +73,17 @@ class _ShardedWeight:
             for name in HOOKS:
                 delattr(local, name)
             self._forget_buffers()
+
+    def set_unsharded(self, weight: Tensor) -> None:
+        """Give FSDP2 the tensor that it computes with. From a hook it would take the start of the tensor's storage instead."""
+        self._fsdp_param._unsharded_param = nn.Parameter(weight, requires_grad=self._fsdp_param.sharded_param.requires_grad)
+
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """The rows of all ranks, by a collective of its own."""
+        sent = shard.view(torch.uint8)
+        received = sent.new_empty((self.ranks.size() * sent.shape[0], sent.shape[1]))
+        distributed.all_gather_into_tensor(received, sent, group=self.ranks)
+        return received.view(shard.dtype)[: self.shape[0]]
 
     def _local_tensor(self) -> Tensor:
         return self._fsdp_param.sharded_param._local_tensor
@@ -106,35 +94,107 @@ class _ShardedWeight:
         self._fsdp_param.__dict__.pop("_unsharded_param", None)
         self._fsdp_param._init_extensions()
 
-    def _pre_all_gather(self) -> Callable:
-        # Of one argument: the hook of five may not be packed where the rows of the ranks differ in number.
-        def fsdp_pre_all_gather(mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], None]:
-            return self.sent, None
 
-        # FSDP2 inspects the signature at every gather; found here it costs nothing.
-        fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
-        return fsdp_pre_all_gather
+def _sends(*tensors: Tensor) -> Callable:
+    """A hook that sends these tensors."""
+    sent = tensors, None
 
-    def _post_all_gather(
-        self, received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
+    # Of one argument: the hook of five may not send tensors of another shape than the rows.
+    def fsdp_pre_all_gather(mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], None]:
+        return sent
+
+    # FSDP2 inspects the signature at every gather; found here it costs nothing.
+    fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
+    return fsdp_pre_all_gather
+
+
+class _DecodedWeights:
+    """Quantized weights that are gathered together, each of them as decoded rows in bf16."""
+
+    def __init__(self, weights: list[_ShardedWeight]) -> None:
+        self.weights = weights
+        self.outputs: dict[str, list[Tensor]] = {}
+        """What the quantizer writes, in the order of the weights."""
+
+    def allocate(self) -> None:
+        """Make room for what this rank sends."""
+        self.outputs = {"decoded": [torch.empty_like(weight.local_master(), dtype=SERVED_DTYPE) for weight in self.weights]}
+
+    def attach(self, s2: Tensor) -> None:
+        for weight, rows in zip(self.weights, self.outputs["decoded"], strict=True):
+            weight.attach((_sends(rows), self._fsdp_post_all_gather))
+
+    def gather(self, index: int, s2: Tensor) -> Tensor:
+        """The whole compute weight, by a collective of its own."""
+        return self.weights[index].all_gather(self.outputs["decoded"][index])
+
+    @staticmethod
+    def _fsdp_post_all_gather(
+        received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        if not self.is_packed:
-            # The gathered tensor is the unsharded parameter; FSDP2 owns its memory.
-            return None if out is not None else (received[0], ())
-        weight = self._decode([tensor[: self._shape[0]] for tensor in received])
-        for tensor in received:
-            # FSDP2 allocates these anew before the next gather; until then only the decoded weight is alive.
-            tensor.untyped_storage().resize_(0)
-        if out is None:
-            return weight, (weight,)
-        # Autograd has saved this very tensor for the backward, for which it is gathered again.
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
-            out.copy_(weight)
-        return None
+        # The gathered tensor is the unsharded parameter; FSDP2 owns its memory.
+        return None if out is not None else (received[0], ())
 
-    def _decode(self, received: Sequence[Tensor]) -> Tensor:
-        codes, scales = received
-        return torch.ops.nvfp4.dequantize(codes, scales, self.s2, SERVED_DTYPE)
+
+class _PackedWeights:
+    """Quantized weights that are gathered together as one tensor of packed codes and scales.
+
+    The first weight sends it for all. Its hook decodes all, and the decoded tensor counts as its own with FSDP2, which frees and
+    allocates the tensor's storage when it reshards and gathers. The hooks of the others send and do nothing.
+    """
+
+    def __init__(self, weights: list[_ShardedWeight]) -> None:
+        self.weights = weights
+        self.outputs: dict[str, list[Tensor]] = {}
+        """What the quantizer writes, in the order of the weights."""
+        self._shards = PackedShards([weight.shape for weight in weights], weights[0].ranks.size())
+        self._sent = torch.empty(0)
+        self._table = torch.empty(0)
+
+    def allocate(self) -> None:
+        """Make room for what this rank sends."""
+        device = self.weights[0].local_master().device
+        self._sent = torch.zeros(self._shards.num_bytes, dtype=torch.uint8, device=device)
+        self._table = self._shards.table([weight.slot for weight in self.weights]).to(device)
+        self.outputs = {"packed": self._shards.codes(self._sent), "scales": self._shards.scales(self._sent)}
+
+    def attach(self, s2: Tensor) -> None:
+        first, *others = self.weights
+        first.attach((_sends(self._sent), self._decoding_hook(s2)))
+        hooks = _sends(), lambda *args, out: None
+        for weight in others:
+            weight.attach(hooks)
+
+    def gather(self, index: int, s2: Tensor) -> Tensor:
+        """The whole compute weight, by collectives of its own."""
+        weight = self.weights[index]
+        codes, scales = (weight.all_gather(self.outputs[name][index]) for name in ("packed", "scales"))
+        return torch.ops.nvfp4.dequantize(codes, scales, s2[weight.slot], SERVED_DTYPE)
+
+    def _decoding_hook(self, s2: Tensor) -> Callable:
+        shards, table, others = self._shards, self._table, self.weights[1:]
+        decoded = torch.empty(0)
+
+        def fsdp_post_all_gather(
+            received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
+        ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+            nonlocal decoded
+            (gathered,) = received
+            if out is None:
+                decoded = torch.empty(shards.num_elements, dtype=SERVED_DTYPE, device=gathered.device)
+            # Autograd has saved views of this very tensor for the backward, for which it is gathered again.
+            with torch.autograd._unsafe_preserve_version_counter(decoded):
+                decode_shards(gathered, table, s2, decoded)
+            # FSDP2 allocates it anew before the next gather; until then only the decoded weights are alive.
+            gathered.untyped_storage().resize_(0)
+            if out is not None:
+                return None
+            views = shards.weights(decoded)
+            for weight, view in zip(others, views[1:], strict=True):
+                weight.set_unsharded(view)
+            return views[0], (decoded,)
+
+        return fsdp_post_all_gather
 
 
 class ShardedWeightStore(WeightStore):
@@ -145,27 +205,36 @@ class ShardedWeightStore(WeightStore):
     ) -> None:
         super().__init__(model, groups, power_of_two=power_of_two)
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        fsdp_params = {
-            id(fsdp_param.sharded_param): fsdp_param
-            for module in self._fsdp_modules
-            if (param_group := module._get_fsdp_state()._fsdp_param_group) is not None
-            for fsdp_param in param_group.fsdp_params
-        }
-        self._weights: dict[str, _ShardedWeight] = {}
-        """By owner."""
-        for name, module, _ in self.items():
-            fsdp_param = fsdp_params.get(id(module.weight))
-            if fsdp_param is None:
-                raise ValueError(f"{name}.weight must be managed by fully_shard, got {type(module.weight).__name__}")
-            self._weights[name] = _ShardedWeight(name, module.weight, fsdp_param, packed=gather == "packed")
+        self._gathered: list[_DecodedWeights | _PackedWeights] = []
+        """One for each parameter group of FSDP2 that has quantized weights, its weights in the order of FSDP2."""
+        self._places: dict[str, tuple[_DecodedWeights | _PackedWeights, int]] = {}
+        """Where a weight is, by owner."""
+        unmet = {id(module.weight): (name, slot) for name, module, slot in self.items()}
+        for fsdp_module in self._fsdp_modules:
+            param_group = fsdp_module._get_fsdp_state()._fsdp_param_group
+            weights = [
+                _ShardedWeight(name, fsdp_param.sharded_param, fsdp_param, slot)
+                for fsdp_param in (param_group.fsdp_params if param_group is not None else ())
+                for name, slot in [unmet.pop(id(fsdp_param.sharded_param), (None, 0))]
+                if name is not None
+            ]
+            if weights:
+                # With one shard nothing travels, and FSDP2 takes a single tensor from the hook of each weight.
+                is_packed = gather == "packed" and weights[0].ranks.size() > 1
+                self._gathered.append((_PackedWeights if is_packed else _DecodedWeights)(weights))
+                self._places |= {weight.name: (self._gathered[-1], index) for index, weight in enumerate(weights)}
+        for name, _ in unmet.values():
+            kind = type(self._modules[name].weight).__name__
+            raise ValueError(f"{name}.weight must be managed by fully_shard, got {kind}")
+        self._weights = [weight for gathered in self._gathered for weight in gathered.weights]
 
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
-        were_replaced = [weight.follow_shard() for weight in self._weights.values()]
-        if any(were_replaced):
+        replaced = [weight for weight in self._weights if weight.is_replaced()]
+        if replaced:
+            self._use(False)
             self._quantizer = None
-            self.is_enabled = False
         super().update()
 
     @torch.no_grad()
@@ -177,27 +246,26 @@ class ShardedWeightStore(WeightStore):
 
     @torch.no_grad()
     def compute_weight(self, name: str) -> Tensor:
-        return self._weights[self._owners[name]].gather()
+        gathered, index = self._places[self._owners[name]]
+        return gathered.gather(index, self.global_scale)
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
-        weights = [self._weights[name] for name, _, _ in self.items()]
-        groups = [group for _, _, group in self.items()]
-        for weight in weights:
-            weight.allocate()
-        names = ("packed", "scales") if weights[0].is_packed else ("decoded",)
-        outputs = {name: [weight.sent[index] for weight in weights] for index, name in enumerate(names)}
-        quantizer = self._quantizer_of([weight.local_master() for weight in weights], groups, **outputs)
-        for weight, group in zip(weights, groups, strict=True):
-            weight.s2 = quantizer.global_scales[group]
-        return quantizer
+        outputs: dict[str, list[Tensor]] = {}
+        for gathered in self._gathered:
+            gathered.allocate()
+            for name, tensors in gathered.outputs.items():
+                outputs.setdefault(name, []).extend(tensors)
+        masters = [weight.local_master() for weight in self._weights]
+        return self._quantizer_of(masters, [weight.slot for weight in self._weights], **outputs)
 
     def _use(self, quantized: bool) -> None:
         self._reshard()
         self.is_enabled = quantized
-        for weight in self._weights.values():
-            if quantized:
-                weight.attach()
-            else:
+        if quantized:
+            for gathered in self._gathered:
+                gathered.attach(self.global_scale)
+        else:
+            for weight in self._weights:
                 weight.detach()
 
     def _reshard(self) -> None:

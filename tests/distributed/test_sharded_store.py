@@ -82,16 +82,58 @@ def replaced() -> list[Tensor]:
 
 
 def alive_after_backward() -> dict[str, Any]:
-    """Bytes of gathered memory after a step, and bytes on the wire for each weight."""
-    model, store = make(rows=(64, 64, 64))
+    """Bytes of gathered memory while a layer is unsharded and after a step, and bytes on the wire."""
+    model, store = make(rows=(256, 256, 256), columns=256)
     store.update()
     params = model._get_fsdp_state()._fsdp_param_group.fsdp_params
-    model(torch.ones(2, 16, device=params[0].device, dtype=torch.bfloat16)).sum().backward()
-    sent = [sum(tensor.nbytes for tensor in p.all_gather_inputs) for p in params]
+
+    def gathered() -> int:
+        tensors = [t for p in params for t in (p._unsharded_param, *p.all_gather_outputs)]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().size() for t in tensors}.values())
+
+    model.unshard()
+    unsharded = gathered()
+    model.reshard()
+    resharded = gathered()
+    model(torch.ones(2, 256, device=params[0].device, dtype=torch.bfloat16)).sum().backward()
     return {
-        "alive": [t.untyped_storage().size() for p in params for t in (p._unsharded_param, *p.all_gather_outputs)],
-        "bytes": [distributed.get_world_size() * n / p.sharded_param.numel() for n, p in zip(sent, params, strict=True)],
+        "unsharded": unsharded,
+        "freed": [resharded, gathered()],
+        "sent": [sum(tensor.nbytes for tensor in p.all_gather_inputs) for p in params],
     }
+
+
+def kept_by_autograd() -> list[Tensor]:
+    """A gradient that needs the weights: at once, and after they were freed and gathered again, twice."""
+    model, store = make()
+    store.update()
+    model.unshard()
+    x = torch.ones(1, 16, device=next(model.parameters()).device, dtype=torch.bfloat16, requires_grad=True)
+    output = model[1](model[0](x)).sum()
+    gradients = [*torch.autograd.grad(output, x, retain_graph=True)]
+    for _ in range(2):
+        model.reshard()
+        model.unshard()
+    gradients += torch.autograd.grad(output, x)
+    return [gradient.cpu() for gradient in gradients]
+
+
+def several_groups() -> list[Tensor]:
+    """The first linear is gathered by itself, the others by the root, beside a weight that is not quantized."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(k, n, bias=False) for k, n in zip((16, *ROWS), ROWS, strict=False)), nn.LayerNorm(4))
+    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
+    model.to(device)
+    quantize_linears(model, NAMES)
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    for module in (model[0], model):
+        fully_shard(module, mesh=mesh, mp_policy=POLICY, reshard_after_forward=True)
+    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store.update()
+    model(torch.ones(1, 16, device=device, dtype=torch.bfloat16)).sum().backward()
+    model[0].unshard()
+    model.unshard()
+    return [linear.weight.detach().cpu().clone() for linear in model[:3]]
 
 
 def refused() -> list[str]:
@@ -121,6 +163,8 @@ def everything() -> dict[str, Any]:
         "weights": shards_and_hooks(),
         "replaced": replaced(),
         "memory": alive_after_backward(),
+        "gradients": kept_by_autograd(),
+        "several groups": several_groups(),
         "refused": refused(),
         "all_reduces": all_reduces(),
     }
@@ -154,14 +198,30 @@ def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> Non
             assert torch.equal(weight, 2 * expected)
 
 
-def test_no_gathered_weight_stays_alive(ranks: list[dict[str, Any]]) -> None:
-    assert all(set(rank["memory"]["alive"]) == {0} for rank in ranks)
+def test_autograd_finds_the_weights_that_it_saved(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        at_once, later = rank["gradients"]
+        assert at_once.count_nonzero() > 0
+        assert torch.equal(at_once, later)
 
 
-def test_weights_travel_as_0_5625_byte(ranks: list[dict[str, Any]]) -> None:
-    # Two bytes where nothing travels; three ranks pad 64 rows to 66.
-    expected = {1: 2, 2: 0.5625, 3: 0.5625 * 66 / 64}[len(ranks)]
-    assert all(rank["memory"]["bytes"] == [expected] * 3 for rank in ranks)
+def test_every_parameter_group_has_its_own_gather(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for weight, expected in zip(rank["several groups"], expected_weights(), strict=True):
+            assert torch.equal(weight, expected)
+
+
+def test_only_decoded_weights_are_alive_and_only_while_unsharded(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["memory"]["unsharded"] == 2 * 3 * 256 * 256
+        assert rank["memory"]["freed"] == [0, 0]
+
+
+def test_weights_travel_together_as_0_5625_byte(ranks: list[dict[str, Any]]) -> None:
+    # Two bytes each where nothing travels; three ranks pad 256 rows to 258.
+    num_elements = 256 * -(-256 // len(ranks))
+    expected = [2 * num_elements] * 3 if len(ranks) == 1 else [3 * num_elements * 9 // 16, 0, 0]
+    assert all(rank["memory"]["sent"] == expected for rank in ranks)
 
 
 def test_one_collective_reduces_all_groups(ranks: list[dict[str, Any]]) -> None:

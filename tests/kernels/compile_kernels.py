@@ -28,6 +28,7 @@ X_TO_AMAX = {"amax_ptr": FLOAT, "partial_ptr": FLOAT}
 TO_PACKED = {"s2_ptr": FLOAT, "packed_ptr": BYTES, "scales_ptr": BYTES}
 STATIC = {"amax_ptr": FLOAT, "global_amax_ptr": FLOAT}
 TABLES = {"table_ptr": "*i64", "measured_ptr": INT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
+SHARDS = {"received_ptr": BYTES, "table_ptr": "*i64", "s2_ptr": FLOAT, "out_ptr": BF16}
 IS_STATIC = {"IS_QUANTIZED": True, "IS_PRODUCT": True}
 ONCE = {"IS_MEASURED": True, "IS_QUANTIZED": True, "ONLY_MOVED": False}
 MOVED = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": True}
@@ -50,12 +51,13 @@ KERNELS = {
     "whole_model_to_bf16": (multi_tensor_kernels.pass_kernel, TABLES, {**TO_BF16, **ONCE}),
     "whole_model_to_codes": (multi_tensor_kernels.pass_kernel, TABLES, {**TO_CODES, **ONCE}),
     "whole_model_moved": (multi_tensor_kernels.pass_kernel, TABLES, {**TO_BF16, **MOVED}),
+    "dequantize_shards": (multi_tensor_kernels.decode_shards_kernel, SHARDS, {}),
 }
 
 
 def compile_kernel(name: str, kernel, pointers: dict[str, str], constants: dict, capability: int) -> bytes:
     """The cubin, from the signature that a launch with 16-byte aligned tensors has."""
-    operation = name.removesuffix("_bf16").removesuffix("_fp16").removesuffix("_fp32")
+    operation = name.removesuffix("_bf16").removesuffix("_fp16").removesuffix("_fp32").removesuffix("_shards")
     tile, num_warps = kernels.TILES.get(operation, (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS))
     constants = {**constants, "TILE": tile}
     names = kernel.arg_names

@@ -38,7 +38,7 @@ def _compiled() -> list[dict]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills(capability):
     kernels = [entry for entry in _compiled() if entry["capability"] == capability]
-    assert len(kernels) == 15
+    assert len(kernels) == 16
     for entry in kernels:
         assert entry["stack"] == 0, entry
         assert entry["local"] == 0, entry
@@ -52,9 +52,9 @@ def test_streams_move_in_16_byte_accesses(capability):
         name = entry["kernel"]
         if entry["capability"] != capability or name in ("static_scales", "max"):
             continue
-        if name != "dequantize":
+        if not name.startswith("dequantize"):
             assert entry["LDG"].get("128", 0) >= 2, entry
-        if "fake_quant" in name or name in ("dequantize", "whole_model_to_bf16", "whole_model_moved"):
+        if "fake_quant" in name or name.startswith("dequantize") or name in ("whole_model_to_bf16", "whole_model_moved"):
             assert set(entry["STG"]) == {"128"}, entry
         if name.startswith("quantize") or name == "whole_model_to_codes":
             assert set(entry["STG"]) == {"64", "U8"}, entry

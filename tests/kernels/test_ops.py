@@ -23,6 +23,14 @@ OP_ARGUMENTS = {
     "quantize": [(X, S2), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
     "fake_quant": [(X, S2, torch.bfloat16), (X.bfloat16().transpose(0, 1), S2, torch.float32)],
     "dequantize_into": [(PACKED, BLOCK_SCALES.float(), S2, torch.empty_like(X))],
+    "decode_shards": [
+        (
+            torch.cat((PACKED.flatten(), BLOCK_SCALES.flatten().view(torch.uint8))),
+            torch.tensor([[0, PACKED.numel(), 0, BLOCK_SCALES.numel(), 0]], device=DEVICE),
+            S2,
+            torch.empty(X.numel(), dtype=torch.bfloat16, device=DEVICE),
+        )
+    ],
     "dequantize": [(PACKED, BLOCK_SCALES, S2, torch.bfloat16), (PACKED, BLOCK_SCALES.float(), S2, torch.float32)],
 }
 
