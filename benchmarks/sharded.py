@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, load_model
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model
 from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
@@ -99,7 +99,7 @@ class Side:
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, side: Side, input_ids: torch.Tensor) -> None:
     for index in range(MICRO_BATCHES):
         model.set_requires_gradient_sync(index + 1 == MICRO_BATCHES)  # type: ignore[operator]
-        loss = next_token_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+        loss = next_token_loss(compute_logits(model, input_ids), input_ids)
         (loss / MICRO_BATCHES).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
