@@ -15,13 +15,15 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-_SHARDED_STATE = "meta.pt"
-"""What Lightning writes last into the folder of a sharded checkpoint: everything that is not sharded."""
+SHARDED_STATE = "meta.pt"
+"""In the folder of a sharded checkpoint, under Lightning's name: everything that is not sharded."""
+PARTIAL_SUFFIX = ".partial"
+"""Of the name of a checkpoint that is being written, see `saving`."""
 
 
 def saved_step(path: Path) -> int | None:
     """The optimizer step of a checkpoint file or folder; None where it was cut short. Reads no weights."""
-    state = path / _SHARDED_STATE if path.is_dir() else path
+    state = path / SHARDED_STATE if path.is_dir() else path
     # The directory of a zip archive stands at its end, so a file without it was cut short.
     if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
         return None
@@ -33,7 +35,7 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
     steps = {path: saved_step(path) for path in sorted(folder.glob("*.ckpt"))}
     complete = {path: step for path, step in steps.items() if step is not None}
     newest = max(complete, key=lambda path: complete[path]) if complete else None
-    return newest, [path for path in steps if path not in complete]
+    return newest, [path for path in steps if path not in complete] + sorted(folder.glob(f"*.ckpt{PARTIAL_SUFFIX}"))
 
 
 def _has_all_shards(folder: Path) -> bool:
@@ -51,7 +53,7 @@ def _has_all_shards(folder: Path) -> bool:
 
 def is_sharded_checkpoint(path: Path) -> bool:
     """Whether the path is a folder that was written to its end: the file of the rest comes last."""
-    return (path / _SHARDED_STATE).is_file()
+    return (path / SHARDED_STATE).is_file()
 
 
 def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, An
     if not is_sharded_checkpoint(path):
         # Only the zip format can be mapped into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    checkpoint = torch.load(path / _SHARDED_STATE, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path / SHARDED_STATE, map_location="cpu", weights_only=True)
     keys = None if with_optimizers else {"state_dict"}
     state: dict[str, Any] = {}
     _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(keys=keys), no_dist=True)

@@ -6,7 +6,6 @@ from inside the signal handler, which deadlocks where ranks are signalled one af
 
 import atexit
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from lightning import Callback, Trainer
 from torch import distributed
 
 from nvfp4_train.module import QATModule
+from nvfp4_train.saving import remove
+from nvfp4_train.strategy import FullyShardedStrategy
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. 143 would not tell a saved run from one that SIGTERM killed."""
@@ -115,6 +116,8 @@ class Preemption(Callback):
         path = self.dirpath / f"preempted-step-{trainer.global_step:07d}.ckpt"
         # Returns on no rank before the checkpoint is complete.
         trainer.save_checkpoint(path)
+        if isinstance(trainer.strategy, FullyShardedStrategy):
+            trainer.strategy.finish_checkpoint()
         # The first rank to end makes torchrun signal the others, which end with the same code all the same. Python takes its own
         # handlers away before it has ended.
         self._has_saved = True
@@ -122,7 +125,7 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             for earlier in self.dirpath.glob("preempted-step-*.ckpt"):
                 if earlier != path:
-                    shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink()
+                    remove(earlier)
             self.marker.write_text(f"{path}\n")
             print(f"\npreempted after step {trainer.global_step}; saved {path}", flush=True)
         trainer.strategy.barrier("preempted")
