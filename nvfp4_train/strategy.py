@@ -9,7 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
-from torch.distributed.checkpoint import CheckpointException, async_save, save
+from torch.distributed.checkpoint import CheckpointException, async_save, load, save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from nvfp4_train.checkpoints import by_name, is_sharded_checkpoint, read_checkpoint
+from nvfp4_train.checkpoints import SafePlanner, SafeReader, by_name, is_sharded_checkpoint, read_checkpoint, read_rest
 from nvfp4_train.saving import ShardedWriter, save_file
 
 
@@ -151,11 +151,19 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None and self.lightning_module is not None
         if is_sharded_checkpoint(path):
-            return super().load_checkpoint(path, weights_only)
+            # As Lightning does, but safely; see `checkpoints`.
+            state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
+            for index, optimizer in enumerate(self.optimizers):
+                state[f"optimizer_{index}"] = get_optimizer_state_dict(self.model, optimizer)
+            load(state, storage_reader=SafeReader(path), planner=SafePlanner())
+            self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
+            for index, optimizer in enumerate(self.optimizers):
+                set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{index}"])
+            return read_rest(path)
         # Every rank takes its rows of the file. Lightning 2.6 numbers an optimizer's parameters in the order of the model, which
         # is wrong for an optimizer with several groups.
-        assert self.model is not None
         checkpoint = read_checkpoint(path)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)

@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
 from running import assert_same, launch, metrics
 
 from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
@@ -28,7 +27,8 @@ STEPS = (
 )
 
 
-def run(run_dir: Path, stop: str = "", check: bool = True, **options: Any) -> str:
+def run(run_dir: Path, stop: str = "", **options: Any) -> str:
+    """Output of two ranks under torchrun, that end by themselves or by the callback `stop` of stop_at_step."""
     callback = [f"+callbacks.stop._target_=stop_at_step.{stop}"] if stop else []
     callback += [f"+callbacks.stop.{name}={value}" for name, value in options.items()]
     result = launch(run_dir, *STEPS, *callback, ranks=2, check=not stop)
@@ -47,8 +47,7 @@ def losses(run_dir: Path) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-@pytest.mark.parametrize("asynchronous", [True])
-def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(asynchronous: bool, tmp_path: Path) -> None:
+def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     checkpoints = run_dir / "checkpoints"
     run(whole)
@@ -79,5 +78,6 @@ def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(asy
     assert losses(whole) == losses(run_dir)
     for file in (whole / "export").iterdir():
         assert file.read_bytes() == (run_dir / "export" / file.name).read_bytes(), file.name
-    for name in ("val/loss_master", "val/loss_quantized", "val/loss_ptq"):
-        assert metrics(whole)[name] == metrics(run_dir)[name], name
+    numbers = metrics(whole), metrics(run_dir)
+    for name in numbers[0].keys() - {"train/tokens_per_s"}:
+        assert numbers[0][name] == numbers[1][name], name

@@ -1,18 +1,14 @@
 """A run that is preempted, killed, or left with half a checkpoint ends with the bits of an uninterrupted one."""
 
 import random
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from running import assert_same, exit_codes, launch, load_checkpoint, metrics
-from torch.distributed.checkpoint import save
 
 from nvfp4_train.callbacks.preemption import EXIT_CODE
-from nvfp4_train.checkpoints import newest_complete, saved_step
 
 STEPS = (
     "+recipe=quickstart",
@@ -97,34 +93,6 @@ def test_a_killed_run_continues_from_its_newest_whole_checkpoint(ranks: int, tra
     assert f"ckpt_path=auto: {newest} was cut short and is not used" in resumed.stdout
     assert f"ckpt_path=auto: {run_dir}/checkpoints/step-0000002.ckpt" in resumed.stdout
     assert_same_end(whole, run_dir)
-
-
-def test_every_way_to_cut_a_file_short_is_recognised(tmp_path: Path) -> None:
-    path = tmp_path / "step-0000007.ckpt"
-    torch.save({"global_step": 7, "state_dict": {"w": torch.arange(1000.0)}}, path)
-    content = path.read_bytes()
-    assert saved_step(path) == 7
-    for size in (0, 1, 100, len(content) // 2, len(content) - 23, len(content) - 1):
-        path.write_bytes(content[:size])
-        assert saved_step(path) is None, size
-
-
-def test_every_way_to_cut_a_sharded_checkpoint_short_is_recognised(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.ckpt"
-    save({"w": torch.arange(1000.0)}, checkpoint_id=whole, no_dist=True)
-    torch.save({"global_step": 7}, whole / "meta.pt")
-    assert newest_complete(tmp_path) == (whole, [])
-    broken = tmp_path / "newer.ckpt"
-    for name in (".metadata", "meta.pt", "__0_0.distcp"):
-        for keep in (None, 0, 0.5, 0.99):
-            shutil.rmtree(broken, ignore_errors=True)
-            shutil.copytree(whole, broken)
-            content = (broken / name).read_bytes()
-            if keep is None:
-                (broken / name).unlink()
-            else:
-                (broken / name).write_bytes(content[: int(len(content) * keep)])
-            assert newest_complete(tmp_path) == (whole, [broken]), (name, keep)
 
 
 def test_lightning_has_the_agreement_that_ours_replaces() -> None:
