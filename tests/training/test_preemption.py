@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from running import assert_same, exit_codes, launch, load_checkpoint, metrics
 
-from nvfp4_train.callbacks.preemption import EXIT_CODE
+from nvfp4_train.callbacks.preemption import EXIT_CODE, INTERRUPTED_EXIT_CODE
 
 STEPS = (
     "+recipe=quickstart",
@@ -58,7 +58,7 @@ def assert_same_end(whole: Path, resumed: Path) -> None:
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(ranks: int, trainer: str, whole: Path, tmp_path: Path) -> None:
-    """In the middle of the window of step 4; then again, after the resumption, by the other signal."""
+    """In the middle of the window of step 4; then again, after the resumption, by another signal."""
     run_dir = tmp_path / "run"
     first = launch(run_dir, *STEPS, trainer, *stop(signal.SIGTERM, 6, rank=max(ranks - 1, 0)), ranks=ranks, check=False)
     checkpoint = run_dir / "checkpoints" / "preempted-step-0000004.ckpt"
@@ -72,7 +72,12 @@ def test_a_signal_to_one_rank_saves_and_ends_all(ranks: int, trainer: str, whole
         assert first.returncode == EXIT_CODE
     assert not (run_dir / "export").exists()
 
-    second = launch(run_dir, *STEPS, trainer, *stop(signal.SIGUSR1, 8), ranks=ranks, check=False)
+    number = signal.SIGUSR1 if ranks else signal.SIGINT
+    second = launch(run_dir, *STEPS, trainer, *stop(number, 8), "data.num_workers=1", ranks=ranks, check=False)
+    if number == signal.SIGINT:
+        # Nobody starts an interrupted run again.
+        assert second.returncode == INTERRUPTED_EXIT_CODE
+        assert not (run_dir / "preempted").exists()
     assert f"ckpt_path=auto: {checkpoint}" in second.stdout
     assert [path.name for path in run_dir.glob("checkpoints/preempted-*")] == ["preempted-step-0000005.ckpt"]
 
