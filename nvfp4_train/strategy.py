@@ -92,7 +92,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.finish_checkpoint()
         path = Path(self.broadcast(filepath))
         state = {"state_dict": checkpoint.pop("state_dict")}
-        state |= {f"optimizer_{index}": state for index, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        state |= {f"optimizer_{index}": values for index, values in enumerate(checkpoint.pop("optimizer_states", []))}
         writer = ShardedWriter(path)
         if self.is_global_zero:
             writer.start(checkpoint)

@@ -1,7 +1,9 @@
 """Checkpoints of sharded runs: written while training goes on, visible when complete, and failures are heard."""
 
 import os
+import signal
 import threading
+import time
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,23 @@ from running import assert_same
 from small_runs import Tokens, make_module, make_trainer
 from torch import distributed
 
+from nvfp4_train.callbacks.preemption import Preempted, Preemption
 from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
 from nvfp4_train.saving import ShardedWriter, save_file
 from nvfp4_train.strategy import FullyShardedStrategy
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 WINDOW = 4
 """Micro-batches of a step, on each of two ranks."""
 
 
 class HoldWriting(Callback):
-    """Lets shards be written from the second micro-batch after a save on, and lists the folder at the first."""
+    """Lets shards be written from the second micro-batch after a save on, or at the end; lists the folder at the first."""
 
-    def __init__(self, folder: str, fails_at: str = "") -> None:
+    def __init__(self, folder: str, fails_at: str = "", until_end: bool = False) -> None:
         self.folder = Path(folder)
+        self.until_end = until_end
         self.listings: list[list[str]] = []
         self.may_write = threading.Event()
         write_data = ShardedWriter.write_data
@@ -43,10 +49,10 @@ class HoldWriting(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         position = batch_idx % WINDOW
         if position == 0 and batch_idx:
-            self.listings.append(sorted(os.listdir(self.folder)))
+            self.listings.append(sorted(path.name for path in self.folder.glob("*")))
             # No rank may have gone on before all have looked.
             distributed.barrier()
-        elif position == 1 and batch_idx > WINDOW:
+        elif position == 1 and batch_idx > WINDOW and not self.until_end:
             self.may_write.set()
             path, future = trainer.strategy._in_flight
             future.exception(60)
@@ -57,14 +63,15 @@ class HoldWriting(Callback):
         self.may_write.set()
 
 
-def save_every_step(folder: str, asynchronous: bool, fails_at: str = "") -> dict[str, Any]:
-    hold = HoldWriting(folder, fails_at)
+def save_every(steps: int, folder: str, asynchronous: bool, fails_at: str = "") -> dict[str, Any]:
+    """Of three steps."""
+    hold = HoldWriting(folder, fails_at, until_end=steps > 1)
     if not asynchronous:
         hold.may_write.set()
         hold.on_train_batch_start = lambda *_: None  # type: ignore[method-assign]
     # One checkpoint is kept; every other is deleted as soon as Lightning has a newer one.
     checkpoints = ModelCheckpoint(
-        folder, "{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=1, enable_version_counter=False
+        folder, "{step}", auto_insert_metric_name=False, every_n_train_steps=steps, save_top_k=1, enable_version_counter=False
     )
     trainer = make_trainer(
         "fsdp2",
@@ -84,23 +91,60 @@ def save_every_step(folder: str, asynchronous: bool, fails_at: str = "") -> dict
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     folders = [tmp_path / "at once", tmp_path / "in the background"]
     for folder in folders:
-        ranks = run_ranks(2, save_every_step, f"{folder}", folder is folders[1])
+        ranks = run_ranks(2, save_every, 1, f"{folder}", folder is folders[1])
         assert os.listdir(folder) == ["3.ckpt"]
     for rank in ranks:
         assert rank["error"] == ""
         # The save of step 2 is in flight, and the complete checkpoint of step 1 still there.
         assert rank["listings"] == [["1.ckpt.partial"], ["1.ckpt", "2.ckpt.partial"]]
-    saved = [read_checkpoint(folder / "3.ckpt") for folder in folders]
+    assert_same_checkpoint(*(folder / "3.ckpt" for folder in folders))
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    saved = [read_checkpoint(path) for path in (first, second)]
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert_same(saved[0][key], saved[1][key], key)
 
 
+def test_what_is_written_is_what_was_when_it_was_saved(tmp_path: Path) -> None:
+    """The checkpoint of step 2 is written after step 3."""
+    folders = [tmp_path / "at once", tmp_path / "in the background"]
+    for folder in folders:
+        ranks = run_ranks(2, save_every, 2, f"{folder}", folder is folders[1])
+    assert ranks[0]["listings"] == [[], ["2.ckpt.partial"]]
+    assert_same_checkpoint(*(folder / "2.ckpt" for folder in folders))
+
+
 def test_a_failure_in_the_background_ends_training_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
-    for rank in run_ranks(2, save_every_step, f"{tmp_path}", True, "2.ckpt"):
+    for rank in run_ranks(2, save_every, 1, f"{tmp_path}", True, "2.ckpt"):
         assert f"the checkpoint {tmp_path}/2.ckpt could not be written" in rank["error"]
         assert "no space left on device" in rank["error"]
         assert rank["step"] == 2
     assert newest_complete(tmp_path) == (tmp_path / "1.ckpt", [tmp_path / "2.ckpt.partial"])
+
+
+def preempt(folder: str) -> dict[str, Any]:
+    write_data = ShardedWriter.write_data
+
+    def slowly(writer: ShardedWriter, *args: Any) -> Any:
+        time.sleep(1)
+        return write_data(writer, *args)
+
+    ShardedWriter.write_data = slowly  # type: ignore[method-assign]
+    preemption = Preemption(dirpath=folder, marker=f"{folder}/preempted")
+    trainer = make_trainer(
+        "fsdp2", sharding={"async_checkpoint": True}, callbacks=(preemption,), accumulate_grad_batches=WINDOW
+    )
+    if distributed.get_rank() == 1:
+        preemption.on_train_epoch_start = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[method-assign]
+    with pytest.raises(Preempted):
+        trainer.fit(make_module(), Tokens(3 * 2 * WINDOW))
+    return {"step": saved_step(Path(folder) / "preempted-step-0000001.ckpt")}
+
+
+def test_a_preempted_run_ends_when_its_checkpoint_is_complete(tmp_path: Path) -> None:
+    assert run_ranks(2, preempt, f"{tmp_path}") == [{"step": 1}] * 2
+    assert sorted(os.listdir(tmp_path)) == ["preempted", "preempted-step-0000001.ckpt"]
 
 
 def test_a_file_cannot_be_saved_in_the_background() -> None:
