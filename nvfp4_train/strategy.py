@@ -184,9 +184,11 @@ class AnyCheckpointIO(TorchCheckpointIO):
     """For strategies that write files: a file is complete or does not exist. Reads the folder of a sharded run, too."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        assert storage_options is None
-        # Lightning writes to the folder for temporary files first, which may be on another, smaller disk.
-        save_file(checkpoint, Path(path))
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            # Lightning writes to the folder for temporary files first, which may be on another, smaller disk.
+            save_file(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         if is_sharded_checkpoint(Path(path)):

@@ -88,16 +88,11 @@ def save_every(steps: int, folder: str, asynchronous: bool, fails_at: str = "") 
     return {"error": error, "listings": hold.listings, "step": trainer.global_step}
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    folders = [tmp_path / "at once", tmp_path / "in the background"]
-    for folder in folders:
-        ranks = run_ranks(2, save_every, 1, f"{folder}", folder is folders[1])
-        assert os.listdir(folder) == ["3.ckpt"]
-    for rank in ranks:
-        assert rank["error"] == ""
-        # The save of step 2 is in flight, and the complete checkpoint of step 1 still there.
-        assert rank["listings"] == [["1.ckpt.partial"], ["1.ckpt", "2.ckpt.partial"]]
-    assert_same_checkpoint(*(folder / "3.ckpt" for folder in folders))
+def save_both_ways(steps: int, folder: str) -> dict[str, Any]:
+    """At once to `folder`/a, and in the background to `folder`/b."""
+    found = [save_every(steps, f"{folder}/{name}", name == "b") for name in "ab"]
+    assert not any(run["error"] for run in found)
+    return found[1]
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:
@@ -106,13 +101,19 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
         assert_same(saved[0][key], saved[1][key], key)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    for rank in run_ranks(2, save_both_ways, 1, f"{tmp_path}"):
+        # The save of step 2 is in flight, and the complete checkpoint of step 1 still there.
+        assert rank["listings"] == [["1.ckpt.partial"], ["1.ckpt", "2.ckpt.partial"]]
+    assert [os.listdir(tmp_path / name) for name in "ab"] == [["3.ckpt"]] * 2
+    assert_same_checkpoint(tmp_path / "a" / "3.ckpt", tmp_path / "b" / "3.ckpt")
+
+
 def test_what_is_written_is_what_was_when_it_was_saved(tmp_path: Path) -> None:
     """The checkpoint of step 2 is written after step 3."""
-    folders = [tmp_path / "at once", tmp_path / "in the background"]
-    for folder in folders:
-        ranks = run_ranks(2, save_every, 2, f"{folder}", folder is folders[1])
-    assert ranks[0]["listings"] == [[], ["2.ckpt.partial"]]
-    assert_same_checkpoint(*(folder / "2.ckpt" for folder in folders))
+    for rank in run_ranks(2, save_both_ways, 2, f"{tmp_path}"):
+        assert rank["listings"] == [[], ["2.ckpt.partial"]]
+    assert_same_checkpoint(tmp_path / "a" / "2.ckpt", tmp_path / "b" / "2.ckpt")
 
 
 def test_a_failure_in_the_background_ends_training_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
