@@ -5,7 +5,7 @@
 
 `--help` lists the recipes; `+recipe=NAME --cfg job` prints everything that can be set.
 SIGTERM or SIGUSR1 to any rank saves a checkpoint after the current optimizer step and ends every rank with exit code 75 (see
-nvfp4_train/callbacks/preemption.py); the same command with ckpt_path=auto and the same run folder continues.
+nvfp4_train/callbacks/preemption.py), Ctrl-C the same with 130; the same command with ckpt_path=auto and the same run folder continues.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
@@ -96,7 +97,6 @@ def register_configs() -> None:
         # Top-level entries of a recipe override those of the config, not a sub-tree called `recipe`.
         store.store(group="recipe", name=file.stem, node=recipe, package="_global_", provider=f"recipes/{file.name}")
     for name, resolver in {
-        "rank_zero": lambda value: value if IS_RANK_ZERO else None,
         "basename": lambda path: Path(path).name,
         "wandb_id": wandb_id,
         "recipe_list": recipe_list,
@@ -158,6 +158,15 @@ def keep_earlier_metrics(run_dir: Path) -> None:
         while (earlier := run_dir / f"metrics.{number}.csv").exists():
             number += 1
         path.rename(earlier)
+
+
+def save_config(cfg: DictConfig) -> None:
+    """What Hydra would write itself, but before it is known whether the run is accepted."""
+    if IS_RANK_ZERO:
+        folder = Path(cfg.run_dir) / ".hydra"
+        folder.mkdir(exist_ok=True)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
 
 
 def make(options: Any, where: str, **objects: Any) -> Any:
@@ -231,6 +240,7 @@ def main(cfg: DictConfig) -> float | None:
     module = None
     try:
         trainer, module, data = build(options)
+        trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: save_config(cfg)))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(options)

@@ -2,8 +2,12 @@
 
 A replicated model writes a file, by `torch.save`. A sharded model writes a folder: the shards of weights and optimizer states in the
 format of torch.distributed.checkpoint, and everything else in `meta.pt`. Both are read alike, and without a process group.
+
+Reading runs no code that a checkpoint names. torch.distributed.checkpoint itself would: its index is a pickle, and so are the values
+that are no tensors.
 """
 
+import io
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -11,21 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, ReadItem
+from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-_SHARDED_STATE = "meta.pt"
-"""What Lightning writes last into the folder of a sharded checkpoint: everything that is not sharded."""
+SHARDED_STATE = "meta.pt"
+"""In the folder of a sharded checkpoint, under Lightning's name: everything that is not sharded."""
+PARTIAL_SUFFIX = ".partial"
+"""Of the name of a checkpoint that is being written, see `saving`."""
 
 
 def saved_step(path: Path) -> int | None:
-    """The optimizer step of a checkpoint file or folder; None where it was cut short. Reads no weights."""
-    state = path / _SHARDED_STATE if path.is_dir() else path
+    """The optimizer step of a checkpoint file or folder; None where it was cut short, or is no checkpoint. Reads no weights."""
+    state = path / SHARDED_STATE if path.is_dir() else path
     # The directory of a zip archive stands at its end, so a file without it was cut short.
     if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
         return None
-    return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    try:
+        return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except (pickle.UnpicklingError, KeyError):
+        return None
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -33,13 +43,13 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
     steps = {path: saved_step(path) for path in sorted(folder.glob("*.ckpt"))}
     complete = {path: step for path, step in steps.items() if step is not None}
     newest = max(complete, key=lambda path: complete[path]) if complete else None
-    return newest, [path for path in steps if path not in complete]
+    return newest, [path for path in steps if path not in complete] + sorted(folder.glob(f"*.ckpt{PARTIAL_SUFFIX}"))
 
 
 def _has_all_shards(folder: Path) -> bool:
     """Every piece that the index of a sharded checkpoint names lies within its file."""
     try:
-        index = FileSystemReader(folder).read_metadata()
+        index = SafeReader(folder).read_metadata()
     except (FileNotFoundError, EOFError, pickle.UnpicklingError):
         return False
     return all(
@@ -50,8 +60,8 @@ def _has_all_shards(folder: Path) -> bool:
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
-    """Whether the path is a folder that was written to its end: the file of the rest comes last."""
-    return (path / _SHARDED_STATE).is_file()
+    """Whether the path is the folder of a sharded checkpoint."""
+    return (path / SHARDED_STATE).is_file()
 
 
 def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, Any]:
@@ -59,14 +69,65 @@ def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, An
     if not is_sharded_checkpoint(path):
         # Only the zip format can be mapped into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    checkpoint = torch.load(path / _SHARDED_STATE, map_location="cpu", weights_only=True)
+    if not _has_all_shards(path):
+        raise ValueError(f"{path} was cut short: shards are missing")
+    checkpoint = read_rest(path)
     keys = None if with_optimizers else {"state_dict"}
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(keys=keys), no_dist=True)
+    _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(keys=keys), no_dist=True)
     checkpoint["state_dict"] = state.pop("state_dict")
     if with_optimizers:
         checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
     return checkpoint
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """What is not sharded of a sharded checkpoint."""
+    return torch.load(folder / SHARDED_STATE, map_location="cpu", weights_only=True)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = getattr(index_types, name, None) if module == index_types.__name__ else None
+        if (
+            (isinstance(found, type) and found.__module__ == module)
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+            or (module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"))
+            or (module, name) in _INDEX_NAMES
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index of a sharded checkpoint must not name {module}.{name}")
+
+
+_INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
+
+
+class SafeReader(FileSystemReader):
+    """Reads an index that names only the types which an index consists of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self._get_metadata_path(kwargs.get("rank"))).open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or index_types.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """Reads values that are no tensors with weights_only."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+class _EmptyPlanner(SafePlanner, _EmptyStateDictLoadPlanner):
+    """Also takes the names and sizes from the checkpoint."""
 
 
 def by_number(optimizer_state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ stand beside the numbers, and `NOTES` explains their other symbols. A layer is o
 in no layer and no embedding. The peaks of the rows need not coincide, so a sum is an upper estimate.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ class Plan:
     num_parameters: int
     num_quantized: int
     memory: list[Row]
+    parts: list[Row]
     moments: list[Row]
     peak: Row
     wire: list[Row]
@@ -100,20 +102,45 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32)
 
 
-def layer_activation_bytes(config: PretrainedConfig) -> int:
-    """Bytes per token that one dense decoder layer saves for its backward; `NOTES` says what."""
+def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module) -> int:
+    """Bytes per token that one decoder layer saves for its backward; `NOTES` says what. ValueError for a layer it does not know."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
-    return 16 * hidden + 4 * queries + 4 * keys + 4 * heads + 8 * config.intermediate_size
+    num_bytes = 16 * hidden + 4 * queries + 4 * keys + 4 * heads
+    names = [name for name, _ in layer.named_modules()]
+    if any(name.endswith("q_norm") for name in names):
+        num_bytes += 8 * (queries + keys)
+    experts = {name: p for name, p in layer.named_parameters() if "experts" in name.split(".")}
+    if not experts:
+        return num_bytes + 8 * config.intermediate_size
+    shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in experts.items()}
+    if set(shapes) != {"gate_up_proj", "down_proj"} or any("shared_expert" in name for name in names):
+        raise ValueError(
+            "the plan knows layers with one dense MLP, and layers of routed experts alone that are held as two 3-D parameters, "
+            f"gate_up_proj and down_proj; got {type(layer).__name__} with {', '.join(names[-4:])}"
+        )
+    num_experts = shapes["down_proj"][0]
+    width = math.prod(shapes["down_proj"]) // (num_experts * hidden)
+    return num_bytes + config.num_experts_per_tok * (4 * hidden + 8 * width + 44) + 4 * num_experts
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    """Of a quantized module, or a quantized parameter that is in no module of its own."""
+    *_, last = name.split(".")
+    parent = model.get_submodule(name.removesuffix(last).removesuffix("."))
+    found = getattr(parent, last)
+    return found if isinstance(found, nn.Parameter) else found.weight
 
 
 NOTES = """\
 N elements of the model; n of this GPU's shards, rows padded to a multiple of W; q of those quantized; V words; h hidden size
-A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a dense layer in eager bf16 with flash attention: two
+A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a layer in eager bf16 with flash attention: two
       norms save their fp32 input (4 h), its bf16 normalisation (2 h) and their output (2 h); attention saves queries, keys, values
-      and output (d, k wide: 2 (2 d + 2 k)) and its log-sum-exps (4 heads); the MLP saves gate, up, the activated gate and the
-      product (f wide: 2 f each). With gradient checkpointing T 2 h each, and one whole layer in its backward. Compilation saves less.
+      and output (d, k wide: 2 (2 d + 2 k)) and its log-sum-exps (4 heads), norms of queries and keys 8 (d + k) more; the MLP saves
+      gate, up, the activated gate and the product (f wide: 2 f each). A layer of experts saves 4 h + 8 f + 44 for every expert that
+      a token goes to, and 4 for every expert, instead of 8 f. With gradient checkpointing T 2 h each, and one whole layer in its
+      backward. Compilation saves less.
 logits  12 V T: the loss holds the fp32 log-softmax, its gradient and the gradient of the logits
 On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers (about 1 GiB)."""
 
@@ -122,7 +149,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     """Count everything. `model` may lie on the meta device."""
     config, layers, width = model.config, decoder_layers(model), shape.shard_size
     groups = select(model, quant).groups
-    quantized = {id(model.get_submodule(name).weight) for group in groups for name in group}
+    quantized = {id(_weight(model, name)) for group in groups for name in group}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     # A tied embedding is gathered with the head, both as fp32 masters.
@@ -161,10 +188,15 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         ),
     ]
 
-    saved = layer_activation_bytes(config)
-    kept = 2 * config.hidden_size if shape.gradient_checkpointing else saved
-    activations = shape.tokens * len(layers) * kept
-    recomputed = shape.tokens * saved if shape.gradient_checkpointing else 0
+    saved = [layer_activation_bytes(config, module) for module in layers]
+    activations = shape.tokens * (2 * config.hidden_size * len(layers) if shape.gradient_checkpointing else sum(saved))
+    recomputed = shape.tokens * max(saved) if shape.gradient_checkpointing else 0
+    logits = 12 * config.vocab_size * shape.tokens
+    parts = [
+        row("activations", "A_l", lambda _: activations),
+        row("logits", "12 V T", lambda _: logits),
+        row("largest layer, gathered", "2 bytes an element", lambda _: layer.unsharded),
+    ]
     gathered = 2 * layer.unsharded if shape.reshard_after_forward else sum(unit.unsharded for unit in layer_units)
     head_grad, layer_grad = head_unit.unsharded, layer.unsharded
 
@@ -179,13 +211,8 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     moments = [
         row(
             "at the loss",
-            "head + activations A_l + logits 12 V T",
-            lambda _: (
-                head_unit.unsharded
-                + (0 if shape.reshard_after_forward else gathered)
-                + activations
-                + 12 * config.vocab_size * shape.tokens
-            ),
+            "head + activations + logits",
+            lambda _: head_unit.unsharded + (0 if shape.reshard_after_forward else gathered) + activations + logits,
         ),
         row(
             "in the backward of a layer",
@@ -211,7 +238,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     ]
     peak = Row(
         name="peak",
-        formula="rows above + the largest moment",
+        formula="what is held + the largest moment; compare with memory/peak_gib of a run",
         bf16=sum(r.bf16 for r in memory) + max(r.bf16 for r in moments),
         packed=sum(r.packed for r in memory) + max(r.packed for r in moments),
     )
@@ -242,6 +269,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         num_parameters=elements,
         num_quantized=sum(p.numel() for p in model.parameters() if id(p) in quantized),
         memory=memory,
+        parts=parts,
         moments=moments,
         peak=peak,
         wire=wire,
@@ -263,6 +291,7 @@ def plan_table(plan: Plan, shape: RunShape) -> str:
     ]
     sections = [
         ("memory per GPU, held throughout", "GiB", 2**30, plan.memory),
+        ("memory per GPU, of which moments consist", "GiB", 2**30, plan.parts),
         ("memory per GPU, one of these at a time", "GiB", 2**30, plan.moments),
         ("", "", 2**30, [plan.peak]),
         ("traffic per GPU and optimizer step", "GB", 1e9, plan.wire),

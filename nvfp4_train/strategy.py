@@ -1,22 +1,34 @@
 """Lightning's strategy for FSDP2, with the sizes of the device mesh taken from the run, and checkpoints that every strategy reads."""
 
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch import distributed
+from torch.distributed.checkpoint import CheckpointException, async_save, load, save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
-from nvfp4_train.checkpoints import by_name, is_sharded_checkpoint, read_checkpoint
+from nvfp4_train.checkpoints import SafePlanner, SafeReader, by_name, is_sharded_checkpoint, read_checkpoint, read_rest
+from nvfp4_train.saving import ShardedWriter, save_file
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Shards masters, gradients and optimizer states over all devices, or over each of `replicate_size` replicas (HSDP).
 
-    The module shards itself in `configure_model`, over `shard_mesh`.
+    The module shards itself in `configure_model`, over `shard_mesh`. With `async_checkpoint` a checkpoint is copied to host memory
+    and written while training goes on. One is written at a time: the next one and the end of training wait for it.
     """
 
     def __init__(
@@ -25,6 +37,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         replicate_size: int = 1,
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = True,
+        async_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -35,8 +48,18 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
         if replicate_size < 1:
             raise ValueError(f"trainer.strategy.replicate_size must be at least 1, got {replicate_size}")
+        if async_checkpoint and not save_distributed_checkpoint:
+            raise ValueError(
+                "trainer.strategy.async_checkpoint needs save_distributed_checkpoint=true: a file is written at once"
+            )
         self.replicate_size = replicate_size
         self.reshard_after_forward = reshard_after_forward
+        self.async_checkpoint = async_checkpoint
+        self._in_flight: tuple[Path, Future[Any]] | None = None
+        """The checkpoint that is being written."""
+        self._replaced: list[str | Path] = []
+        """Checkpoints to delete when the one in flight is complete."""
+        self._background_group: distributed.ProcessGroup | None = None
         self._shard_mesh: DeviceMesh | None = None
 
     @property
@@ -61,13 +84,86 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = world_size, 1
         super().setup_environment()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        assert storage_options is None
+        self.finish_checkpoint()
+        path = Path(self.broadcast(filepath))
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{index}": values for index, values in enumerate(checkpoint.pop("optimizer_states", []))}
+        writer = ShardedWriter(path)
+        if self.is_global_zero:
+            writer.start(checkpoint)
+        self.barrier("checkpoint started")
+        assert self.lightning_module is not None
+        try:
+            # A caller outside of training expects a checkpoint when this returns.
+            if self.async_checkpoint and self.lightning_module.trainer.training:
+                if self._background_group is None:
+                    # Threads must not share a group, and NCCL's has no CPU tensors.
+                    self._background_group = distributed.new_group(backend="gloo")
+                future = async_save(state, storage_writer=writer, process_group=self._background_group)
+                self._in_flight = path, cast("Future[Any]", future)
+            else:
+                save(state, storage_writer=writer)
+        except CheckpointException as error:
+            raise _not_written(path) from error
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the checkpoint in flight is complete, then delete those that it replaces. RuntimeError where it failed."""
+        if self._in_flight is None:
+            return
+        (path, future), self._in_flight = self._in_flight, None
+        replaced, self._replaced = self._replaced, []
+        try:
+            future.result()
+        # DCP's own exception is no Exception.
+        except (Exception, CheckpointException) as error:
+            raise _not_written(path) from error
+        for earlier in replaced:
+            super().remove_checkpoint(earlier)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self._in_flight is not None:
+            self._replaced.append(filepath)
+        else:
+            super().remove_checkpoint(filepath)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._in_flight is not None and self._in_flight[1].done():
+            self.finish_checkpoint()
+
+    def on_train_end(self) -> None:
+        self.finish_checkpoint()
+
+    # Lightning copies all of it to host memory; `save` copies a tensor at a time, and `async_save` makes a copy of its own.
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        return get_model_state_dict(self.model) if self._save_distributed_checkpoint else super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None and self.lightning_module is not None
         if is_sharded_checkpoint(path):
-            return super().load_checkpoint(path, weights_only)
+            # As Lightning does, but safely; see `checkpoints`.
+            state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
+            for index, optimizer in enumerate(self.optimizers):
+                state[f"optimizer_{index}"] = get_optimizer_state_dict(self.model, optimizer)
+            load(state, storage_reader=SafeReader(path), planner=SafePlanner())
+            self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
+            for index, optimizer in enumerate(self.optimizers):
+                set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{index}"])
+            return read_rest(path)
         # Every rank takes its rows of the file. Lightning 2.6 numbers an optimizer's parameters in the order of the model, which
         # is wrong for an optimizer with several groups.
-        assert self.model is not None
         checkpoint = read_checkpoint(path)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
@@ -78,8 +174,21 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
 
+def _not_written(path: Path) -> RuntimeError:
+    return RuntimeError(
+        f"the checkpoint {path} could not be written; an earlier one is kept, and ckpt_path=auto continues from it"
+    )
+
+
 class AnyCheckpointIO(TorchCheckpointIO):
-    """For strategies that write files: reads the folder of a sharded run, too."""
+    """For strategies that write files: a file is complete or does not exist. Reads the folder of a sharded run, too."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            # Lightning writes to the folder for temporary files first, which may be on another, smaller disk.
+            save_file(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         if is_sharded_checkpoint(Path(path)):

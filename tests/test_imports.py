@@ -15,6 +15,7 @@ ALLOWED = {
     "options": (set(), set()),
     "losses": (set(), set()),
     "checkpoints": (set(), set()),
+    "saving": ({"checkpoints"}, set()),
     "plan": ({"quant", "models"}, {"transformers"}),
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
@@ -22,9 +23,12 @@ ALLOWED = {
     "models": ({"kernels", "quant", "models"}, {"transformers"}),
     "data": ({"data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
-    "strategy": ({"checkpoints"}, {"lightning"}),
+    "strategy": ({"checkpoints", "saving"}, {"lightning"}),
     "module": ({"kernels", "quant", "models", "losses", "optim", "strategy"}, {"lightning", "transformers"}),
-    "callbacks": ({"kernels", "quant", "models", "export", "module", "callbacks"}, {"lightning", "transformers", "wandb"}),
+    "callbacks": (
+        {"kernels", "quant", "models", "export", "saving", "strategy", "module", "callbacks"},
+        {"lightning", "transformers", "wandb"},
+    ),
 }
 
 

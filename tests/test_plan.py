@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,10 @@ def rows(shape: RunShape) -> dict[str, tuple[float, float]]:
     plan = make_plan(meta_model(TINY), QuantConfig(), shape)
     assert plan.num_parameters == 2 * LAYER + EMBEDDING + HEAD
     assert plan.num_quantized == 2 * QUANTIZED
-    return {row.name: (row.bf16, row.packed) for row in [*plan.memory, *plan.moments, plan.peak, *plan.wire, plan.wire_total]}
+    return {
+        row.name: (row.bf16, row.packed)
+        for row in [*plan.memory, *plan.parts, *plan.moments, plan.peak, *plan.wire, plan.wire_total]
+    }
 
 
 def test_two_gpus_by_hand() -> None:
@@ -51,6 +55,8 @@ def test_two_gpus_by_hand() -> None:
 
     # h = q = 32, k = 16, f = 48, 4 heads.
     activations = 10 * 2 * (16 * 32 + 4 * 32 + 4 * 16 + 4 * 4 + 8 * 48)
+    assert found["activations"] == (activations,) * 2
+    assert found["logits"] == (12 * 50 * 10,) * 2
     assert found["at the loss"] == (2 * HEAD + activations + 12 * 50 * 10,) * 2
     fixed = 2 * HEAD + 2 * HEAD + 2 * (2 * LAYER) + 2 * LAYER + 4 * LAYER + activations
     # The gathered bytes of a layer; packed, once more as the pieces, and the decoded weight of 48 x 32.
@@ -94,18 +100,34 @@ def test_without_resharding_weights_are_gathered_once_and_stay() -> None:
     assert kept["at the loss"][0] - resharded["at the loss"][0] == 2 * 2 * LAYER
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_saves(checkpointing: bool) -> None:
+WIDER = {**(TINY.config or {}), "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_key_value_heads": 4}
+MIXTRAL = {**WIDER, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 3}
+QWEN3_MOE = {
+    **WIDER, "model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 80, "head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "checkpointing"),
+    [
+        (WIDER, False),
+        (WIDER, True),
+        ({**WIDER, "model_type": "qwen3", "head_dim": 32}, False),
+        (MIXTRAL, False),
+        (QWEN3_MOE, False),
+    ],
+    ids=["llama", "llama, checkpointing", "qwen3", "mixtral", "qwen3_moe"],
+)
+def test_activations_are_what_autograd_saves(fields: dict[str, Any], checkpointing: bool) -> None:
     """Counted on a real step; masters, tables shared by all layers and the head are left out of the count."""
-    fields = {**TINY.config, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_key_value_heads": 4}
     model = load_model(ModelConfig(config=fields, gradient_checkpointing=checkpointing))
     quantize_linears(model, [name for group in select(model, QuantConfig()).groups for name in group])
     compute_in_served_dtype(model)
     tokens, saved, inside = 96, {}, []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Weights are saved too; only activations have a dimension of tokens.
-        if inside and tokens in tensor.shape:
+        # Weights are saved too; only activations have a dimension of tokens, or of tokens and the experts of each.
+        if inside and {tokens, tokens * fields.get("num_experts_per_tok", 1)} & {*tensor.shape}:
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
@@ -117,10 +139,29 @@ def test_activations_are_what_autograd_saves(checkpointing: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
     counted = sum(size for size, _ in saved.values()) / tokens / 4
-    stated = 2 * 64 if checkpointing else layer_activation_bytes(model.config)
+    stated = 2 * 64 if checkpointing else layer_activation_bytes(model.config, decoder_layers(model)[0])
     print(f"saved per token and layer: {counted:.0f} bytes, stated {stated}")
     assert loss.requires_grad
     assert counted == pytest.approx(stated, rel=0.1)
+
+
+@pytest.mark.parametrize(("fields", "experts", "width"), [(MIXTRAL, 8, 160), (QWEN3_MOE, 6, 80)], ids=["mixtral", "qwen3_moe"])
+def test_experts_are_counted_and_gathered_in_bf16(fields: dict[str, Any], experts: int, width: int) -> None:
+    model = meta_model(ModelConfig(config=fields))
+    plan = make_plan(model, QuantConfig(), RunShape(world_size=2))
+    head_dim = fields.get("head_dim", 16)
+    attention, norms = 4 * 64 * 4 * head_dim, 2 * 64 + (2 * head_dim if "head_dim" in fields else 0)
+    layer = attention + norms + experts * 64 + experts * 3 * 64 * width
+    assert plan.num_parameters == 4 * layer + 2 * 50 * 64 + 64 == sum(p.numel() for p in model.parameters())
+    assert plan.num_quantized == 4 * attention
+    # Two GPUs divide all row counts.
+    assert {row.name: row.packed for row in plan.parts}["largest layer, gathered"] == 2 * layer
+
+
+def test_what_the_plan_does_not_know_is_refused() -> None:
+    fields = {**QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 64}
+    with pytest.raises(ValueError, match="layers of routed experts alone .* got Qwen2MoeDecoderLayer"):
+        make_plan(meta_model(ModelConfig(config=fields)), QuantConfig(), RunShape(world_size=2))
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:

@@ -43,9 +43,19 @@ class FakeQuant(Callback):
             self._after_step(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        self._report_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        # A run that continues from its last step does not train, and the other hooks are not called.
+        if "val/loss_quantized" not in pl_module.results:
+            self._report_end(trainer, pl_module)
+
+    def _report_end(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
-        if not pl_module.store.is_enabled:
+        if not self._losses_at_switch:
             self._switch(trainer, pl_module)
+        elif not pl_module.store.is_enabled:
+            pl_module.store.update()
         pl_module.results |= self._losses_at_switch
         pl_module.report(self._evaluate(trainer, pl_module, "val/loss_quantized", "val/loss_master"))
         if not pl_module.quant_config.enabled:

@@ -1,13 +1,14 @@
 """Preemption: on SIGTERM or SIGUSR1 a run saves a checkpoint at the end of its optimizer step and ends with exit code 75.
 
+Ctrl-C (SIGINT) does the same with exit code 130, which nobody takes for a request to be started again; a second one ends at once.
 Lightning's own handling ends a run between two micro-batches, without a checkpoint and with exit code 0, and issues a collective
 from inside the signal handler, which deadlocks where ranks are signalled one after the other.
 """
 
 import atexit
 import os
-import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,31 @@ from lightning import Callback, Trainer
 from torch import distributed
 
 from nvfp4_train.module import QATModule
+from nvfp4_train.saving import remove
+from nvfp4_train.strategy import FullyShardedStrategy
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. 143 would not tell a saved run from one that SIGTERM killed."""
 
+INTERRUPTED_EXIT_CODE = 130
+"""Of a shell whose command ended by SIGINT. Above the other, so that it wins where ranks got both signals."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_SECOND_INTERRUPT_S = 2.0
+"""torchrun passes on at once what the terminal has sent to the ranks as well; this much later, it is the user again."""
 
 
 def _ignore_signals() -> None:
-    for number in SIGNALS:
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Preempted(SystemExit):
     """The checkpoint is saved, and every rank ends with the exit code."""
 
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
 
 
 class Preemption(Callback):
@@ -48,7 +57,9 @@ class Preemption(Callback):
         self.marker = Path(marker)
         self._is_running = False
         self._has_saved = False
-        self._is_requested = False
+        self._exit_code = 0
+        """What this rank was asked to end with; 0 if it was not."""
+        self._interrupted_at = 0.0
         self._request = torch.zeros(1, dtype=torch.int32)
         self._group: distributed.ProcessGroup | None = None
         self._agreement: distributed.Work | None = None
@@ -58,7 +69,7 @@ class Preemption(Callback):
         if stage == "fit":
             self._is_running = True
             self._has_saved = False
-            self._is_requested = False
+            self._exit_code = 0
             self._install()
 
     def on_fit_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -72,11 +83,13 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Lightning has put its handlers before ours by now; when training has ended, it puts ours back.
         self._install()
+        # Before, there is nothing to save.
+        signal.signal(signal.SIGINT, self._handle)
         self._last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: QATModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         if self._group is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._request.fill_(self._is_requested)
+            self._request.fill_(self._exit_code)
             self._agreement = distributed.all_reduce(self._request, distributed.ReduceOp.MAX, self._group, async_op=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
@@ -86,35 +99,48 @@ class Preemption(Callback):
         if self._agreement is not None:
             self._agreement.wait()
             self._agreement = None
-            is_requested = bool(self._request.item())
+            exit_code = int(self._request.item())
         else:
-            is_requested = self._is_requested
+            exit_code = self._exit_code
         # After the last step the run ends by itself.
-        if is_requested and trainer.global_step < trainer.max_steps:
-            self._save(trainer)
-            raise Preempted
+        if exit_code and trainer.global_step < trainer.max_steps:
+            self._save(trainer, exit_code)
+            raise Preempted(exit_code)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        self._is_running = False
+        self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
+        self._stop()
+
+    def _stop(self) -> None:
         self._is_running = False
+        if signal.getsignal(signal.SIGINT) == self._handle and not self._has_saved:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _install(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._is_running:
-            self._is_requested = True
+        if self._is_running and number == signal.SIGINT:
+            if not self._interrupted_at:
+                self._interrupted_at = time.monotonic()
+            elif time.monotonic() - self._interrupted_at > _SECOND_INTERRUPT_S:
+                signal.default_int_handler(number, frame)
+            self._exit_code = INTERRUPTED_EXIT_CODE
+        elif self._is_running:
+            self._exit_code = max(self._exit_code, EXIT_CODE)
         elif not self._has_saved:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, exit_code: int) -> None:
         path = self.dirpath / f"preempted-step-{trainer.global_step:07d}.ckpt"
         # Returns on no rank before the checkpoint is complete.
         trainer.save_checkpoint(path)
+        if isinstance(trainer.strategy, FullyShardedStrategy):
+            trainer.strategy.finish_checkpoint()
         # The first rank to end makes torchrun signal the others, which end with the same code all the same. Python takes its own
         # handlers away before it has ended.
         self._has_saved = True
@@ -122,7 +148,8 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             for earlier in self.dirpath.glob("preempted-step-*.ckpt"):
                 if earlier != path:
-                    shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink()
-            self.marker.write_text(f"{path}\n")
-            print(f"\npreempted after step {trainer.global_step}; saved {path}", flush=True)
+                    remove(earlier)
+            if exit_code == EXIT_CODE:
+                self.marker.write_text(f"{path}\n")
+            print(f"\nstopped after step {trainer.global_step}; saved {path}", flush=True)
         trainer.strategy.barrier("preempted")

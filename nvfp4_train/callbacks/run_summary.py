@@ -52,6 +52,7 @@ class RunSummary(Callback):
             + row("at the end", ("master", "val/loss_master", ".4f"), ("quantized (QAT)", "val/loss_quantized", ".4f"))
             + row("quantization", ("SQNR dB", "quant/sqnr_db", ".2f"), ("bits per weight", "export/bits_per_weight", ".3f"))
             + row("speed", ("tokens/s", "train/tokens_per_s", ",.0f"))
+            + row("memory", ("peak GiB of a GPU", "memory/peak_gib", ".3f"))
             + row("export", ("bytes", "export/bytes", ",.0f"))
             + f"  {'files':<16}{self.run_dir}/{{{','.join(folders)}}}",
             flush=True,

@@ -31,6 +31,10 @@ class ScaleStats(Callback):
         if trainer.global_step != self._last_step:
             self._log(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        # The only hook of a run that continues from its last step.
+        self.on_train_end(trainer, pl_module)
+
     def _log(self, trainer: Trainer, pl_module: QATModule) -> None:
         store = pl_module.store
         assert store is not None

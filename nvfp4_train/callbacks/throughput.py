@@ -1,8 +1,9 @@
-"""Tokens per second of training, evaluation and reports excluded."""
+"""Tokens per second of training, evaluation and reports excluded, and the memory that training takes."""
 
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
@@ -10,7 +11,10 @@ from nvfp4_train.module import QATModule
 
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_s` over all ranks; the final number leaves out the first optimizer step, which warms up."""
+    """Logs `train/tokens_per_s` over all ranks; the final number leaves out the first optimizer step, which warms up.
+
+    On GPUs the end reports `memory/peak_gib`, the most that tensors took on any one of them since training began.
+    """
 
     def __init__(self) -> None:
         self._pause = ExitStack()
@@ -22,6 +26,8 @@ class Throughput(Callback):
         self._last_step = trainer.global_step
         self._first_step = trainer.global_step + 1
         self._start = self._interval_start = pl_module.clock.now()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: QATModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -51,3 +57,6 @@ class Throughput(Callback):
         elapsed = pl_module.clock.now() - self._start
         if self._tokens:
             pl_module.report({"train/tokens_per_s": self._tokens / elapsed})
+        if pl_module.device.type == "cuda":
+            peak = torch.tensor(torch.cuda.max_memory_allocated(pl_module.device) / 2**30, device=pl_module.device)
+            pl_module.report({"memory/peak_gib": trainer.strategy.reduce(peak, reduce_op="max").item()})  # type: ignore[union-attr]

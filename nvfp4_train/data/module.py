@@ -6,6 +6,7 @@ the same on any number of ranks that share it. Nothing about the order is stored
 from `trainer.global_step`.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,10 +198,16 @@ class TextDataModule(L.LightningDataModule):
             batch_sampler=batches,
             num_workers=self.config.num_workers,
             persistent_workers=self.config.num_workers > 0,
+            worker_init_fn=_ignore_interrupt,
             pin_memory=torch.cuda.is_available(),
             # Workers take their base seed from it; without it, a loader would draw from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the workers as well, and the run has a step to finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _rewind_to_last_step(trainer: L.Trainer) -> int:

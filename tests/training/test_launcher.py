@@ -146,8 +146,10 @@ def test_a_run_on_local_text_from_a_local_model_without_quantization_or_logger(t
     launch(onwards, *common, *resume, "trainer.max_steps=4", "quant.start_step=3")
     assert metrics(onwards)["val/loss_ptq"] != metrics(second)["val/loss_ptq"]
 
-    again = launch(second, *common, f"model.path={dense}", "quant=none", check=False)
+    config = (second / ".hydra" / "config.yaml").read_text()
+    again = launch(second, *common, f"model.path={dense}", "quant=none", "seed=77", check=False)
     assert again.returncode != 0
+    assert (second / ".hydra" / "config.yaml").read_text() == config, "that of the run whose results are there"
     assert "callbacks.export.overwrite=true" in again.stderr
     launch(second, *common, f"model.path={dense}", "callbacks.export.overwrite=true")
     assert (second / "metrics.1.csv").exists(), "the metrics of the earlier run are kept"

@@ -1,0 +1,144 @@
+"""A checkpoint that was cut short is recognised, and reading one runs no code that it names."""
+
+import ast
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import ROOT
+from torch.distributed.checkpoint import CheckpointException, save
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
+from nvfp4_train.saving import ShardedWriter, save_file
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+OPTIMIZER = {
+    "state": {"w": {"step": torch.tensor(7.0), "exp_avg": torch.arange(1000.0)}},
+    "param_groups": [{"params": ["w"], "lr": 1e-3, "betas": (0.9, 0.95), "fused": None, "maximize": False}],
+}
+
+
+def save_folder(path: Path, step: int = 7, **values: Any) -> None:
+    writer = ShardedWriter(path)
+    writer.start({"global_step": step})
+    state = {"state_dict": {"w": torch.arange(1000.0), **values}, "optimizer_0": OPTIMIZER}
+    save(state, storage_writer=writer, no_dist=True)
+
+
+def save_one_file(path: Path, step: int = 7) -> None:
+    save_file({"global_step": step, "state_dict": {"w": torch.arange(1000.0)}}, path)
+
+
+def cut_short(path: Path, keep: float | None) -> None:
+    """Keep this share of a file, or all but some bytes of it; None removes it."""
+    size = path.stat().st_size
+    path.unlink() if keep is None else os.truncate(path, int(size * keep) if 0 <= keep < 1 else int(size - keep))
+
+
+KEEP = {"missing": None, "empty": 0, "half": 0.5, "99 percent": 0.99, "all but 23 bytes": 23, "all but a byte": 1}
+
+
+@pytest.mark.parametrize("keep", [name for name in KEEP if name != "missing"])
+def test_a_file_that_was_cut_short_is_not_used(keep: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "step-0000006.ckpt", tmp_path / "step-0000007.ckpt"
+    save_one_file(whole, 6)
+    save_one_file(broken, 7)
+    assert newest_complete(tmp_path) == (broken, [])
+    cut_short(broken, KEEP[keep])
+    assert newest_complete(tmp_path) == (whole, [broken])
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+def test_a_sharded_checkpoint_that_was_cut_short_is_not_used(name: str, keep: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "step-0000006.ckpt", tmp_path / "step-0000007.ckpt"
+    save_folder(whole, 6)
+    shutil.copytree(whole, broken)
+    torch.save({"global_step": 7}, broken / "meta.pt")
+    assert newest_complete(tmp_path) == (broken, [])
+    cut_short(broken / name, KEEP[keep])
+    assert newest_complete(tmp_path) == (whole, [broken])
+    if name != "meta.pt":
+        with pytest.raises(ValueError, match="was cut short"):
+            read_checkpoint(broken)
+
+
+@pytest.mark.parametrize("save", [save_one_file, save_folder])
+def test_what_a_killed_process_leaves_is_named_and_cleared_by_the_next(save: Any, tmp_path: Path) -> None:
+    whole, broken, partial = (tmp_path / f"{name}.ckpt{end}" for name, end in (("6", ""), ("7", ""), ("7", ".partial")))
+    save(whole, 6)
+    save(broken, 7)
+    broken.rename(partial)
+    assert newest_complete(tmp_path) == (whole, [partial])
+    save(broken, 7)
+    assert newest_complete(tmp_path) == (broken, [])
+
+
+def calls(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Where a function is called in the package and the launchers, and with which constant options."""
+    found = []
+    for file in [*(ROOT / "nvfp4_train").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                found.append((f"{file.name}:{node.lineno}", options))
+    return found
+
+
+def test_all_checkpoints_are_read_with_weights_only() -> None:
+    assert len(calls("torch.load")) >= 4
+    # Lightning hands the option of fit to its own torch.load.
+    for place, options in calls("torch.load") + calls("trainer.fit"):
+        assert options.get("weights_only") is True, place
+    for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "FileSystemReader", "DefaultLoadPlanner"):
+        assert not calls(name), name
+
+
+def test_a_sharded_checkpoint_holds_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch reads it where nvfp4_train and Lightning cannot be imported."""
+    save_folder(tmp_path / "7.ckpt")
+    for name in [*sys.modules, "nvfp4_train", "lightning"]:
+        if name.split(".")[0] in ("nvfp4_train", "lightning"):
+            monkeypatch.setitem(sys.modules, name, None)
+    dcp_to_torch_save(tmp_path / "7.ckpt", tmp_path / "one.pt")
+    loaded = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert torch.equal(loaded["state_dict"]["w"], torch.arange(1000.0))
+    assert loaded["optimizer_0"]["param_groups"] == OPTIMIZER["param_groups"]
+    assert torch.load(tmp_path / "7.ckpt" / "meta.pt", weights_only=True) == {"global_step": 7}
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "shard", "file"])
+def test_code_in_a_checkpoint_is_not_run(name: str, tmp_path: Path) -> None:
+    evil, path = Evil(tmp_path / "ran"), tmp_path / "7.ckpt"
+    if name == "file":
+        torch.save({"global_step": 7, "state_dict": {"w": evil}}, path)
+    elif name == "shard":
+        save_folder(path, evil=evil)
+    else:
+        save_folder(path)
+        (path / name).unlink()
+        torch.save({"global_step": 7, "evil": evil}, path / name) if name == "meta.pt" else (path / name).write_bytes(
+            pickle.dumps(evil)
+        )
+    with pytest.raises((pickle.UnpicklingError, CheckpointException, ValueError)):
+        read_checkpoint(path)
+    # A file of values that nobody looks at may well be complete.
+    assert saved_step(path) == (7 if name == "shard" else None)
+    assert not evil.path.exists()
