@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
@@ -33,6 +33,23 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forwa
         fully_shard(embedding, mesh=mesh, mp_policy=as_master, reshard_after_forward=reshard_after_forward)
     # One parameter is in one group, with one dtype of gradients: a tied embedding makes the root's that of the masters.
     fully_shard(model, mesh=mesh, mp_policy=as_master if is_tied else served, reshard_after_forward=False)
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device memory, uninitialized, and move everything else, in place. Ties stay."""
+    # to_empty would empty the buffers, too.
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a tensor of a sharded model, in the memory that FSDP2 uses, and the number of the first of them."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0
+    shard_dim = tensor.placements.index(Shard(0))
+    # Of torch.chunk, as FSDP2 cuts: the last ranks may have fewer rows, or none.
+    rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
+    first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
+    return tensor.to_local().detach(), min(first, tensor.shape[0])
 
 
 @torch.no_grad()
