@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -52,11 +52,31 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local().detach(), min(first, tensor.shape[0])
 
 
-@torch.no_grad()
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
+def sharded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for name, tensor in model.state_dict().items():
+    return model.state_dict()
+
+
+def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
+    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
+    # Ranks send equally many bytes, whatever they mean.
+    sent = rows.contiguous()
+    if len(rows) < (most := -(-num_rows // group.size())):
+        sent = rows.new_zeros((most, *rows.shape[1:]))
+        sent[: len(rows)] = rows
+    flat = sent.view(-1).view(torch.uint8)
+    is_first = group.rank() == 0
+    received = flat.new_empty((group.size(), len(flat))) if is_first else None
+    destinations = None if received is None else list(received)
+    distributed.gather(flat, destinations, dst=distributed.get_global_rank(group, 0), group=group)
+    return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]
+
+
+@torch.no_grad()
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
+    for name, tensor in sharded_state(model).items():
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

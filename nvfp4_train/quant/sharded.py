@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
+from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.quant.linear import SERVED_DTYPE
@@ -178,6 +179,18 @@ class ShardedWeightStore(WeightStore):
     @torch.no_grad()
     def compute_weight(self, name: str) -> Tensor:
         return self._weights[self._owners[name]].gather()
+
+    @torch.no_grad()
+    def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a module, of the last update."""
+        weight = self._weights[self._owners[name]]
+        master = self._modules[name].weight.detach()
+        assert isinstance(master, DTensor)
+        rows = master.to_local()
+        if not weight.is_packed:
+            return nvfp4_quantize(rows, weight.s2)
+        codes, scales = weight.sent
+        return codes[: len(rows)], scales[: len(rows)]
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         weights = [self._weights[name] for name, _, _ in self.items()]
