@@ -32,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model
-from nvfp4_train.models.sharding import shard_model
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model, parameters_on_meta
+from nvfp4_train.models.sharding import allocate, shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
@@ -55,23 +55,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def build_model(name: str) -> tuple[PreTrainedModel, Selection]:
     """A sharded model with random weights; no rank ever holds all of it."""
     fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["config"]
-    with torch.device("meta"):
+    with parameters_on_meta():
         model = load_model(ModelConfig(config=fields))
     selection = select(model, QuantConfig())
     quantize_linears(model, [name for group in selection.groups for name in group])
     compute_in_served_dtype(model)
     shard_model(model, init_device_mesh(DEVICE, (distributed.get_world_size(),)))
-    model.to_empty(device=DEVICE)
+    allocate(model, torch.device(DEVICE))
     torch.manual_seed(distributed.get_rank())
     with torch.no_grad():
         for parameter in model.parameters():
             local = parameter.to_local()  # type: ignore[attr-defined]
             local.fill_(1) if parameter.ndim == 1 else local.normal_(std=0.02)
-    rotary = model.model.rotary_emb
-    with torch.device(DEVICE):
-        fresh = type(rotary)(model.config)
-    for buffer_name, buffer in fresh.named_buffers():
-        rotary.register_buffer(buffer_name, buffer, persistent=False)
     return model, selection
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model
-from nvfp4_train.models.sharding import shard_model
+from nvfp4_train.models.folder import open_folder
+from nvfp4_train.models.sharding import allocate, shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
@@ -80,7 +81,11 @@ class QATModule(L.LightningModule):
         # Lightning calls this again for every later fit, validate or test.
         if self.model is not None:
             return
-        model = load_model(self.model_config)
+        strategy = None if self._trainer is None else self._trainer.strategy
+        is_sharded = isinstance(strategy, FullyShardedStrategy)
+        # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
+        opened = open_folder(self.model_config) if is_sharded else None
+        model = load_model(self.model_config) if opened is None else opened[0]
         self.selection = select(model, self.quant_config)
         quantize_linears(model, [name for group in self.selection.groups for name in group])
         compute_in_served_dtype(model)
@@ -88,9 +93,11 @@ class QATModule(L.LightningModule):
             for layer in decoder_layers(model):
                 layer.compile()
         groups, power_of_two = self.selection.groups, self.quant_config.power_of_two
-        strategy = None if self._trainer is None else self._trainer.strategy
         if isinstance(strategy, FullyShardedStrategy):
             shard_model(model, strategy.shard_mesh, reshard_after_forward=strategy.reshard_after_forward)
+            if opened is not None:
+                allocate(model, strategy.root_device)
+                opened[1].read_into(model)
             self.store = ShardedWeightStore(model, groups, power_of_two=power_of_two, gather=self.quant_config.gather)
         else:
             self.store = WeightStore(model, groups, power_of_two=power_of_two)

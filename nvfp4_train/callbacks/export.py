@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nvfp4_train.export.compressed_tensors import export_compressed_tensors
-from nvfp4_train.models.sharding import whole_tensors
+from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
+from nvfp4_train.export.gathered import GatheredWeights
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -36,29 +37,32 @@ class Export(Callback):
         assert model is not None and store is not None
         if not store.is_enabled:
             store.update()
-        is_sharded = isinstance(store, ShardedWeightStore)
-        # Every rank takes part in gathering; rank zero keeps what it needs, a sharded model's in host memory.
-        weights, compute_weights = {}, {}
-        for name, tensor in whole_tensors(model):
-            if trainer.is_global_zero:
-                weights[name] = tensor.cpu() if is_sharded else tensor
-        for name, _ in store.modules():
-            compute_weight = store.compute_weight(name)
-            if trainer.is_global_zero:
-                compute_weights[f"{name}.weight"] = compute_weight.cpu() if is_sharded else compute_weight
-        if trainer.is_global_zero:
+        options: dict[str, Any] = {
+            "tokenizer": trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
+            "generation_config": model.generation_config,
+            "max_shard_bytes": self.max_shard_bytes,
+            "overwrite": self.overwrite,
+        }
+        report = None
+        if isinstance(store, ShardedWeightStore):
+            # What the last forward decoded is decoded again, to be compared with the folder.
+            served = GatheredWeights(model, store)
+            with served.answered() as is_writer:
+                if is_writer:
+                    report = write_compressed_tensors(self.folder, served=served, **options)
+        elif trainer.is_global_zero:
+            weights = model.state_dict()
+            compute_weights = {f"{name}.weight": store.compute_weight(name) for name, _ in store.modules()}
             report = export_compressed_tensors(
                 self.folder,
                 weights=weights,
                 groups=store.groups,
                 config=model.config,
-                tokenizer=trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
-                generation_config=model.generation_config,
                 power_of_two=store.power_of_two,
-                max_shard_bytes=self.max_shard_bytes,
-                overwrite=self.overwrite,
                 expected=_ComputeWeights(model, weights, compute_weights),
+                **options,
             )
+        if report is not None:
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
                 {

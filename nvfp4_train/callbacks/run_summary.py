@@ -2,9 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
+import torch
 from lightning import Callback, Trainer
+from torch import distributed
 
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.policy import selection_table
@@ -27,6 +30,13 @@ class RunSummary(Callback):
         print(f"NVFP4 policy\n{selection_table(pl_module.model, pl_module.selection)}", flush=True)
         # An export from a checkpoint finds the tokenizer here.
         trainer.datamodule.tokenizer.save_pretrained(self.tokenizer_dir)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        # The model is loaded, a checkpoint restored, and the weights quantized if they are from the first step on.
+        host, device = peak_memory(pl_module.device)
+        if trainer.is_global_zero and host:
+            peaks = f"{host / 2**30:.2f} GiB of host memory" + (f", {device / 2**30:.2f} GiB of the device" if device else "")
+            print(f"start-up took at most {peaks} on one rank", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # What the run has cost is safe before the export begins.
@@ -66,3 +76,18 @@ class RunSummary(Callback):
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, path)
+
+
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of host and of CUDA memory that a process of the run has held at most; 0 where it is not known. A collective."""
+    host = 0
+    if sys.platform != "win32":
+        import resource
+
+        # In bytes on macOS, in KiB elsewhere.
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peaks = torch.tensor([host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0], device=device)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(peaks, distributed.ReduceOp.MAX)
+    host, on_device = peaks.tolist()
+    return host, on_device

@@ -15,6 +15,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.layout import HubLayout
-from nvfp4_train.export.masters import ServedWeights, group_scales, own_tensors, quantized_modules, to_served
-from nvfp4_train.export.shards import write_shards
+from nvfp4_train.export.masters import ServedWeights, check_groups, group_scales, own_tensors
+from nvfp4_train.export.shards import Module, write_shards
 from nvfp4_train.export.verify import VerifyReport, verify_export
-from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
+from nvfp4_train.kernels.reference import BLOCK_SIZE
 
 FORMAT = "nvfp4-pack-quantized"
+PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +90,45 @@ def export_compressed_tensors(
         ValueError: Weights, groups and config do not fit together, or a weight is NaN or Inf; nothing has been written.
         ExportError: The written folder failed its verification and was removed.
     """
+    check_target(folder, overwrite)
+    layout = HubLayout(config)
+    weights = own_tensors(weights, layout)
+    check_groups(groups, layout)
+    served = ServedWeights(weights, layout, group_scales(weights, groups, layout, power_of_two))
+    return write_compressed_tensors(
+        folder,
+        served=served,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        expected=expected,
+    )
+
+
+def write_compressed_tensors(
+    folder: str | os.PathLike,
+    *,
+    served: ServedWeights,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: GenerationConfig | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    expected: Mapping[str, Tensor] | None = None,
+) -> ExportReport:
+    """`export_compressed_tensors` of weights that have been checked and scaled. Asks `served` for one tensor at a time.
+
+    The tensors of one file are in memory at once, and after that one tensor to verify against it.
+    """
     target = check_target(folder, overwrite)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    layout = HubLayout(config)
-    weights = own_tensors(weights, layout)
-    hub_modules = quantized_modules(groups, layout)
-    global_scales = group_scales(weights, groups, layout, power_of_two)
+    layout = served.layout
+    linears = layout.linears()
+    # Module names of the quantized linears, in memory -> on disk.
+    hub_modules = {
+        module: linears[module] or module for module in (name.removesuffix(".weight") for name in served.global_scales)
+    }
     ignored = _ignored(layout, hub_modules)
 
     with replacing_folder(target, overwrite) as partial:
@@ -102,10 +137,8 @@ def export_compressed_tensors(
             generation_config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        shards = write_shards(partial, _modules(weights, layout, hub_modules, global_scales), max_shard_bytes)
-        if expected is None:
-            expected = ServedWeights(weights, layout, global_scales)
-        verified = verify_export(partial, expected)
+        shards = write_shards(partial, _modules(served, hub_modules), max_shard_bytes)
+        verified = verify_export(partial, served if expected is None else expected)
     return ExportReport(folder=target, shards=shards, quantized=len(hub_modules), ignored=tuple(ignored), verified=verified)
 
 
@@ -150,31 +183,53 @@ def _write_config(path: Path, layout: HubLayout, ignored: Iterable[str]) -> None
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _modules(
-    weights: Mapping[str, Tensor], layout: HubLayout, hub_modules: Mapping[str, str], global_scales: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors on disk of one module after the other, on the CPU."""
-    pending: dict[str, Tensor] = {}
-    current = None
-    for name, weight in weights.items():
-        module = name.rpartition(".")[0]
-        if name in global_scales:
-            on_disk = _packed(hub_modules[module], weight, global_scales[name])
-        else:
-            on_disk = layout.to_hub(name, to_served(name, weight, layout))
-        for key, tensor in on_disk.items():
-            if (owner := key.rpartition(".")[0]) != current and pending:
-                yield pending
-                pending = {}
-            current = owner
-            pending[key] = tensor.cpu().contiguous()
-    yield pending
+def _modules(served: ServedWeights, hub_modules: Mapping[str, str]) -> Iterator[Module]:
+    """The modules on disk, in order."""
+    layout = served.layout
+
+    def module_of(name: str) -> str:
+        keys = layout.hub_names(name)
+        return _owner(keys[0]) if len(keys) == 1 else name
+
+    for _, names in groupby(served, key=module_of):
+        yield from _split(served, hub_modules, list(names))
 
 
-def _packed(hub_module: str, weight: Tensor, s2: Tensor) -> dict[str, Tensor]:
-    codes, scales = nvfp4_quantize(weight, s2.to(weight.device))
-    return {
-        f"{hub_module}.weight_packed": codes,
-        f"{hub_module}.weight_scale": scales,
-        f"{hub_module}.weight_global_scale": (1.0 / s2).reshape(1),
-    }
+def _split(served: ServedWeights, hub_modules: Mapping[str, str], names: Sequence[str]) -> Iterator[Module]:
+    """The module that a few tensors in memory are, or the several that an expert parameter is, which is asked for once."""
+    sizes = {key: num_bytes for name in names for key, num_bytes in _sizes(served, hub_modules, name).items()}
+    loaded: dict[str, Tensor] = {}
+
+    def load(keys: Sequence[str]) -> dict[str, Tensor]:
+        if not loaded:
+            loaded.update({key: tensor for name in names for key, tensor in _on_disk(served, hub_modules, name).items()})
+        return {key: loaded.pop(key) for key in keys}
+
+    for _, keys in groupby(sizes, key=_owner):
+        of_one = list(keys)
+        yield Module(sum(sizes[key] for key in of_one), partial(load, of_one))
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _sizes(served: ServedWeights, hub_modules: Mapping[str, str], name: str) -> dict[str, int]:
+    """Bytes of the tensors that `_on_disk` returns, in their order."""
+    layout = served.layout
+    if name in served.global_scales:
+        hub_module, num_elements = hub_modules[_owner(name)], layout.shapes[name].numel()
+        sizes = (num_elements // 2, num_elements // BLOCK_SIZE, 4)
+        return {f"{hub_module}.{part}": size for part, size in zip(PARTS, sizes, strict=True)}
+    item_bytes = served.weights[name].itemsize if name in layout.buffers else 2
+    return {key: layout.hub_shapes[key].numel() * item_bytes for key in layout.hub_names(name)}
+
+
+def _on_disk(served: ServedWeights, hub_modules: Mapping[str, str], name: str) -> dict[str, Tensor]:
+    """The tensors on disk of one tensor in memory, on the CPU."""
+    if name in served.global_scales:
+        parts = (*served.packed(name), (1.0 / served.global_scales[name]).reshape(1))
+        tensors = {f"{hub_modules[_owner(name)]}.{part}": tensor for part, tensor in zip(PARTS, parts, strict=True)}
+    else:
+        tensors = served.layout.to_hub(name, served[name])
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}

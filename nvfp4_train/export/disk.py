@@ -6,6 +6,7 @@ It shares no code with the kernels, the writer or the safetensors package, so th
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ class StoredTensor:
         row = self.num_bytes // self.shape[0]
         data = np.fromfile(self.path, np.uint8, num_rows * row, offset=self.start + first_row * row)
         return data.reshape(num_rows, row)
+
+    def pieces(self, piece_bytes: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Where in the tensor's bytes a piece lies, and the piece, uint8, one after the other."""
+        for first in range(0, self.num_bytes, piece_bytes):
+            last = min(first + piece_bytes, self.num_bytes)
+            yield slice(first, last), np.fromfile(self.path, np.uint8, last - first, offset=self.start + first)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

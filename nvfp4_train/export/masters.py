@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.export.layout import HubLayout, shown
-from nvfp4_train.kernels.fp4_kernel import nvfp4_block_amax, nvfp4_fake_quant, nvfp4_global_scale
+from nvfp4_train.kernels.fp4_kernel import nvfp4_block_amax, nvfp4_fake_quant, nvfp4_global_scale, nvfp4_quantize
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.quant.policy import sibling_set
 
@@ -37,8 +37,8 @@ def own_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> dict[str, T
     return {name: weights[name].detach() for name in layout.shapes}
 
 
-def quantized_modules(groups: Sequence[Sequence[str]], layout: HubLayout) -> dict[str, str]:
-    """Module names of the quantized linears, in memory -> on disk."""
+def check_groups(groups: Sequence[Sequence[str]], layout: HubLayout) -> None:
+    """Raise ValueError where a serving engine could not read the groups as quantized linears."""
     linears = layout.linears()
     group_of: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -71,7 +71,6 @@ def quantized_modules(groups: Sequence[Sequence[str]], layout: HubLayout) -> dic
                     f"groups: {name} is quantized but its sibling {sibling} is {state}; serving engines fuse siblings and keep "
                     "one global scale, so put them in one group"
                 )
-    return {name: linears[name] or name for name in group_of}
 
 
 def group_scales(
@@ -83,17 +82,18 @@ def group_scales(
         amaxes = []
         for name in (f"{member}.weight" for member in group):
             amaxes.append(nvfp4_block_amax(weights[name]).amax().cpu())
-            _refuse_unless(bool(amaxes[-1].isfinite()), name)
+            refuse_unless(bool(amaxes[-1].isfinite()), name)
         if amaxes:
             s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), power_of_two)
             scales.update({f"{member}.weight": s2 for member in group})
     for name, weight in weights.items():
         if name not in scales:
-            _refuse_unless(bool(to_served(name, weight, layout).isfinite().all()), name)
+            refuse_unless(bool(to_served(name, weight, layout).isfinite().all()), name)
     return scales
 
 
-def _refuse_unless(is_finite: bool, name: str) -> None:
+def refuse_unless(is_finite: bool, name: str) -> None:
+    """Raise ValueError with the name of a weight."""
     if not is_finite:
         raise ValueError(f"{name} holds NaN or Inf (in bf16), which is never written; nothing was exported")
 
@@ -104,21 +104,29 @@ def to_served(name: str, weight: Tensor, layout: HubLayout) -> Tensor:
 
 
 class ServedWeights(Mapping[str, Tensor]):
-    """What a reader of the folder has to compute with, taken from the masters by fake quantization."""
+    """What a reader of the folder has to compute with, by `state_dict` name: bf16, from masters by fake quantization.
+
+    `weights` are those of `own_tensors`, `global_scales` is s2 by name of each quantized one, as `group_scales` finds it.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], layout: HubLayout, global_scales: Mapping[str, Tensor]):
-        self._weights = weights
-        self._layout = layout
-        self._global_scales = global_scales
+        self.weights = weights
+        self.layout = layout
+        self.global_scales = global_scales
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        if name in self._global_scales:
-            return nvfp4_fake_quant(weight, self._global_scales[name].to(weight.device), torch.bfloat16)
-        return to_served(name, weight, self._layout)
+        weight = self.weights[name]
+        if name in self.global_scales:
+            return nvfp4_fake_quant(weight, self.global_scales[name].to(weight.device), torch.bfloat16)
+        return to_served(name, weight, self.layout)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self.weights)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self.weights)
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [N, K / 2] and block scales float8_e4m3fn [N, K / 16] of a quantized weight."""
+        weight = self.weights[name]
+        return nvfp4_quantize(weight, self.global_scales[name].to(weight.device))

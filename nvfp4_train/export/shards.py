@@ -1,15 +1,28 @@
 """Write tensors as one safetensors file, or as several with an index."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_shards(folder: Path, modules: Iterable[dict[str, Tensor]], max_shard_bytes: int) -> int:
-    """Write modules into as many files as needed, with an index if that is more than one. Returns the number of files."""
+@dataclass(frozen=True)
+class Module:
+    """Tensors that belong into one file: how many bytes they have is known before they are in memory."""
+
+    num_bytes: int
+    load: Callable[[], dict[str, Tensor]]
+    """The tensors by their names on disk, on the CPU and contiguous."""
+
+
+def write_shards(folder: Path, modules: Iterable[Module], max_shard_bytes: int) -> int:
+    """Write modules into as many files as needed, with an index if that is more than one. Returns the number of files.
+
+    Holds the tensors of one file: a module is loaded when those before it are written, or when it fits beside them.
+    """
     keys_of: list[list[str]] = []
     total_bytes = 0
 
@@ -17,17 +30,17 @@ def write_shards(folder: Path, modules: Iterable[dict[str, Tensor]], max_shard_b
         # The final name has the number of files in it, which is known at the end only.
         save_file(shard, folder / f"{len(keys_of)}.shard", metadata={"format": "pt"})
         keys_of.append(list(shard))
+        shard.clear()
 
     shard: dict[str, Tensor] = {}
     shard_bytes = 0
     for module in modules:
-        num_bytes = sum(tensor.nbytes for tensor in module.values())
-        if shard and shard_bytes + num_bytes > max_shard_bytes:
+        if shard and shard_bytes + module.num_bytes > max_shard_bytes:
             flush(shard)
-            shard, shard_bytes = {}, 0
-        shard |= module
-        shard_bytes += num_bytes
-        total_bytes += num_bytes
+            shard_bytes = 0
+        shard |= module.load()
+        shard_bytes += module.num_bytes
+        total_bytes += module.num_bytes
     flush(shard)
 
     num_shards = len(keys_of)

@@ -56,7 +56,7 @@ DTYPES = {
     torch.float64: "F64",
 }
 ELEMENTS_AT_ONCE = 1 << 22
-"""Decoding in pieces of this size keeps the check's memory small next to the largest matrix."""
+"""Reading in pieces of this size keeps the check's memory small next to the largest matrix."""
 
 
 class ExportError(ValueError):
@@ -286,7 +286,8 @@ def _check_values(
                 continue
             dtype = DTYPES[tensor.dtype]
             _require("values", stored[key].dtype == dtype, f"{key} is {stored[key].dtype}, expected {dtype}")
-            is_equal = np.array_equal(stored[key].bytes(), tensor.view(-1).view(torch.uint8).numpy())
+            wanted = tensor.view(-1).view(torch.uint8).numpy()
+            is_equal = all(np.array_equal(piece, wanted[where]) for where, piece in stored[key].pieces(ELEMENTS_AT_ONCE))
             _require("values", is_equal, f"{key} differs from the expected weight")
     return len(layout.shapes)
 

@@ -1,6 +1,6 @@
 """A Hugging Face causal LM with fp32 masters: from a folder, a hub name, or a config with random weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +67,64 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model in training mode with fp32 parameters."""
+    """The model in training mode with fp32 parameters, whole. Raises ValueError where the path does not hold exactly its tensors."""
     hf_config = load_config(config)
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is None:
+        return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, config=hf_config, output_loading_info=True, **options)
+    except RuntimeError as error:
+        # Transformers' report of tensors of another shape.
+        raise ValueError(f"model.path={config.path!r} does not fit its config: {error}") from error
+    model, info = loaded
+    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"])
+    return _for_training(model, config)
+
+
+def refuse_other_tensors(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise ValueError if there are any: one would train from random weights, the other be lost."""
+    for fault, names in (("misses", sorted(missing)), ("holds tensors that the model has not:", sorted(unexpected))):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"model.path={path!r} {fault} {', '.join(names[:3])}{more}")
+
+
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The model of `model.path` in training mode with fp32 parameters on the meta device, and its buffers on the CPU."""
+    assert config.path is not None
+    hf_config = load_config(config)
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path, config=hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation
-        )
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # from_pretrained returns a model in evaluation mode.
-    return model.train()
+    if model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(config.path)
+        except OSError:
+            # Without such a file from_pretrained makes one of the model's config.
+            model.generation_config = GenerationConfig.from_pretrained(
+                config.path, config_file_name="config.json", _from_model_config=True
+            )
+    return _for_training(model, config)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters made in the context take no memory, buffers are computed on the CPU: whatever a class keeps in them is right."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # One that is on the meta device already is tied to another.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        # Its memory is given back before anything is written to it: random initial values are drawn after the registration.
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -94,6 +147,13 @@ def _unpacked_rows() -> Iterator[None]:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of a model: the modules that transformers never splits over devices."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
+def _for_training(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # from_pretrained returns a model in evaluation mode.
+    return model.train()
 
 
 def _refuse_misspelt(fields: Mapping[str, Any], default: PretrainedConfig) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
@@ -35,11 +35,48 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forwa
     fully_shard(model, mesh=mesh, mp_policy=as_master if is_tied else served, reshard_after_forward=False)
 
 
-@torch.no_grad()
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device memory, uninitialized, and move everything else, in place. Ties stay."""
+    # to_empty would empty the buffers, too.
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a tensor of a sharded model, in the memory that FSDP2 uses, and the number of the first of them."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0
+    shard_dim = tensor.placements.index(Shard(0))
+    # Of torch.chunk, as FSDP2 cuts: the last ranks may have fewer rows, or none.
+    rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
+    first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
+    return tensor.to_local().detach(), min(first, tensor.shape[0])
+
+
+def sharded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for name, tensor in model.state_dict().items():
+    return model.state_dict()
+
+
+def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
+    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
+    # Ranks send equally many bytes, whatever they mean.
+    sent = rows.contiguous()
+    if len(rows) < (most := -(-num_rows // group.size())):
+        sent = rows.new_zeros((most, *rows.shape[1:]))
+        sent[: len(rows)] = rows
+    flat = sent.view(-1).view(torch.uint8)
+    is_first = group.rank() == 0
+    received = flat.new_empty((group.size(), len(flat))) if is_first else None
+    destinations = None if received is None else list(received)
+    distributed.gather(flat, destinations, dst=distributed.get_global_rank(group, 0), group=group)
+    return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]
+
+
+@torch.no_grad()
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
+    for name, tensor in sharded_state(model).items():
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
+from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.packed_shards import PackedShards
 from nvfp4_train.quant.linear import SERVED_DTYPE
@@ -248,6 +249,18 @@ class ShardedWeightStore(WeightStore):
     def compute_weight(self, name: str) -> Tensor:
         gathered, index = self._places[self._owners[name]]
         return gathered.gather(index, self.global_scale)
+
+    @torch.no_grad()
+    def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a module, of the last update."""
+        gathered, index = self._places[self._owners[name]]
+        master = self._modules[name].weight.detach()
+        assert isinstance(master, DTensor)
+        rows = master.to_local()
+        if isinstance(gathered, _DecodedWeights):
+            return nvfp4_quantize(rows, self.global_scale[gathered.weights[index].slot])
+        codes, scales = (gathered.outputs[name][index] for name in ("packed", "scales"))
+        return codes[: len(rows)], scales[: len(rows)]
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}

@@ -122,9 +122,10 @@ def strategy(name: str, **options: Any) -> Any:
 def make_module(model: dict[str, Any] | None = None, **quant: Any) -> QATModule:
     model = dict(model or {})
     checkpointing = model.pop("gradient_checkpointing", False)
+    path = model.pop("path", None)
     torch.manual_seed(0)
     return QATModule(
-        model=ModelConfig(config=LLAMA | model, gradient_checkpointing=checkpointing),
+        model=ModelConfig(path=path, config=LLAMA | model, gradient_checkpointing=checkpointing),
         quant=QuantConfig(**quant),
         optim=OptimConfig(lr=1e-2),
     )

@@ -1,0 +1,113 @@
+"""Served weights of a sharded model: their rows come from the ranks that hold them, packed or in bf16, when the writer asks.
+
+The first rank writes. It broadcasts the number of the tensor that it wants next, and each rank of its replica sends its rows: a
+quantized weight as the codes and scales that the store made for the forward, anything else in bf16. No master travels, and no rank
+has more than one whole tensor that it did not ask to keep. The ranks of other replicas have nothing to do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from nvfp4_train.export.layout import HubLayout
+from nvfp4_train.export.masters import ServedWeights, check_groups, own_tensors, refuse_unless, to_served
+from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
+from nvfp4_train.models.sharding import gather_rows, own_rows, sharded_state
+from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.quant.sharded import ShardedWeightStore
+
+_DONE, _FAILED = -1, -2
+"""Requests that are no number of a tensor."""
+
+
+class GatheredWeights(ServedWeights):
+    """Weights of a model to which `fully_shard` has been applied, as the last update of its store left them.
+
+    Make it on every rank. It is read on the writer alone, in the context of `answered`. Raises ValueError, on every rank, as
+    `export_compressed_tensors` does.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: ShardedWeightStore) -> None:
+        layout = HubLayout(model.config)
+        state = {name: tensor for name, tensor in sharded_state(model).items() if name not in layout.aliases}
+        weights = own_tensors(state, layout)
+        check_groups(store.groups, layout)
+        store.check_finite()
+        scales = store.global_scale.cpu()
+        super().__init__(weights, layout, {f"{name}.weight": scales[group] for name, _, group in store.items()})
+        self._store = store
+        self._names = list(weights)
+        mesh = next(weight for weight in weights.values() if isinstance(weight, DTensor)).device_mesh
+        self._group = mesh.get_group(mesh.ndim - 1)
+        self._has_part = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+        self._device = own_rows(weights[self._names[0]])[0].device
+        self._check_finite()
+
+    @contextmanager
+    def answered(self) -> Iterator[bool]:
+        """Whether this rank is the writer. The body runs there while the others answer it, and on them after that.
+
+        Raises RuntimeError on the others where the writer's body failed.
+        """
+        if not self._has_part:
+            yield False
+        elif self._group.rank() > 0:
+            while (number := self._request(_DONE)) >= 0:
+                self._gather(self._names[number])
+            if number == _FAILED:
+                raise RuntimeError("the export failed on the first rank, whose error says why")
+            yield False
+        else:
+            outcome = _FAILED
+            try:
+                yield True
+                outcome = _DONE
+            finally:
+                self._request(outcome)
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        codes, scales = self._ask(name)
+        return codes, scales
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.global_scales:
+            (tensor,) = self._ask(name)
+            return tensor
+        codes, scales = self.packed(name)
+        return fp4_dequantize(codes, scales, self.global_scales[name].to(codes.device), dtype=SERVED_DTYPE)
+
+    def _ask(self, name: str) -> tuple[Tensor, ...]:
+        self._request(self._names.index(name))
+        return self._gather(name)
+
+    def _request(self, number: int) -> int:
+        """The number that the first rank gives; what the others give is ignored."""
+        request = torch.tensor(number, device=self._device)
+        distributed.broadcast(request, distributed.get_global_rank(self._group, 0), group=self._group)
+        return int(request)
+
+    @torch.no_grad()
+    def _gather(self, name: str) -> tuple[Tensor, ...]:
+        """A whole tensor on the first rank, nothing on the others."""
+        weight = self.weights[name]
+        if not isinstance(weight, DTensor):
+            return (to_served(name, weight, self.layout),)
+        is_packed = name in self.global_scales
+        parts = self._store.local_packed(name.removesuffix(".weight")) if is_packed else (self._served_rows(name),)
+        gathered = (gather_rows(part, weight.shape[0], self._group) for part in parts)
+        return tuple(tensor for tensor in gathered if tensor is not None)
+
+    def _served_rows(self, name: str) -> Tensor:
+        return to_served(name, own_rows(self.weights[name])[0], self.layout)
+
+    def _check_finite(self) -> None:
+        """Of everything that the store does not check; one collective."""
+        names = [name for name in self._names if name not in self.global_scales]
+        is_finite = torch.stack([self._served_rows(name).isfinite().all() for name in names]).int()
+        distributed.all_reduce(is_finite, distributed.ReduceOp.MIN, group=self._group)
+        for name, ok in zip(names, is_finite.tolist(), strict=True):
+            refuse_unless(bool(ok), name)

@@ -1,0 +1,196 @@
+"""The weights of a Hugging Face folder, read by rows: each rank of a sharded model reads its own and no others.
+
+A model and its folder may differ in names (Mixtral's `mlp.gate` is `block_sparse_moe.gate` on disk) and in layout (a parameter with
+the experts of a layer, [E, ...], is several tensors per expert on disk). Transformers' own reverse of that map, with which it
+saves, says where each row of a parameter is. Tensors that it joins in yet other ways, weights in other files than safetensors,
+and folders with other names than it writes are left to `load_model`, which needs memory for the whole model.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from nvfp4_train.models.causal_lm import ModelConfig, empty_model, refuse_other_tensors
+from nvfp4_train.models.sharding import own_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExpertPart:
+    """A tensor on disk that is part of one expert's row of a parameter [E, ...]."""
+
+    key: str
+    """Of expert 0."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """Of the elements in the row, with the offset of the first."""
+    offset: int
+
+    def key_of(self, expert: int) -> str:
+        # The number of the layer stands before that of the expert.
+        before, after = self.key.rsplit(".0.", 1)
+        return f"{before}.{expert}.{after}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Rows of a tensor on disk, or all of it, and where they go."""
+
+    key: str
+    rows: slice | None
+    target: Tensor
+
+
+def open_folder(config: ModelConfig) -> "tuple[PreTrainedModel, FolderWeights] | None":
+    """The model of `model.path` without memory for its parameters, and the weights to fill it with once it is sharded.
+
+    None where they cannot be read by rows: see the module's docstring. Raises ValueError where a tensor is missing, unexpected or
+    of another shape.
+    """
+    files = [] if config.path is None else _safetensors_files(config.path)
+    if not files:
+        return None
+    model = empty_model(config)
+    extra_files = getattr(type(model.config), "extra_files", ())
+    if extra_files or getattr(model.config, "transformers_weights", None) is not None:
+        return None
+    weights = FolderWeights(f"{config.path}", files)
+    return (model, weights) if weights.find_all_of(model) else None
+
+
+class FolderWeights:
+    """Tensors in the safetensors files of `path`, and which of them make up each tensor of a model."""
+
+    def __init__(self, path: str, files: list[str]) -> None:
+        self.path = path
+        self._file_of: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118 (no mapping)
+                        self._file_of[key] = file
+                        self._shapes[key] = tuple(opened.get_slice(key).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"model.path={path!r}: {file} is no whole safetensors file: {error}") from error
+        self._key_of: dict[str, str] = {}
+        """On disk, by name in the model; of tensors that are the same in both."""
+        self._experts: dict[str, list[_ExpertPart]] = {}
+        """By name in the model."""
+        self._copies: dict[str, str] = {}
+        """Second copies of tied tensors: key on disk -> name of the first in the model."""
+
+    def find_all_of(self, model: PreTrainedModel) -> bool:
+        """Find every tensor of a model by name and shape; whether they can be read by rows. Raises ValueError as `open_folder`."""
+        aliases = model.all_tied_weights_keys
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in aliases}
+        names = {id(tensor): name for name, tensor in state.items()}
+        required: dict[str, tuple[int, ...]] = {}
+        for key, tensor in revert_weight_conversion(model, state).items():
+            required[key] = tuple(tensor.shape)
+            if id(tensor) in names:
+                self._key_of[names[id(tensor)]] = key
+        for name in state.keys() - self._key_of.keys():
+            parts = _expert_parts(model, name, state[name])
+            if parts is None or not {part.key_of(e) for part in parts for e in range(len(state[name]))} <= required.keys():
+                return False
+            self._experts[name] = parts
+
+        for alias, name in aliases.items():
+            (key,) = revert_weight_conversion(model, {alias: state[name]})
+            source = self._key_of[name]
+            if key in self._file_of and source in self._file_of:
+                self._copies[key] = name
+            elif key in self._file_of:
+                required[key] = required.pop(source)
+                self._key_of[name] = key
+        missing = required.keys() - self._file_of.keys()
+        unexpected = {
+            key for key in self._file_of.keys() - required.keys() - self._copies.keys() if not _is_ignored(model, key)
+        }
+        if missing and unexpected:
+            # Of an older version of transformers, or of its authors: it may know how to rename them.
+            return False
+        refuse_other_tensors(self.path, missing, unexpected)
+        for key, shape in required.items():
+            if self._shapes[key] != shape:
+                raise ValueError(f"model.path={self.path!r}: {key} must have the shape {shape}, got {self._shapes[key]}")
+        return True
+
+    @torch.no_grad()
+    def read_into(self, model: PreTrainedModel) -> None:
+        """Fill this rank's rows of every tensor, cast to its dtype. Beside the model no more than one tensor's rows are in memory."""
+        state = model.state_dict()
+        by_file: dict[str, list[_Piece]] = defaultdict(list)
+        for name in self._key_of | self._experts:
+            for piece in self._pieces(name, state[name]):
+                by_file[self._file_of[piece.key]].append(piece)
+        for file, pieces in by_file.items():
+            with safe_open(file, "pt") as opened:
+                for piece in pieces:
+                    piece.target.copy_(_read(opened, piece))
+        self._check_copies(state)
+
+    def _pieces(self, name: str, tensor: Tensor) -> Iterator[_Piece]:
+        rows, first = own_rows(tensor)
+        if name in self._key_of and rows.numel():
+            yield _Piece(key=self._key_of[name], rows=slice(first, first + len(rows)) if rows.dim() else None, target=rows)
+        for index, row in enumerate(rows if name in self._experts else ()):
+            for part in self._experts[name]:
+                target = row.as_strided(part.shape, part.stride, row.storage_offset() + part.offset)
+                yield _Piece(key=part.key_of(first + index), rows=None, target=target)
+
+    def _check_copies(self, state: Mapping[str, Tensor]) -> None:
+        for key, name in self._copies.items():
+            rows, first = own_rows(state[name])
+            with safe_open(self._file_of[key], "pt") as opened:
+                copy = _read(opened, _Piece(key=key, rows=slice(first, first + len(rows)), target=rows))
+                if self._shapes[key] != state[name].shape or not rows.equal(copy.to(rows)):
+                    raise ValueError(
+                        f"model.path={self.path!r}: {key} and {self._key_of[name]} differ, but its config ties them; set "
+                        "tie_word_embeddings to false there"
+                    )
+
+
+def _read(opened: safe_open, piece: _Piece) -> Tensor:
+    return opened.get_tensor(piece.key) if piece.rows is None else opened.get_slice(piece.key)[piece.rows]
+
+
+def _safetensors_files(path: str) -> list[str]:
+    """Paths on this machine, downloaded if need be; none if the weights are stored in another way."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            return [found] if name == SAFE_WEIGHTS_NAME else get_checkpoint_shard_files(path, found)[0]
+    return []
+
+
+def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[_ExpertPart] | None:
+    """Where the tensors on disk of one expert lie in its row of a parameter [E, ...]; None if that is no plain layout."""
+    if parameter.dim() < 3 or (row_numel := parameter[0].numel()) >= 2**31:
+        return None
+    # Transformers rearranges the numbers of the elements as it would the elements.
+    numbers = torch.arange(row_numel, dtype=torch.int32).view(1, *parameter.shape[1:])
+    parts = []
+    for key, part in revert_weight_conversion(model, {name: numbers}).items():
+        offset = int(part.flatten()[0])
+        stride = tuple(int(part.select(dim, -1).flatten()[0]) - offset for dim in range(part.dim()))
+        stride = tuple(span // max(1, size - 1) for span, size in zip(stride, part.shape, strict=True))
+        if ".0." not in key or not part.equal(numbers.as_strided(part.shape, stride, offset)):
+            return None
+        parts.append(_ExpertPart(key=key, shape=tuple(part.shape), stride=stride, offset=offset))
+    return parts
+
+
+def _is_ignored(model: PreTrainedModel, key: str) -> bool:
+    """Whether transformers drops a tensor on disk: of other parts of a published model, or a buffer that once was saved."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
+    return any(re.search(pattern, key) for pattern in patterns)

@@ -1,0 +1,236 @@
+"""Ranks export their shards into the very files that one rank writes of the whole masters."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory import PROCESS, peak_growth
+from ranks import on_gpus, run_ranks
+from running import ROOT, train_environment
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nvfp4_train.export import verify
+from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
+from nvfp4_train.export.gathered import GatheredWeights
+from nvfp4_train.export.verify import ExportError
+from nvfp4_train.models.sharding import shard_model, whole_tensors
+from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
+from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.quant.sharded import ShardedWeightStore
+
+# Rows of 67, 32, 48 and 64: two ranks cannot share the embedding evenly, three most tensors.
+SMALL: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "gathered as bf16": {"gather": "bf16"},
+    "exact": {"global_scale": "exact"},
+    "qwen2 with biases": {"model_type": "qwen2"},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+}
+SHARD_BYTES = 12_000
+
+
+def make(
+    *, model_type: str = "llama", gather: str = "packed", global_scale: str = "pow2", replicas: int = 1, **fields: Any
+) -> tuple[Any, ShardedWeightStore]:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SMALL | fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
+    model.to(device)
+    quant = QuantConfig(gather=gather, global_scale=global_scale)
+    groups = select(model, quant).groups
+    quantize_linears(model, [name for group in groups for name in group])
+    compute_in_served_dtype(model)
+    size = distributed.get_world_size() // replicas
+    shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
+    shard_model(model, init_device_mesh(device, shape, mesh_dim_names=names))
+    store = ShardedWeightStore(model, groups, power_of_two=quant.power_of_two, gather=gather)
+    store.update()
+    return model, store
+
+
+def export(model: Any, store: ShardedWeightStore, folder: str, **options: Any) -> bool:
+    served = GatheredWeights(model, store)
+    with served.answered() as is_writer:
+        if is_writer:
+            write_compressed_tensors(folder, served=served, generation_config=model.generation_config, **options)
+    return is_writer
+
+
+def export_whole(model: Any, store: ShardedWeightStore, folder: str, **options: Any) -> None:
+    """The masters on rank 0, and the export of one rank."""
+    weights = {name: tensor.cpu() for name, tensor in whole_tensors(model)}
+    if distributed.get_rank() == 0:
+        export_compressed_tensors(
+            folder,
+            weights=weights,
+            groups=store.groups,
+            config=model.config,
+            generation_config=model.generation_config,
+            power_of_two=store.power_of_two,
+            **options,
+        )
+
+
+def export_both(root: str, cases: dict[str, dict[str, Any]]) -> list[bool]:
+    wrote = []
+    for case, options in cases.items():
+        model, store = make(**options)
+        wrote.append(export(model, store, f"{root}/{case}/sharded", max_shard_bytes=SHARD_BYTES))
+        export_whole(model, store, f"{root}/{case}/whole", max_shard_bytes=SHARD_BYTES)
+    return wrote
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("exports")
+    wrote = run_ranks(request.param, export_both, str(root), CASES)
+    assert wrote == [[rank == 0] * len(CASES) for rank in range(request.param)]
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_file_is_that_of_one_rank(case: str, exports: Path) -> None:
+    found = digests(exports / case / "sharded")
+    assert len([name for name in found if name.endswith(".safetensors")]) > 3
+    assert found == digests(exports / case / "whole")
+
+
+def test_one_replica_exports(tmp_path: Path) -> None:
+    assert [any(rank) for rank in run_ranks(4, export_both, str(tmp_path), {"hsdp": {"replicas": 2}})] == [True] + [False] * 3
+    assert digests(tmp_path / "hsdp" / "sharded") == digests(tmp_path / "hsdp" / "whole")
+
+
+def refused(folder: str) -> dict[str, str]:
+    """What each way to fail raises."""
+    messages = {}
+    model, store = make()
+    with pytest.raises((FileExistsError, RuntimeError)) as error:
+        export(model, store, str(Path(folder).parent))
+    messages["exists"] = str(error.value)
+    with pytest.raises((ExportError, RuntimeError)) as error:
+        export(model, store, folder, expected={})
+    messages["differs"] = str(error.value)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        with torch.no_grad():
+            rows = model.get_parameter(name).to_local()
+            # On the last rank alone.
+            rows[-1:] = torch.nan if distributed.get_rank() == distributed.get_world_size() - 1 else rows[-1:]
+        store.update()
+        with pytest.raises(ValueError, match="NaN or Inf") as error:
+            export(model, store, folder)
+        messages[name] = str(error.value)
+    return messages
+
+
+def test_every_rank_ends_with_an_error_and_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("")
+    first, second = run_ranks(2, refused, str(tmp_path / "export"))
+    assert "is not replaced" in first["exists"] or "exists; choose another" in first["exists"]
+    assert "missing" in first["differs"]
+    assert "on the first rank" in second["exists"]
+    assert "on the first rank" in second["differs"]
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+        assert name.removesuffix(".weight") in first[name]
+        assert first[name] == second[name]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def die_in_export(rank: int, folder: str) -> None:
+    """Run by torchrun: a rank is killed in the middle of the export."""
+    distributed.init_process_group("gloo")
+    model, store = make()
+    served = GatheredWeights(model, store)
+    gather, names = served._gather, []
+
+    def gather_and_die(name: str) -> tuple[Tensor, ...]:
+        names.append(name)
+        if len(names) == 12 and distributed.get_rank() == rank:
+            print("killed", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(name)
+
+    served._gather = gather_and_die  # type: ignore[method-assign]
+    with served.answered() as is_writer:
+        if is_writer:
+            write_compressed_tensors(folder, served=served, max_shard_bytes=SHARD_BYTES)
+    print("exported", flush=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_leaves_no_folder(rank: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    result = subprocess.run(
+        [*command, str(rank), str(tmp_path / "export")],
+        capture_output=True,
+        text=True,
+        env=train_environment(),
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert "killed" in result.stdout
+    assert "exported" not in result.stdout
+    assert not (tmp_path / "export").exists()
+
+
+MB = 1_000_000
+# 47 million parameters: 188 MB of masters, 27 of them in NVFP4 and 17 in bf16 after the export.
+LARGE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+LARGE_SHARD_BYTES = 10 * MB
+SLACK_BYTES = 15 * MB
+
+
+def peaks(folder: str) -> dict[str, int]:
+    # The check decodes in pieces, whose size does not grow with the model.
+    verify.ELEMENTS_AT_ONCE = 1 << 18
+    warm_up = make()
+    export(*warm_up, f"{folder}/small")
+    model, store = make(**LARGE)
+    options = {"max_shard_bytes": LARGE_SHARD_BYTES}
+    return {
+        "sharded": peak_growth(lambda: export(model, store, f"{folder}/sharded", **options)),
+        "whole": peak_growth(lambda: export_whole(model, store, f"{folder}/whole", **options)),
+    }
+
+
+@pytest.mark.skipif(not (PROCESS / "clear_refs").exists() or on_gpus(2), reason="needs Linux, and shards in host memory")
+def test_a_rank_holds_one_file_beside_its_own_weights(tmp_path: Path) -> None:
+    first, second = run_ranks(2, peaks, str(tmp_path))
+    bound = LARGE_SHARD_BYTES + SLACK_BYTES
+    assert max(first["sharded"], second["sharded"]) <= bound
+    assert first["whole"] > bound, "the test would not notice the masters on one rank"
+    assert digests(tmp_path / "sharded") == digests(tmp_path / "whole")
+
+
+if __name__ == "__main__":
+    die_in_export(int(sys.argv[1]), sys.argv[2])
