@@ -72,22 +72,28 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is None:
         return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, config=hf_config, output_loading_info=True, **options)
-    except RuntimeError as error:
-        # Transformers' report of tensors of another shape.
-        raise ValueError(f"model.path={config.path!r} does not fit its config: {error}") from error
+    # Tensors of another shape are refused below, with the others.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config.path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     model, info = loaded
-    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"])
+    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
     return _for_training(model, config)
 
 
-def refuse_other_tensors(path: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise ValueError if there are any: one would train from random weights, the other be lost."""
-    for fault, names in (("misses", sorted(missing)), ("holds tensors that the model has not:", sorted(unexpected))):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"model.path={path!r} {fault} {', '.join(names[:3])}{more}")
+def refuse_other_tensors(
+    path: str, missing: Iterable[str], unexpected: Iterable[str], of_other_shape: Iterable[str] = ()
+) -> None:
+    """Raise ValueError if there are any: training would start from random weights, or lose some."""
+    faults = {
+        "misses": missing,
+        "holds tensors that the model has not:": unexpected,
+        "holds tensors of another shape than the config says:": of_other_shape,
+    }
+    for fault, names in faults.items():
+        if ordered := sorted(names):
+            more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+            raise ValueError(f"model.path={path!r} {fault} {', '.join(ordered[:3])}{more}")
 
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:

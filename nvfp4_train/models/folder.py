@@ -6,6 +6,7 @@ saves, says where each row of a parameter is. Tensors that it joins in yet other
 and folders with other names than it writes are left to `load_model`, which needs memory for the whole model.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from nvfp4_train.models.causal_lm import ModelConfig, empty_model, refuse_other_tensors
+from nvfp4_train.models.causal_lm import ModelConfig, empty_model, load_config, refuse_other_tensors
 from nvfp4_train.models.sharding import own_rows
 
 
@@ -55,14 +56,13 @@ def open_folder(config: ModelConfig) -> "tuple[PreTrainedModel, FolderWeights] |
     None where they cannot be read by rows: see the module's docstring. Raises ValueError where a tensor is missing, unexpected or
     of another shape.
     """
-    files = [] if config.path is None else _safetensors_files(config.path)
-    if not files:
+    hf_config = load_config(config)
+    # Configs may name files of their own.
+    names_files = getattr(type(hf_config), "extra_files", ()) or getattr(hf_config, "transformers_weights", None)
+    if config.path is None or names_files or not (files := _safetensors_files(config.path)):
         return None
     model = empty_model(config)
-    extra_files = getattr(type(model.config), "extra_files", ())
-    if extra_files or getattr(model.config, "transformers_weights", None) is not None:
-        return None
-    weights = FolderWeights(f"{config.path}", files)
+    weights = FolderWeights(config.path, files)
     return (model, weights) if weights.find_all_of(model) else None
 
 
@@ -92,18 +92,9 @@ class FolderWeights:
         """Find every tensor of a model by name and shape; whether they can be read by rows. Raises ValueError as `open_folder`."""
         aliases = model.all_tied_weights_keys
         state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in aliases}
-        names = {id(tensor): name for name, tensor in state.items()}
-        required: dict[str, tuple[int, ...]] = {}
-        for key, tensor in revert_weight_conversion(model, state).items():
-            required[key] = tuple(tensor.shape)
-            if id(tensor) in names:
-                self._key_of[names[id(tensor)]] = key
-        for name in state.keys() - self._key_of.keys():
-            parts = _expert_parts(model, name, state[name])
-            if parts is None or not {part.key_of(e) for part in parts for e in range(len(state[name]))} <= required.keys():
-                return False
-            self._experts[name] = parts
-
+        required = dict(revert_weight_conversion(model, state))
+        if not self._find_layout(model, state, required):
+            return False
         for alias, name in aliases.items():
             (key,) = revert_weight_conversion(model, {alias: state[name]})
             source = self._key_of[name]
@@ -119,15 +110,27 @@ class FolderWeights:
         if missing and unexpected:
             # Of an older version of transformers, or of its authors: it may know how to rename them.
             return False
-        refuse_other_tensors(self.path, missing, unexpected)
-        for key, shape in required.items():
-            if self._shapes[key] != shape:
-                raise ValueError(f"model.path={self.path!r}: {key} must have the shape {shape}, got {self._shapes[key]}")
+        others = [
+            f"{key} {self._shapes[key]} instead of {tuple(tensor.shape)}"
+            for key, tensor in required.items()
+            if key not in missing and self._shapes[key] != tensor.shape
+        ]
+        refuse_other_tensors(self.path, missing, unexpected, others)
         return True
+
+    def _find_layout(self, model: PreTrainedModel, state: Mapping[str, Tensor], required: Mapping[str, Tensor]) -> bool:
+        """Find which tensors on disk each tensor of a model is; whether every one of them is that by rows."""
+        names = {id(tensor): name for name, tensor in state.items()}
+        self._key_of = {names[id(tensor)]: key for key, tensor in required.items() if id(tensor) in names}
+        found = set(self._key_of.values())
+        for name in state.keys() - self._key_of.keys():
+            self._experts[name] = _expert_parts(model, name, state[name])
+            found |= {part.key_of(expert) for part in self._experts[name] for expert in range(len(state[name]))}
+        return found == required.keys() and all(self._experts.values())
 
     @torch.no_grad()
     def read_into(self, model: PreTrainedModel) -> None:
-        """Fill this rank's rows of every tensor, cast to its dtype. Beside the model no more than one tensor's rows are in memory."""
+        """Fill this rank's rows of every tensor, cast to its dtype. At any time the rows that were read of one file are mapped."""
         state = model.state_dict()
         by_file: dict[str, list[_Piece]] = defaultdict(list)
         for name in self._key_of | self._experts:
@@ -173,10 +176,10 @@ def _safetensors_files(path: str) -> list[str]:
     return []
 
 
-def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[_ExpertPart] | None:
-    """Where the tensors on disk of one expert lie in its row of a parameter [E, ...]; None if that is no plain layout."""
+def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[_ExpertPart]:
+    """Where the tensors on disk of one expert lie in its row of a parameter [E, ...]; none if that is no plain layout."""
     if parameter.dim() < 3 or (row_numel := parameter[0].numel()) >= 2**31:
-        return None
+        return []
     # Transformers rearranges the numbers of the elements as it would the elements.
     numbers = torch.arange(row_numel, dtype=torch.int32).view(1, *parameter.shape[1:])
     parts = []
@@ -185,9 +188,9 @@ def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[
         stride = tuple(int(part.select(dim, -1).flatten()[0]) - offset for dim in range(part.dim()))
         stride = tuple(span // max(1, size - 1) for span, size in zip(stride, part.shape, strict=True))
         if ".0." not in key or not part.equal(numbers.as_strided(part.shape, stride, offset)):
-            return None
+            return []
         parts.append(_ExpertPart(key=key, shape=tuple(part.shape), stride=stride, offset=offset))
-    return parts
+    return parts if sum(math.prod(part.shape) for part in parts) == row_numel else []
 
 
 def _is_ignored(model: PreTrainedModel, key: str) -> bool:

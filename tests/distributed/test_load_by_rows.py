@@ -177,7 +177,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 FAULTS = {
     "missing": (lambda tensors: tensors.pop(NORM), f"misses {NORM}"),
     "unexpected": (lambda tensors: tensors.update(extra=torch.ones(1)), "holds tensors that the model has not: extra"),
-    "shape": (lambda tensors: tensors.update({NORM: torch.ones(31)}), rf"{NORM} must have the shape \(32,\), got \(31,\)"),
+    "shape": (lambda tensors: tensors.update({NORM: torch.ones(31)}), f"of another shape than the config says: .*{NORM}"),
 }
 
 
@@ -185,10 +185,9 @@ FAULTS = {
 def test_a_folder_with_other_tensors_is_refused_by_name(fault: str, tmp_path: Path) -> None:
     change, message = FAULTS[fault]
     config = edited(save("llama", tmp_path), change)
-    with pytest.raises(ValueError, match=f"model.path='{tmp_path}'.*{message}"):
-        open_folder(config)
-    with pytest.raises(ValueError, match=f"model.path='{tmp_path}'.*"):
-        load_model(config)
+    for load in (open_folder, load_model):
+        with pytest.raises(ValueError, match=f"model.path='{tmp_path}' .*{message}"):
+            load(config)
 
 
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:

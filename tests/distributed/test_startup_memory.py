@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from memory import PROCESS, peak_growth
+from memory import PROCESS, peak_growth, status
 from ranks import run_ranks
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nvfp4_train.callbacks.run_summary import peak_memory
 from nvfp4_train.models.causal_lm import ModelConfig, load_model
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.sharding import allocate, shard_model
@@ -58,3 +59,16 @@ def test_a_rank_holds_its_share_and_its_rows_of_one_file(num_ranks: int, tmp_pat
         bound = rank["share"] + FILE_BYTES + SLACK_BYTES
         assert rank["by_rows"] <= bound
         assert rank["whole"] > bound, "the test would not notice a full load"
+
+
+def peak_of_two() -> tuple[int, int]:
+    # Zeros would take no memory.
+    held = torch.ones(300 * MB if distributed.get_rank() == 1 else 1, dtype=torch.uint8)
+    return *peak_memory(held.device), status("VmHWM")
+
+
+def test_the_printed_peak_is_of_the_rank_that_held_most() -> None:
+    first, second = run_ranks(2, peak_of_two, gpus=False)
+    assert first[:2] == second[:2]
+    assert first[2] + 100 * MB < first[0] <= second[2]
+    assert first[1] == 0
