@@ -1,12 +1,12 @@
 """Time, peak memory and traffic of FSDP2 training steps: weights gathered packed, gathered as bf16, and without quantization.
 
-    torchrun --nproc-per-node 2 benchmarks/sharded.py [--cases 8b_1x2048 ...] [--steps 10] [--profile]
+    torchrun --nproc-per-node 2 benchmarks/sharded.py [--cases 8b_1x2048 ...] [--steps 10] [--rounds 2] [--profile]
 
 A step is two micro-batches of forward, loss and backward, gradients reduced once, clipping, fused AdamW and, with quantization on,
-the weight store's update. Weights and tokens are random. One model serves all sides, which take turns: off, packed, bf16, off,
-packed, bf16. Times are medians of device-synchronised steps of the slowest rank; `host` is when the host had issued the step. Memory
-is the peak that the allocator reached on one rank, of the first turn for `off`, before anything was quantized. Bytes are those that
-a rank receives by all-gather in one step, as the profiler counts them, and those of decoder layers alone.
+the weight store's update. Weights and tokens are random. One model serves all sides, which take turns, each round in another
+order. Times are medians of device-synchronised steps of the slowest rank; `host` is when the host had issued the step. Memory is
+the peak that the allocator reached on one rank, of the first turn for `off`, before anything was quantized. Bytes are those that a
+rank receives by all-gather in one step, as the profiler counts them, and those of decoder layers alone.
 
 Without GPUs `--cases tiny` runs the same code over gloo.
 """
@@ -146,7 +146,7 @@ def slowest(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def measure(case: str, steps: int, show_profile: bool) -> None:
+def measure(case: str, steps: int, rounds: int, show_profile: bool) -> None:
     name, batch, tokens, checkpointed = CASES[case]
     model, selection = build_model(name)
     if checkpointed:
@@ -158,8 +158,9 @@ def measure(case: str, steps: int, show_profile: bool) -> None:
     memory: dict[str, float] = {}
     traffic: dict[str, Counter[int]] = {}
     tables: dict[str, str] = {}
-    for round_number in range(2):
-        for side in (Side(side_name, model, selection) for side_name in SIDES):
+    for round_number in range(rounds):
+        first = round_number % len(SIDES)
+        for side in (Side(side_name, model, selection) for side_name in SIDES[first:] + SIDES[:first]):
             with side.turn():
                 run = lambda side=side: step(model, optimizer, side, input_ids)  # noqa: E731
                 for _ in range(4 if round_number == 0 else 2):
@@ -167,7 +168,7 @@ def measure(case: str, steps: int, show_profile: bool) -> None:
                 if DEVICE == "cuda":
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
-                for _ in range(-(-steps // 2)):
+                for _ in range(-(-steps // rounds)):
                     total, host = timed(run)
                     times[side.name].append(total)
                     hosts[side.name].append(host)
@@ -221,7 +222,8 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[case for case in CASES if case != "tiny"])
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each side")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side, over which its steps are spread")
     parser.add_argument("--profile", action="store_true", help="print where device and host time of a step goes")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -232,7 +234,7 @@ def main() -> None:
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
         print(f"{distributed.get_world_size()} x {device}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     for case in arguments.cases:
-        measure(case, arguments.steps, arguments.profile)
+        measure(case, arguments.steps, arguments.rounds, arguments.profile)
         # FSDP2's states and modules refer to each other.
         gc.collect()
         if DEVICE == "cuda":
