@@ -2,7 +2,7 @@
 
 The first rank writes. It broadcasts the number of the tensor that it wants next, and each rank of its replica sends its rows: a
 quantized weight as the codes and scales that the store made for the forward, anything else in bf16. No master travels, and no rank
-has more than one whole tensor that it did not ask to keep. The ranks of other replicas have nothing to do.
+but the first holds a whole tensor. The ranks of other replicas have nothing to do.
 """
 
 from collections.abc import Iterator
