@@ -25,11 +25,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, gpus: b
     """
     gpus = on_gpus(world_size) if gpus is None else gpus
     multiprocessing.set_forkserver_preload(PRELOAD)
-    # Else asking for GPUs, as imports do, initializes CUDA in the server, which no process may be forked from then.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # Imports ask for GPUs, after which no process that uses CUDA may be forked from the server.
+    start_method = "spawn" if gpus else "forkserver"
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(
-            _rank, (world_size, folder, gpus, function, args), nprocs=world_size, start_method="forkserver"
+            _rank, (world_size, folder, gpus, function, args), nprocs=world_size, start_method=start_method
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
@@ -38,6 +38,8 @@ def _rank(rank: int, world_size: int, folder: str, gpus: bool, function: Callabl
     torch.set_num_threads(1)
     if gpus:
         torch.cuda.set_device(rank)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # What torchrun sets; the address is never used, since the group exists when Lightning asks for one.
     os.environ |= {
         "RANK": f"{rank}",
