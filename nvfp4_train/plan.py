@@ -2,7 +2,7 @@
 
 W GPUs share one copy of the model, R such copies are trained (HSDP), a step has A micro-batches of T tokens per GPU. The formulas
 stand beside the numbers, and `NOTES` explains their other symbols. A layer is one decoder layer; the head is everything that is
-in no layer and no embedding. The peaks of the rows need not coincide, so a sum is an upper estimate.
+in no layer and no embedding. The peak is within 1 % of what two GPUs measured (benchmarks/README.md).
 """
 
 import math
@@ -87,7 +87,6 @@ class _Unit:
         self.quantized_shard = sum(size for p, size in shards if id(p) in quantized)
         self.unsharded = served_bytes * self.shard * shard_size
         """Bytes of the gathered unit."""
-        self.largest_quantized = max((p.numel() for p in parameters if id(p) in quantized), default=0)
 
     def sent(self, packed: bool) -> float:
         """Bytes that this rank contributes to one gathering."""
@@ -171,15 +170,12 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         return Row(name=name, formula=formula, bf16=count(False), packed=count(is_packed))
 
     cache_bytes = PACKED_BYTES if is_packed else 2.0
+    is_window = shape.micro_batches > 1
     memory = [
         row("masters", "4 n", lambda _: 4 * shard),
         row("optimizer (AdamW)", "8 n", lambda _: 8 * shard),
-        row("gradients", "4 n", lambda _: 4 * shard),
-        row(
-            "gradients of the window",
-            "4 N while A > 1 (reduced once per step)",
-            lambda _: 4 * elements * (shape.micro_batches > 1),
-        ),
+        # Those of a window are whole until the last backward reduces them, layer by layer, to shards.
+        row("gradients", "4 n; 4 N while A > 1 (reduced once per step)", lambda _: 4 * (elements if is_window else shard)),
         Row(
             name="quantized shards",
             formula="0.5625 q (2 q where W = 1)",
@@ -201,12 +197,10 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     head_grad, layer_grad = head_unit.unsharded, layer.unsharded
 
     def buffers(packed: bool) -> float:
-        """What the gathering of a layer needs beside the gathered layer: FSDP2's buffer, and the received pieces and decoded weight."""
+        """What the gathering of a layer needs beside the gathered layer: FSDP2's buffer, and the received codes and scales."""
         if not is_packed:
             return 0
-        return width * layer.sent(packed) + packed * (
-            width * PACKED_BYTES * layer.quantized_shard + 2 * layer.largest_quantized
-        )
+        return width * layer.sent(packed) + packed * width * PACKED_BYTES * layer.quantized_shard
 
     moments = [
         row(
