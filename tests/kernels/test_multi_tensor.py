@@ -245,19 +245,19 @@ def _run_rank(rank: int, port: int) -> None:
             generator = torch.Generator().manual_seed(1)
             whole = [torch.randn(shape, generator=generator) for shape in RANK_SHAPES]
             shards = [_rows(master, rank, size).to(DEVICE).clone() for master in whole]
-            decoded = [torch.full_like(shard, torch.nan, dtype=torch.bfloat16) for shard in shards]
+            outputs, expected = _outputs(shards), _outputs(whole)
             slots = slots_of_groups(whole, RANK_GROUPS)
-            quantizer = quantizer_class(shards, *slots, decoded=decoded, process_groups=[process_group])
-            whole_decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in whole]
-            alone = MultiTensorQuantizer(whole, *slots, decoded=whole_decoded)
-            for index, factor in ((0, 1.0), (0, 8.0), (1, 2.0**-6), (3, 32.0)):
+            quantizer = quantizer_class(shards, *slots, process_groups=[process_group], **outputs)
+            alone = MultiTensorQuantizer(whole, *slots, **expected)
+            for index, factor in ((0, 1.0), (0, 8.0), (0, 2.0**-6), (3, 32.0)):
                 whole[index].mul_(factor)
                 shards[index].mul_(factor)
                 quantizer.step()
                 alone.step()
                 assert_same_bits(quantizer.global_scales, alone.global_scales)
-                for shard, master in zip(decoded, whole_decoded, strict=True):
-                    assert_same_bits(shard, _rows(master, rank, size))
+                for name, tensors in outputs.items():
+                    for shard, master in zip(tensors, expected[name], strict=True):
+                        assert_same_bits(shard, _rows(master, rank, size))
     distributed.destroy_process_group()
 
 
