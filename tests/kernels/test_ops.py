@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 from kernel_cases import CASES, DEVICE, assert_same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference, triton_kernels
 
@@ -85,7 +86,7 @@ def _table(x: torch.Tensor) -> torch.Tensor:
 def test_the_tests_below_call_every_operator():
     called = set()
 
-    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             called.add(function.name())
             return function(*args, **(kwargs or {}))
