@@ -3,6 +3,8 @@
 They check their arguments and call `torch.ops.nvfp4`. `reference` is their specification. A block is 16 consecutive elements of
 the last dimension; floating-point inputs are float32, bfloat16 or float16, of any strides.
 
+A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; under any other the result means nothing.
+
 An amax that is NaN or Inf is refused. On CUDA that check waits for the device, so it is left out while torch.compile traces and
 while a CUDA graph is captured; code that must never wait calls `torch.ops.nvfp4` or `multi_tensor`.
 """

@@ -159,7 +159,11 @@ class MultiTensorQuantizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Quantize every master into its outputs and update `global_amax` and `global_scales`. NaN and Inf end up in both."""
+        """Quantize every master into its outputs and update `global_amax` and `global_scales`.
+
+        NaN and Inf end up in both. The codes of such a slot mean nothing then, and a NaN may have either sign bit: these bits
+        differ between CPU and CUDA.
+        """
         with torch.cuda.device_of(self.measured):
             self._passes.measure()
             for process_group in self.process_groups:

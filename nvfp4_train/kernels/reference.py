@@ -13,6 +13,9 @@ Every operation is rounded once in fp32, in the order written, and divisions are
 bits: a reciprocal in place of a division, `block_amax / (6 * s2)`, and skipping the rounding of the block scale before the codes
 are taken. A value that is exactly zero, of either sign, has code 0; a negative value that rounds to zero keeps its sign (code 8).
 
+s2 lies in 2^-128 to 2^119, and from `global_scale` it does. Under another one scales or values leave fp32: the result means
+nothing, and kernels may give another.
+
 The documented functions of `fp4_kernel` follow a second scale chain, the one that Model Optimizer deploys (`static_scales`).
 """
 

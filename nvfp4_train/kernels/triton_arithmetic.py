@@ -127,7 +127,7 @@ def _newton(b):
 
 @triton.jit
 def reciprocal(b):
-    """1 / b rounded once, for b from 2^-125 to 2^125."""
+    """1 / b rounded once, for b from 2^-125 to 2^125.5."""
     guess = _newton(b)
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
     # Of all significands only that of all ones comes out wrong, an ulp low.
@@ -156,10 +156,12 @@ def block_scales(amax, s2, IS_SIMPLE: tl.constexpr):
     else:
         factor = factor_of(s2)
         moved = s2 * factor
-        sixth = divide(smaller(amax * factor, 4096.0 * moved), 6.0, 1.0 / 6.0)
-        # Where amax / 6 is subnormal, it is rounded to a multiple of 2^-149, which is 2^-49 here.
-        subnormal = tl.where(factor > 1.0, 2.0**-26, 0.0)
-        sixth = tl.where(sixth < subnormal, (sixth + subnormal) - subnormal, sixth)
+        amax = smaller(amax * factor, 4096.0 * moved)
+        # A subnormal amax / 6 is rounded to a multiple of 2^-149: of 2^-49 here, as a sum with 2^-26 is. Others are added to 0.
+        offset = tl.where(amax < tl.where(factor > 1.0, 6 * 2.0**-26, 0.0), 2.0**-26, 0.0)
+        sixth = tl.fma(amax, 1.0 / 6.0, offset)
+        # Divided as in `divide`, but that the product is rounded by itself: of a tie it is exactly half a unit then.
+        sixth = (tl.fma(sixth - offset, -6.0, amax) * (1.0 / 6.0) + sixth) - offset
         ratio = divide(sixth, moved, reciprocal(moved))
     return round_e4m3(smaller(larger(ratio, E4M3_MIN), 448.0))
 

@@ -1,10 +1,13 @@
 """Compile every kernel for every supported architecture, without a GPU, and print what came out as JSON.
 
 A program of its own because Triton compiles nothing in a process that runs its interpreter: `python compile_kernels.py 80 90`.
-One line per kernel and architecture: registers, stack and local bytes, widths of global accesses, from `cuobjdump`.
+One line per kernel and architecture: registers, stack and local bytes, widths of global accesses, from `cuobjdump`; and how many
+kernels a launch would compile over shapes.
 """
 
 import collections
+import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -12,65 +15,138 @@ import subprocess
 import sys
 import tempfile
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from nvfp4_train.kernels import multi_tensor_kernels
 from nvfp4_train.kernels import triton_kernels as kernels
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+FLOAT, BF16, HALF, INT, LONG, BYTES = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*u8"
+TORCH_DTYPES = {
+    FLOAT: torch.float32, BF16: torch.bfloat16, HALF: torch.float16, INT: torch.int32, LONG: torch.int64, BYTES: torch.uint8,
+}  # fmt: skip
+SIZES = {"num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32"}
+"""Scalars that are not int64."""
 UNALIGNED = ("s2_ptr", "global_amax_ptr")
 
-FLOAT, BF16, HALF, INT, BYTES = "*fp32", "*bf16", "*fp16", "*i32", "*u8"
 X_TO_AMAX = {"amax_ptr": FLOAT, "partial_ptr": FLOAT}
 TO_PACKED = {"s2_ptr": FLOAT, "packed_ptr": BYTES, "scales_ptr": BYTES}
 STATIC = {"amax_ptr": FLOAT, "global_amax_ptr": FLOAT}
-TABLES = {"table_ptr": "*i64", "measured_ptr": INT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
-SHARDS = {"received_ptr": BYTES, "table_ptr": "*i64", "s2_ptr": FLOAT, "out_ptr": BF16}
+TABLES = {"table_ptr": LONG, "measured_ptr": INT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
+SLOTS = {"measured_ptr": INT, "amax_ptr": FLOAT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
+SHARDS = {"received_ptr": BYTES, "table_ptr": LONG, "s2_ptr": FLOAT, "out_ptr": BF16}
 IS_STATIC = {"IS_QUANTIZED": True, "IS_PRODUCT": True}
 ONCE = {"IS_MEASURED": True, "IS_QUANTIZED": True, "ONLY_MOVED": False}
 MOVED = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": True}
+FIRST_OF_TWO = {"IS_MEASURED": True, "IS_QUANTIZED": False, "ONLY_MOVED": False}
+SECOND_OF_TWO = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": False}
 TO_BF16 = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": False}
 TO_CODES = {"SOURCE": tl.float32, "DECODED": None, "IS_PACKED": True}
+TO_BOTH = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": True}
+BF16_TO_BF16 = {"SOURCE": tl.bfloat16, "DECODED": tl.bfloat16, "IS_PACKED": False}
+PASS = (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS)
+TILES = kernels.TILES
 
 KERNELS = {
-    "block_amax": (kernels.block_amax_kernel, {"x_ptr": BF16, "amax_ptr": FLOAT}, {}),
-    "amax_bf16": (kernels.amax_kernel, {"x_ptr": BF16, **X_TO_AMAX}, {}),
-    "amax_fp32": (kernels.amax_kernel, {"x_ptr": FLOAT, **X_TO_AMAX}, {}),
-    "max": (kernels.max_kernel, {"values_ptr": FLOAT, "max_ptr": FLOAT}, {}),
-    "fake_quant_bf16": (kernels.fake_quant_kernel, {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, {}),
-    "fake_quant_fp16": (kernels.fake_quant_kernel, {"x_ptr": HALF, "s2_ptr": FLOAT, "out_ptr": HALF}, {}),
-    "fake_quant_fp32": (kernels.fake_quant_kernel, {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": BF16}, {}),
-    "quantize_bf16": (kernels.quantize_kernel, {"x_ptr": BF16, **TO_PACKED}, {}),
-    "quantize_fp32": (kernels.quantize_kernel, {"x_ptr": FLOAT, **TO_PACKED}, {}),
-    "static_scales": (kernels.static_scales_kernel, {**STATIC, "scales_ptr": FLOAT}, IS_STATIC),
-    "static_fake_quant": (kernels.static_fake_quant_kernel, {"x_ptr": BF16, **STATIC, "out_ptr": BF16}, IS_STATIC),
-    "dequantize": (kernels.dequantize_kernel, {**TO_PACKED, "out_ptr": BF16}, {"WORDS_PER_SCALE": 2, "IS_E4M3": True}),
-    "whole_model_to_bf16": (multi_tensor_kernels.pass_kernel, TABLES, {**TO_BF16, **ONCE}),
-    "whole_model_to_codes": (multi_tensor_kernels.pass_kernel, TABLES, {**TO_CODES, **ONCE}),
-    "whole_model_moved": (multi_tensor_kernels.pass_kernel, TABLES, {**TO_BF16, **MOVED}),
-    "dequantize_shards": (multi_tensor_kernels.decode_shards_kernel, SHARDS, {}),
-}
+    "block_amax": (kernels.block_amax_kernel, TILES["block_amax"], {"x_ptr": BF16, "amax_ptr": FLOAT}, {}),
+    "amax_bf16": (kernels.amax_kernel, TILES["amax"], {"x_ptr": BF16, **X_TO_AMAX}, {}),
+    "amax_fp32": (kernels.amax_kernel, TILES["amax"], {"x_ptr": FLOAT, **X_TO_AMAX}, {}),
+    "max": (kernels.max_kernel, TILES["max"], {"values_ptr": FLOAT, "max_ptr": FLOAT}, {}),
+    "fake_quant_bf16": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, {},
+    ),
+    "fake_quant_fp16": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": HALF, "s2_ptr": FLOAT, "out_ptr": HALF}, {},
+    ),
+    "fake_quant_fp32": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": BF16}, {},
+    ),
+    "quantize_bf16": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": BF16, **TO_PACKED}, {}),
+    "quantize_fp32": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED}, {}),
+    "static_scales": (kernels.static_scales_kernel, TILES["static_scales"], {**STATIC, "scales_ptr": FLOAT}, IS_STATIC),
+    "static_fake_quant": (
+        kernels.static_fake_quant_kernel, TILES["static_fake_quant"], {"x_ptr": BF16, **STATIC, "out_ptr": BF16}, IS_STATIC,
+    ),
+    "dequantize": (
+        kernels.dequantize_kernel,
+        TILES["dequantize"],
+        {**TO_PACKED, "out_ptr": BF16},
+        {"WORDS_PER_SCALE": 2, "IS_E4M3": True},
+    ),
+    "dequantize_shards": (multi_tensor_kernels.decode_shards_kernel, TILES["dequantize"], SHARDS, {}),
+    "whole_model_to_bf16": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **ONCE}),
+    "whole_model_to_codes": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_CODES, **ONCE}),
+    "whole_model_moved": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **MOVED}),
+    "update_scales": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"POWER_OF_TWO": True}),
+}  # fmt: skip
+VARIANTS = {
+    "fake_quant_fp32_to_fp32": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": FLOAT}, {},
+    ),
+    "static_fake_quant_fp32": (
+        kernels.static_fake_quant_kernel, TILES["static_fake_quant"], {"x_ptr": FLOAT, **STATIC, "out_ptr": FLOAT}, IS_STATIC,
+    ),
+    "dequantize_fp32_scales_to_fp32": (
+        kernels.dequantize_kernel,
+        TILES["dequantize"],
+        {**TO_PACKED, "scales_ptr": FLOAT, "out_ptr": FLOAT},
+        {"WORDS_PER_SCALE": 2, "IS_E4M3": False},
+    ),
+    "whole_model_to_both": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BOTH, **ONCE}),
+    "whole_model_bf16_to_bf16": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**BF16_TO_BF16, **ONCE}),
+    "whole_model_measured": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **FIRST_OF_TWO}),
+    "whole_model_quantized": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **SECOND_OF_TWO}),
+    "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"POWER_OF_TWO": False}),
+}  # fmt: skip
+"""Of other dtypes and options."""
+CAPABILITIES_OF_VARIANTS = (80, 90, 100)
 
 
-def compile_kernel(name: str, kernel, pointers: dict[str, str], constants: dict, capability: int) -> bytes:
+def compile_kernel(kernel, tiles: tuple[int, int], pointers: dict[str, str], constants: dict, target: GPUTarget) -> bytes:
     """The cubin, from the signature that a launch with 16-byte aligned tensors has."""
-    operation = name.removesuffix("_bf16").removesuffix("_fp16").removesuffix("_fp32").removesuffix("_shards")
-    tile, num_warps = kernels.TILES.get(operation, (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS))
+    tile, num_warps = tiles
     constants = {**constants, "TILE": tile}
     names = kernel.arg_names
-    sizes = {"num_chunks": "i32", "num_tiles": "i32"}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, sizes.get(n, "i64")) for n in names}
+    signature = {n: "constexpr" if n in constants else pointers.get(n, SIZES.get(n, "i64")) for n in names}
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers and n not in UNALIGNED},
     )
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": False}).asm["cubin"]
+
+
+@dataclasses.dataclass
+class Memory:
+    """What Triton looks at of a tensor."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def count_specializations(kernel, pointers: dict[str, str], constants: dict, target: GPUTarget) -> int:
+    """How many kernels Triton's own look-up takes launches for that differ in sizes and in where s2 lies."""
+    constants = {**constants, "TILE": 64}
+    # `triton_kernels.launch` passes the constants last.
+    assert set(kernel.arg_names[len(kernel.arg_names) - len(constants) :]) == set(constants), kernel.arg_names
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
+    found = set()
+    for size, offset in itertools.product((1, 2, 3, 16, 17, 2**31 - 16, 2**31, 2**33 + 1), (0, 4)):
+        values = {name: Memory(TORCH_DTYPES[kind], 1024 + offset * (name in UNALIGNED)) for name, kind in pointers.items()}
+        arguments = [
+            values.get(n, min(size, 2**31 - 16) if n in SIZES else size) for n in kernel.arg_names if n not in constants
+        ]
+        found.add(str(bind(*arguments, **constants)[1]))
+    return len(found)
 
 
 def read_cubin(cubin: bytes) -> dict:
@@ -91,9 +167,13 @@ def read_cubin(cubin: bytes) -> dict:
 
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
-        for name, (kernel, pointers, constants) in KERNELS.items():
-            cubin = compile_kernel(name, kernel, pointers, constants, capability)
-            print(json.dumps({"kernel": name, "capability": capability, **read_cubin(cubin)}))
+        target = GPUTarget("cuda", capability, 32)
+        for name, (kernel, tiles, pointers, constants) in (
+            KERNELS | VARIANTS if capability in CAPABILITIES_OF_VARIANTS else KERNELS
+        ).items():
+            entry = read_cubin(compile_kernel(kernel, tiles, pointers, constants, target))
+            entry["specializations"] = count_specializations(kernel, pointers, constants, target)
+            print(json.dumps({"kernel": name, "capability": capability, **entry}))
 
 
 if __name__ == "__main__":

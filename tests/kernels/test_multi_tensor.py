@@ -132,6 +132,54 @@ def test_an_empty_shard_takes_part(quantizer_class):
     assert_same_bits(decoded[0], reference.fake_quant(masters[0].cpu(), quantizer.global_scales[0].cpu(), torch.bfloat16))
 
 
+@pytest.mark.parametrize("shape", [(255, 16), (256, 16), (257, 16), (512, 16), (2, 256, 16), (2, 257, 16)], ids=str)
+def test_chunks_at_the_largest_size(shape):
+    assert multi_tensor_kernels.BLOCKS_PER_CHUNK == 256
+    masters = [torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)]
+    on_cpu = [masters[0].cpu()]
+    outputs, expected = _outputs(masters), _outputs(on_cpu)
+    TritonQuantizer(masters, *slots_of_groups(masters, [0]), **outputs).step()
+    MultiTensorQuantizer(on_cpu, *slots_of_groups(masters, [0]), **expected).step()
+    for name, tensors in outputs.items():
+        assert_same_bits(tensors[0], expected[name][0])
+
+
+@pytest.mark.parametrize("power_of_two", [True, False], ids=["pow2", "exact"])
+def test_a_step_is_three_launches_and_an_all_reduce(monkeypatch, power_of_two):
+    masters = _masters()
+    decoded = _outputs(masters)["decoded"]
+    quantizer = TritonQuantizer(
+        masters, *slots_of_groups(masters, GROUPS), decoded=decoded, power_of_two=power_of_two, process_groups=[None]
+    )
+    done = []
+    launch = multi_tensor_kernels.launch
+    monkeypatch.setattr(multi_tensor_kernels, "launch", lambda name, *args: (done.append(name), launch(name, *args)))
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, *_, **__: done.append(tensor))
+    quantizer.step()
+    assert done[0] == "whole_model"
+    assert done[1] is quantizer.measured
+    assert done[2:] == ["update_scales", "whole_model"]
+
+
+def test_the_last_launch_writes_only_what_moved():
+    masters = _masters()
+    decoded = _outputs(masters)["decoded"]
+    quantizer = TritonQuantizer(masters, *slots_of_groups(masters, GROUPS), decoded=decoded)
+    quantizer.step()
+    # The siblings of group 1, and the second expert of group 2.
+    masters[1].mul_(64)
+    masters[4][1].mul_(64)
+    quantizer._passes.measure()
+    quantizer._passes.update_scales()
+    for tensor in decoded:
+        tensor.fill_(torch.nan)
+    quantizer._passes.quantize()
+    for index, tensor in enumerate(decoded):
+        for expert, written in enumerate(tensor if tensor.dim() == 3 else [tensor]):
+            is_moved = index in (1, 2) or (index in (3, 4) and expert == 1)
+            assert written.isfinite().all() if is_moved else written.isnan().all()
+
+
 def test_slots_follow_groups_and_experts():
     assert slots_of_groups(_masters(), GROUPS) == ([0, 1, 1, 2, 2, 5, 6], 7)
     with pytest.raises(ValueError, match="group 0 must have equally many experts, got 3 and 1"):
@@ -180,6 +228,10 @@ def test_a_shard_off_a_16_byte_boundary_is_refused_by_the_kernels():
         quantizer.step()
 
 
+RANK_SHAPES = [(7, 32), (5, 16), (5, 16), (2, 6, 16)]
+RANK_GROUPS = [0, 1, 1, 2]
+
+
 def _run_rank(rank: int, port: int) -> None:
     """Row shards on 1, 2 and 4 of four ranks, with exponents that move, against the whole masters on each rank."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -189,24 +241,23 @@ def _run_rank(rank: int, port: int) -> None:
     for size, process_group in process_groups.items():
         if rank >= size:
             continue
-        whole, shards = _sharded_masters(rank, size)
-        # The interpreter is slow on four ranks at a time, and absent where there is a GPU.
-        for quantizer_class in QUANTIZERS if size == 2 and DEVICE == "cpu" else QUANTIZERS[:1]:
-            decoded = [torch.full_like(shard, torch.nan, dtype=torch.bfloat16) for shard in shards]
-            slots = slots_of_groups(whole, GROUPS)
-            quantizer = quantizer_class(shards, *slots, decoded=decoded, process_groups=[process_group])
-            whole_decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in whole]
-            alone = MultiTensorQuantizer(whole, *slots, decoded=whole_decoded)
-            for factor in (1.0, 1.0, 5.0, 0.01):
-                for tensor in (*whole, *shards):
-                    tensor.mul_(factor)
+        for quantizer_class in QUANTIZERS:
+            generator = torch.Generator().manual_seed(1)
+            whole = [torch.randn(shape, generator=generator) for shape in RANK_SHAPES]
+            shards = [_rows(master, rank, size).to(DEVICE).clone() for master in whole]
+            outputs, expected = _outputs(shards), _outputs(whole)
+            slots = slots_of_groups(whole, RANK_GROUPS)
+            quantizer = quantizer_class(shards, *slots, process_groups=[process_group], **outputs)
+            alone = MultiTensorQuantizer(whole, *slots, **expected)
+            for index, factor in ((0, 1.0), (0, 8.0), (0, 2.0**-6), (3, 32.0)):
+                whole[index].mul_(factor)
+                shards[index].mul_(factor)
                 quantizer.step()
                 alone.step()
                 assert_same_bits(quantizer.global_scales, alone.global_scales)
-                for shard, master in zip(decoded, whole_decoded, strict=True):
-                    assert_same_bits(shard, _rows(master, rank, size))
-                for tensor in (*whole, *shards):
-                    tensor.div_(factor)
+                for name, tensors in outputs.items():
+                    for shard, master in zip(tensors, expected[name], strict=True):
+                        assert_same_bits(shard, _rows(master, rank, size))
     distributed.destroy_process_group()
 
 
@@ -214,11 +265,6 @@ def _rows(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
     """A rank's rows: of a matrix as FSDP cuts it, some ranks getting none; of experts those of every expert."""
     chunks = tensor.chunk(size, dim=tensor.dim() - 2)
     return chunks[rank] if rank < len(chunks) else tensor.narrow(tensor.dim() - 2, 0, 0)
-
-
-def _sharded_masters(rank: int, size: int):
-    whole = _masters(device="cpu")
-    return whole, [_rows(master, rank, size).clone() for master in whole]
 
 
 def test_ranks_that_hold_shards_get_the_bits_of_one_that_holds_all():

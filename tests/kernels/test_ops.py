@@ -4,8 +4,9 @@ import pytest
 import torch
 import triton
 from kernel_cases import CASES, DEVICE, assert_same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference
+from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference, triton_kernels
 
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
@@ -26,7 +27,7 @@ OP_ARGUMENTS = {
     "decode_shards": [
         (
             torch.cat((PACKED.flatten(), BLOCK_SCALES.flatten().view(torch.uint8))),
-            torch.tensor([[0, PACKED.numel(), 0, BLOCK_SCALES.numel(), 0]], device=DEVICE),
+            torch.tensor([[0, X.numel() // 2, 0, X.numel() // 16, 0]], device=DEVICE),
             S2,
             torch.empty(X.numel(), dtype=torch.bfloat16, device=DEVICE),
         )
@@ -55,53 +56,90 @@ def test_meta_tensors_get_the_shapes_of_real_ones(name):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-def _public_functions(x, amax, s2):
+def _every_operation(x, amax, s2, table):
+    """The public functions, and the operators that have none."""
     packed, scales = fp4_kernel.nvfp4_quantize(x, s2)
+    written, decoded = torch.zeros_like(x), torch.zeros(x.numel(), dtype=torch.bfloat16, device=x.device)
+    torch.ops.nvfp4.dequantize_into(packed, scales, s2, written)
+    received = torch.cat((packed.flatten(), scales.flatten().view(torch.uint8)))
+    torch.ops.nvfp4.decode_shards(received, table, s2, decoded)
     return (
         fp4_kernel.compute_fp4_scales(amax),
         fp4_kernel.static_blockwise_fp4_fake_quant(x, amax, out_dtype=torch.bfloat16),
         fp4_kernel.nvfp4_block_amax(x),
+        *fp4_kernel.nvfp4_amax(x),
         fp4_kernel.nvfp4_global_scale(amax),
         fp4_kernel.nvfp4_fake_quant(x, s2),
         fp4_kernel.fp4_dequantize(packed, scales, s2),
         packed,
         scales,
+        written,
+        decoded,
     )
 
 
-def test_public_functions_compile_to_one_graph_with_the_same_bits():
+def _table(x: torch.Tensor) -> torch.Tensor:
+    """For decode_shards: the packed codes of x and, right after them, its scales."""
+    return torch.tensor([[0, x.numel() // 2, 0, x.numel() // 16, 0]], device=DEVICE)
+
+
+def test_the_tests_below_call_every_operator():
+    called = set()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        _every_operation(X, AMAX, S2, _table(X))
+    assert {name for name in called if name.startswith("nvfp4::")} == {f"nvfp4::{name}" for name in OP_ARGUMENTS}
+    assert {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("nvfp4::")} <= called
+
+
+def test_every_operation_compiles_to_one_graph_with_the_same_bits():
     # On CPU the operators are opaque to Inductor, whose C++ compiler takes 20 s over the few ops beside them.
-    compiled = torch.compile(_public_functions, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    compiled = torch.compile(_every_operation, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     for x in (X, torch.cat((X, X))):
-        amax = reference.block_amax(x)
-        for actual, expected in zip(compiled(x, amax, S2), _public_functions(x, amax, S2), strict=True):
+        arguments = x, reference.block_amax(x), S2, _table(x)
+        for actual, expected in zip(compiled(*arguments), _every_operation(*arguments), strict=True):
             assert_same_bits(actual, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
-def test_public_functions_replay_from_a_cuda_graph():
-    x = X.clone()
-    expected = _public_functions(x, AMAX, S2)
+def test_every_operation_replays_from_a_cuda_graph():
+    arguments = [X.clone(), AMAX.clone(), S2.clone(), _table(X)]
+    before = _every_operation(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = _public_functions(x, AMAX, S2)
-    x.copy_(-X)
+        captured = _every_operation(*arguments)
+    x = X.flip(0) * -3
+    for argument, new in zip(arguments, (x, reference.block_amax(x), S2 * 2, _table(X)), strict=True):
+        argument.copy_(new)
     graph.replay()
-    assert_same_bits(captured[2], expected[2])
-    assert_same_bits(captured[4].abs(), expected[4].abs())
-    assert not torch.equal(captured[4], expected[4])
+    for index, (actual, expected) in enumerate(zip(captured, _every_operation(*arguments), strict=True)):
+        assert_same_bits(actual, expected)
+        assert not torch.equal(actual.float(), before[index].float())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA")
 def test_a_new_shape_compiles_nothing(monkeypatch):
-    _public_functions(X, AMAX, S2)
+    _every_operation(X, AMAX, S2, _table(X))
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **arguments: compiled.append(arguments) or False)
     for shape in ((1, 16), (16,), (7, 3, 112), (4096, 2048), (33, 64)):
+        # Without our own memory of compiled kernels, Triton looks for each of them.
+        monkeypatch.setattr(triton_kernels, "_compiled", {})
         x = torch.randn(shape, device=DEVICE)
-        _public_functions(x, reference.block_amax(x), torch.cat((S2, S2, S2))[1:2])
+        amax = reference.block_amax(x)
+        expected = _every_operation(x.cpu(), amax.cpu(), S2.cpu(), _table(x).cpu())
+        for _ in range(2):
+            actual = _every_operation(x, amax, torch.cat((S2, S2, S2))[1:2], _table(x))
+            # The first two divide by 6 in another way on CUDA.
+            for a, b in zip(actual[2:], expected[2:], strict=True):
+                assert_same_bits(a, b)
     assert not compiled
 
 
