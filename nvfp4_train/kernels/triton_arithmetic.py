@@ -197,9 +197,11 @@ def e4m3_value(byte):
 
 
 @triton.jit
-def _exact_quotients(a, b, c, d, divisors, limit, one_over):
-    """|x| / divisor rounded once, in [0, 7), of quarters; all others [TILE, 1]."""
+def _exact_quotients(a, b, c, d, divisors, scales, IS_SIMPLE: tl.constexpr):
+    """|x| / divisor rounded once, in [0, 7), of quarters: scales and divisors [TILE, 1], the latter with 1 for 0."""
+    one_over = _newton(divisors) if IS_SIMPLE else reciprocal(divisors)
     # Saturating before the division keeps Inf out of it. The limit is rounded, so a quotient may be an ulp above 6.
+    limit = 6.0 * scales
     a = divide(smaller(tl.abs(a), limit), divisors, one_over)
     b = divide(smaller(tl.abs(b), limit), divisors, one_over)
     c = divide(smaller(tl.abs(c), limit), divisors, one_over)
@@ -208,31 +210,12 @@ def _exact_quotients(a, b, c, d, divisors, limit, one_over):
 
 
 @triton.jit
-def _coarse_quotients(x, one_over):
+def _coarse_quotients(x, scales):
     """128 + |x| / scale to 16 fractional bits: x of at most 11 significant bits, scales an E4M3 value times a power of two.
 
     Such a quotient either is a tie of two codes, and exact here, or misses all of them by more than 2^-14.
     """
-    return tl.fma(tl.abs(x), one_over, 128.0)
-
-
-@triton.jit
-def _quotients(a, b, c, d, divisors, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr):
-    """|x| / divisor of quarters, close enough to give the right code; scales and divisors are [TILE, 1].
-
-    If IS_SIMPLE and IS_NARROW, 128 is added to them.
-    """
-    if IS_SIMPLE and IS_NARROW:
-        one_over = _newton(scales)
-        a, b = _coarse_quotients(a, one_over), _coarse_quotients(b, one_over)
-        c, d = _coarse_quotients(c, one_over), _coarse_quotients(d, one_over)
-    elif IS_SIMPLE:
-        a, b, c, d = _exact_quotients(a, b, c, d, divisors, 6.0 * scales, _newton(divisors))
-    else:
-        moved = divisors * factor
-        a, b, c, d = a * factor, b * factor, c * factor, d * factor
-        a, b, c, d = _exact_quotients(a, b, c, d, moved, 6.0 * (scales * factor), reciprocal(moved))
-    return a, b, c, d
+    return tl.fma(tl.abs(x), _newton(scales), 128.0)
 
 
 @triton.jit
@@ -241,11 +224,18 @@ def fake_quant(a, b, c, d, divisors, scales, factor, IS_SIMPLE: tl.constexpr, IS
 
     Divisors are the scales with 1 for 0; factor is that of the global scale, or one per block, and 1 if IS_SIMPLE.
     """
+    divisors = divisors[:, None]
     scales = scales[:, None]
-    q_a, q_b, q_c, q_d = _quotients(a, b, c, d, divisors[:, None], scales, factor, IS_SIMPLE, IS_NARROW)
     if IS_SIMPLE and IS_NARROW:
-        q_a, q_b = smaller(q_a - 128.0, 6.0), smaller(q_b - 128.0, 6.0)
-        q_c, q_d = smaller(q_c - 128.0, 6.0), smaller(q_d - 128.0, 6.0)
+        q_a = smaller(_coarse_quotients(a, scales) - 128.0, 6.0)
+        q_b = smaller(_coarse_quotients(b, scales) - 128.0, 6.0)
+        q_c = smaller(_coarse_quotients(c, scales) - 128.0, 6.0)
+        q_d = smaller(_coarse_quotients(d, scales) - 128.0, 6.0)
+    elif IS_SIMPLE:
+        q_a, q_b, q_c, q_d = _exact_quotients(a, b, c, d, divisors, scales, True)
+    else:
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
+        q_a, q_b, q_c, q_d = _exact_quotients(a, b, c, d, divisors * factor, scales * factor, False)
     return _on_grid(a, q_a, scales), _on_grid(b, q_b, scales), _on_grid(c, q_c, scales), _on_grid(d, q_d, scales)
 
 
@@ -262,8 +252,15 @@ def _on_grid(x, quotients, scales):
 def encode(a, b, c, d, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
     """Signed codes of quarters under positive scales [TILE], eight to an int32: [TILE, 2]. As for `fake_quant`."""
     scales = scales[:, None]
-    q_a, q_b, q_c, q_d = _quotients(a, b, c, d, scales, scales, factor, IS_SIMPLE, IS_NARROW)
     offset: tl.constexpr = 128.0 if IS_SIMPLE and IS_NARROW else 0.0
+    if IS_SIMPLE and IS_NARROW:
+        q_a, q_b = _coarse_quotients(a, scales), _coarse_quotients(b, scales)
+        q_c, q_d = _coarse_quotients(c, scales), _coarse_quotients(d, scales)
+    elif IS_SIMPLE:
+        q_a, q_b, q_c, q_d = _exact_quotients(a, b, c, d, scales, scales, True)
+    else:
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
+        q_a, q_b, q_c, q_d = _exact_quotients(a, b, c, d, scales * factor, scales * factor, False)
     first = _pack(a, b, _codes(q_a, offset), _codes(q_b, offset), IS_NARROW, TILE)
     second = _pack(c, d, _codes(q_c, offset), _codes(q_d, offset), IS_NARROW, TILE)
     return tl.join(first, second)

@@ -25,8 +25,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, gpus: b
     """
     gpus = on_gpus(world_size) if gpus is None else gpus
     multiprocessing.set_forkserver_preload(PRELOAD)
-    # Imports ask for GPUs, after which no process that uses CUDA may be forked from the server.
-    start_method = "spawn" if gpus else "forkserver"
+    # Imports ask for GPUs, and where there are any, no process forked after that may ask again.
+    start_method = "spawn" if torch.cuda.is_available() else "forkserver"
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(
             _rank, (world_size, folder, gpus, function, args), nprocs=world_size, start_method=start_method
