@@ -162,7 +162,10 @@ def read_cubin(cubin: bytes) -> dict:
     for kind in ("LDG", "STG"):
         widths = (re.search(r"\.(128|64|U16|U8|S8)\b", access) for access in re.findall(rf"{kind}\.[\w.]+", sass))
         accesses[kind] = collections.Counter(width[1] if width else "32" for width in widths)
-    return {"registers": registers, "stack": stack, "local": local, **accesses}
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(\S.*);", sass)
+    stores = [place for place, instruction in enumerate(instructions) if "STG.E.128" in instruction]
+    gaps = [second - first for first, second in zip(stores[::2], stores[1::2], strict=False)]
+    return {"registers": registers, "stack": stack, "local": local, "gaps": gaps, **accesses}
 
 
 def main() -> None:
