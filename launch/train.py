@@ -53,11 +53,20 @@ def choose_run_id() -> str:
         return now
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         sys.exit("error: set RUN_ID to one value on all ranks: this launcher gives them none, and they share a run folder")
-    # torchrun's own store: "none" is the id of every run to which none was given.
+    # "none" is the id of every run to which none was given.
+    return of_rank_zero("run_id", now)
+
+
+def of_rank_zero(name: str, value: str) -> str:
+    """The value of rank 0 on every rank that torchrun started; without torchrun, the rank's own."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return value
+    # torchrun's own store, which outlives a restart of the ranks.
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"nvfp4_train/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if IS_RANK_ZERO:
-        store.set("nvfp4_train/run_id", now)
-    return store.get("nvfp4_train/run_id").decode()
+        store.set(key, value)
+    return store.get(key).decode()
 
 
 def wandb_id(run_dir: str) -> str:
@@ -147,7 +156,14 @@ def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
         for path in cut_short:
             print(f"ckpt_path=auto: {path} was cut short and is not used")
         print(f"ckpt_path=auto: {'no checkpoint yet, from the first step' if newest is None else newest}", flush=True)
-    return None if newest is None else str(newest)
+    own = "" if newest is None else str(newest)
+    # Ranks that start from different steps would wait for each other forever.
+    chosen = of_rank_zero("checkpoint", own)
+    if chosen and not Path(chosen).exists():
+        raise ValueError(
+            f"run_dir must be on storage that all ranks share: rank 0 continues from {chosen}, which is not found here"
+        )
+    return chosen or None
 
 
 def keep_earlier_metrics(run_dir: Path) -> None:
@@ -236,9 +252,9 @@ def main(cfg: DictConfig) -> float | None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
-    options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(cfg.run_dir) / "checkpoints")
     module = None
     try:
+        options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(cfg.run_dir) / "checkpoints")
         trainer, module, data = build(options)
         trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: save_config(cfg)))
         for logger in trainer.loggers:

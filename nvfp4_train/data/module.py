@@ -2,8 +2,8 @@
 
 Training is an infinite stream of samples. Position p of it is sample perm[p % N], where perm is permutation number p // N of
 the seed. Micro-batch m takes the next world_size * batch_size positions, each rank one contiguous part, so a global batch is
-the same on any number of ranks that share it. Nothing about the order is stored: a resumed run takes its place in the stream
-from `trainer.global_step`.
+the same on any number of ranks that share it. A checkpoint stores the position alone, so a resumed run goes on in the stream where
+the last one stopped, on however many ranks and with whatever batch size.
 """
 
 import signal
@@ -67,20 +67,20 @@ class DataConfig:
 
 
 class StreamSampler(Sampler[list[int]]):
-    """One rank's part of the infinite stream of micro-batches, from micro-batch `first_batch` on. It has no length."""
+    """One rank's part of the infinite stream of micro-batches, from position `start` on. It has no length."""
 
     def __init__(
-        self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
+        self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.first_batch = first_batch
+        self.start = start
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = (self.first_batch * self.world_size + self.rank) * self.batch_size
+        position = self.start + self.rank * self.batch_size
         epoch, permutation = -1, torch.empty(0)
         while True:
             batch = []
@@ -115,6 +115,8 @@ class TextDataModule(L.LightningDataModule):
         self.model_path = model_path
         self._train: Subset | None = None
         self._val: Subset | None = None
+        self._resumed = {"step": 0, "position": 0}
+        """Optimizer steps done, and samples that they took on all ranks, when the run was resumed."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -154,6 +156,8 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Starts after the optimizer steps done so far, which Lightning has restored by now."""
         assert self._train is not None, "setup comes first"
+        if self.trainer:
+            _rewind_to_last_step(self.trainer)
         rank, world_size = self._rank_and_world_size()
         sampler = StreamSampler(
             len(self._train),
@@ -161,7 +165,7 @@ class TextDataModule(L.LightningDataModule):
             seed=self.seed,
             rank=rank,
             world_size=world_size,
-            first_batch=_rewind_to_last_step(self.trainer) if self.trainer else 0,
+            start=self._position(),
         )
         return self._loader(self._train, sampler)
 
@@ -178,6 +182,20 @@ class TextDataModule(L.LightningDataModule):
         num_batches = min(-(-most // batch_size), least)
         own = np.arange(rank, self.val_sequences, world_size)
         return self._loader(self._val, [part.tolist() for part in np.array_split(own, num_batches)])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.trainer.global_step, "position": self._position()} if self.trainer else self._resumed
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._resumed = dict(state_dict)
+
+    def _position(self) -> int:
+        """Where in the stream the optimizer steps so far end."""
+        if not self.trainer:
+            return self._resumed["position"]
+        steps = self.trainer.global_step - self._resumed["step"]
+        samples_per_step = self.trainer.accumulate_grad_batches * self.trainer.world_size * self.config.batch_size
+        return self._resumed["position"] + steps * samples_per_step
 
     def _load(self) -> tuple[Subset, Subset]:
         """(training, held-out) sequences. Where `prepare_data` ran before, all of it comes from the cache of `datasets`."""
@@ -210,8 +228,8 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _rewind_to_last_step(trainer: L.Trainer) -> int:
-    """The number of micro-batches that the optimizer steps so far took; the trainer's count of batches is set to it.
+def _rewind_to_last_step(trainer: L.Trainer) -> None:
+    """Set the trainer's count of micro-batches to those that the optimizer steps so far took.
 
     A checkpoint of the middle of an accumulation window lacks the gradients so far. Lightning 2.6.6 would finish the window
     with its remaining micro-batches alone; with the count set back, it does the whole window again.
@@ -224,4 +242,3 @@ def _rewind_to_last_step(trainer: L.Trainer) -> int:
             target = count.ready - unfinished
             for stage in ("ready", "started", "processed", "completed"):
                 setattr(count, stage, target)
-    return done

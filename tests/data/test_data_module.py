@@ -75,11 +75,29 @@ def test_a_global_batch_is_the_same_on_any_number_of_ranks(corpus: Path, world_s
     assert torch.equal(torch.cat(ranks, dim=1), alone)
 
 
-@pytest.mark.parametrize("first_batch", [1, 2, 33])
-def test_a_stream_can_begin_anywhere(first_batch: int) -> None:
-    whole = list(islice(StreamSampler(10, batch_size=3, seed=0), 40))
-    part = StreamSampler(10, batch_size=3, seed=0, first_batch=first_batch)
-    assert list(islice(part, 40 - first_batch)) == whole[first_batch:]
+@pytest.mark.parametrize("start", [1, 6, 99])
+def test_a_stream_can_begin_anywhere(start: int) -> None:
+    whole = [i for batch in islice(StreamSampler(10, batch_size=1, seed=0), 120) for i in batch]
+    part = [i for batch in islice(StreamSampler(10, batch_size=3, seed=0, start=start), 7) for i in batch]
+    assert part == whole[start : start + 21]
+
+
+def test_a_resumed_run_goes_on_in_the_stream_on_any_number_of_ranks(corpus: Path) -> None:
+    """Four steps on two ranks, three on one with another batch size, two on three."""
+    parts, state, step = [], None, 0
+    for world_size, batch_size, steps in ((2, 8, 4), (1, 5, 3), (3, 2, 2)):
+        modules = [
+            data_module(corpus, rank=r, world_size=world_size, step=step, batch_size=batch_size) for r in range(world_size)
+        ]
+        for module in modules:
+            if state is not None:
+                module.load_state_dict(state)
+        parts.append(torch.cat([take(module.train_dataloader(), steps) for module in modules], dim=1).flatten(0, 1))
+        step += steps
+        modules[0].trainer.global_step = step
+        state = modules[0].state_dict()
+    alone = take(data_module(corpus, batch_size=1).train_dataloader(), 2 * 8 * 4 + 5 * 3 + 3 * 2 * 2).flatten(0, 1)
+    assert torch.equal(torch.cat(parts), alone)
 
 
 def test_loaders_leave_the_global_generator_alone(corpus: Path) -> None:

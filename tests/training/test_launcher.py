@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from running import ROOT, SMALL, launch, load_checkpoint, metrics
+from torch.distributed import TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
@@ -162,3 +163,20 @@ def save_dense_model(run_dir: Path, folder: Path) -> None:
     model.load_state_dict({name.removeprefix("model."): p for name, p in checkpoint["state_dict"].items()}, strict=False)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(run_dir / "checkpoints" / "tokenizer").save_pretrained(folder)
+
+
+def test_all_ranks_continue_from_the_checkpoint_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On storage of its own a rank may find none, or another one, and would wait for the others forever."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setattr(train, "IS_RANK_ZERO", False)
+    for name, value in (
+        ("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_RESTART_COUNT", "0"),
+        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(store.port)),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    for chosen in ("", str(tmp_path)):
+        store.set("nvfp4_train/checkpoint/0", chosen)
+        assert train.choose_checkpoint("auto", tmp_path / "checkpoints") == (chosen or None)
+    store.set("nvfp4_train/checkpoint/0", str(tmp_path / "elsewhere.ckpt"))
+    with pytest.raises(ValueError, match="storage that all ranks share"):
+        train.choose_checkpoint("auto", tmp_path / "checkpoints")

@@ -57,6 +57,10 @@ def test_a_job_is_requeued_with_its_checkpoint_and_then_finishes(tmp_path: Path)
     (checkpoint,) = run_dir.glob("checkpoints/preempted-*.ckpt")
     step = load_checkpoint(checkpoint)["global_step"]
 
+    failing = subprocess.run([*job, "model.path=/nonexistent"], env=environment, capture_output=True, text=True)
+    assert failing.returncode not in (0, 75)
+    assert requeued.read_text() == "requeue 4711\n", "that an earlier start was preempted is no reason to requeue a failure"
+
     second = subprocess.run([*job, f"trainer.max_steps={step + 2}"], env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr[-3000:]
     assert f"ckpt_path=auto: {checkpoint}" in second.stdout
