@@ -2,7 +2,7 @@
 
 W GPUs share one copy of the model, R such copies are trained (HSDP), a step has A micro-batches of T tokens per GPU. The formulas
 stand beside the numbers, and `NOTES` explains their other symbols. A layer is one decoder layer; the head is everything that is
-in no layer and no embedding. The peak is within 1 % of what two GPUs measured (benchmarks/README.md).
+in no layer and no embedding. The peak is within 2 % of what two GPUs measured (benchmarks/README.md).
 """
 
 import math
