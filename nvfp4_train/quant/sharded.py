@@ -229,13 +229,10 @@ class ShardedWeightStore(WeightStore):
             raise ValueError(f"{name}.weight must be managed by fully_shard, got {kind}")
         self._weights = [weight for gathered in self._gathered for weight in gathered.weights]
 
+    @torch.inference_mode(False)
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
-        replaced = [weight for weight in self._weights if weight.is_replaced()]
-        if replaced:
-            self._use(False)
-            self._quantizer = None
         super().update()
 
     @torch.no_grad()
@@ -261,6 +258,11 @@ class ShardedWeightStore(WeightStore):
             return nvfp4_quantize(rows, self.global_scale[gathered.weights[index].slot])
         codes, scales = (gathered.outputs[name][index] for name in ("packed", "scales"))
         return codes[: len(rows)], scales[: len(rows)]
+
+    def _is_replaced(self) -> bool:
+        # FSDP2 is told of every one, so this may not stop at the first.
+        replaced = [weight for weight in self._weights if weight.is_replaced()]
+        return bool(replaced)
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}
