@@ -232,10 +232,6 @@ class ShardedWeightStore(WeightStore):
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
-        replaced = [weight for weight in self._weights if weight.is_replaced()]
-        if replaced:
-            self._use(False)
-            self._quantizer = None
         super().update()
 
     @torch.no_grad()
@@ -261,6 +257,11 @@ class ShardedWeightStore(WeightStore):
             return nvfp4_quantize(rows, self.global_scale[gathered.weights[index].slot])
         codes, scales = (gathered.outputs[name][index] for name in ("packed", "scales"))
         return codes[: len(rows)], scales[: len(rows)]
+
+    def _is_replaced(self) -> bool:
+        # FSDP2 is told of every one, so this may not stop at the first.
+        replaced = [weight for weight in self._weights if weight.is_replaced()]
+        return bool(replaced)
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}

@@ -31,9 +31,10 @@ class WeightStore:
             if not isinstance(module, NVFP4Linear):
                 raise TypeError(f"{name} must be an NVFP4Linear, got {type(module).__name__}")
             self._modules[name] = module
-        first: dict[int, str] = {}
-        self._owners = {name: first.setdefault(id(module.weight), name) for name, module in self._modules.items()}
+        self._owners = self._find_owners()
         """The first module that has the parameter of a module."""
+        self._masters: dict[str, Tensor] = {}
+        """The parameters that the quantizer was made of, by module."""
         self._compute_weights: dict[str, Tensor] = {}
         """By owner."""
         self._quantizer: MultiTensorQuantizer | None = None
@@ -59,6 +60,9 @@ class WeightStore:
 
         A handful of launches and one all_reduce(MAX) for the whole model; nothing waits for the device.
         """
+        if self._is_replaced():
+            self._use(False)
+            self._quantizer = None
         if self._quantizer is None:
             self._quantizer = self._make_quantizer()
             self.global_amax, self.global_scale = self._quantizer.global_amax, self._quantizer.global_scales
@@ -93,7 +97,21 @@ class WeightStore:
         """The whole weight [N, K] in bf16, as the forward computes with it since the last update. Call it on every rank."""
         return self._compute_weights[self._owners[name]]
 
+    def _find_owners(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(module.weight), name) for name, module in self._modules.items()}
+
+    def _is_replaced(self) -> bool:
+        """Whether a master is another than the quantizer was made of, after a load with `assign`, or all are on another device."""
+        if self._quantizer is None:
+            return False
+        # In every step: `module.weight` takes longer.
+        is_same = all(self._modules[name]._parameters["weight"] is master for name, master in self._masters.items())
+        return not is_same or self._quantizer.weights.masters[0].device != self._quantizer.global_amax.device
+
     def _make_quantizer(self) -> MultiTensorQuantizer:
+        self._owners = self._find_owners()
+        self._masters = {name: module.weight for name, module in self._modules.items()}
         weights = list(self.items())
         self._compute_weights = {
             name: torch.empty_like(module.weight, dtype=SERVED_DTYPE, requires_grad=False) for name, module, _ in weights

@@ -39,6 +39,33 @@ def test_update_follows_the_masters_and_reuses_its_memory() -> None:
     assert torch.equal(before, -value)
 
 
+def test_a_load_that_replaces_the_parameters_is_followed() -> None:
+    model, store = make([["a"], ["b"], ["c"]])
+    model["b"].weight = model["a"].weight
+    store = WeightStore(model, [["a", "b"], ["c"]], power_of_two=True)
+    store.update()
+    before = store.compute_weight("a").clone()
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+    with torch.no_grad():
+        model["b"].weight.neg_()
+    for _ in range(2):
+        store.update()
+        for name, expected in (("a", 2 * before), ("b", -2 * before)):
+            assert model[name].compute_weight is store.compute_weight(name)
+            assert torch.equal(store.compute_weight(name), expected), "the tie is gone"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_move_to_another_device_is_followed() -> None:
+    model, store = make([["a"], ["b"], ["c"]])
+    store.update()
+    before = store.compute_weight("a")
+    model.cuda()
+    store.update()
+    assert torch.equal(store.compute_weight("a"), before.cuda())
+
+
 def test_nothing_of_the_store_is_in_the_state_dict() -> None:
     model, store = make([["a"], ["b"], ["c"]])
     keys = list(model.state_dict())
