@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -7,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule, TrainClock
 from nvfp4_train.optim import OptimConfig
@@ -23,10 +25,10 @@ LLAMA = {
 }
 
 
-def make(**options: object) -> QATModule:
+def make(cls: type[QATModule] = QATModule, /, **options: object) -> QATModule:
     model = ModelConfig(config=LLAMA | dict(options.pop("config", {})), compile=bool(options.pop("compile", False)))
     torch.manual_seed(0)
-    module = QATModule(model=model, quant=QuantConfig(**options), optim=OptimConfig(lr=1e-2))
+    module = cls(model=model, quant=QuantConfig(**options), optim=OptimConfig(lr=1e-2))
     module.configure_model()
     return module
 
@@ -102,6 +104,66 @@ def test_quantization_starts_at_its_step(start_step: int, expected: list[bool]) 
     module.training_step = lambda *args: (seen.append(module.store.is_enabled), training_step(*args))[1]  # type: ignore[method-assign]
     fit(module)
     assert seen == expected
+
+
+class Evaluated(QATModule):
+    """Tests and predicts, too."""
+
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return next_token_loss(self(batch["input_ids"]), batch["input_ids"])
+
+
+class SaveEarlier(L.Callback):
+    """Saves a checkpoint after the first step, with the quantized loss of then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: QATModule, *args: object) -> None:  # type: ignore[override]
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.path)
+            self.loss = pl_module.evaluate(Tokens().val_dataloader())
+
+
+@pytest.mark.parametrize("how", ["validate", "test", "predict"])
+def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str, tmp_path: Path) -> None:
+    module = make(Evaluated)
+    earlier = SaveEarlier(tmp_path / "earlier.ckpt")
+    trainer = fit(module, callbacks=[FakeQuant(), earlier], limit_val_batches=1.0)
+    loader = Tokens().val_dataloader()
+
+    def evaluate(**options: object) -> float:
+        found = getattr(trainer, how)(module, loader, weights_only=True, **options)
+        if how != "predict":
+            return found[0]["val/loss"]
+        # Of two sequences and of one.
+        return (2 * found[0].item() + found[1].item()) / 3
+
+    assert evaluate() == pytest.approx(module.results["val/loss_quantized"], rel=1e-6)
+    assert evaluate(ckpt_path=earlier.path) == pytest.approx(earlier.loss, rel=1e-6)
+    assert earlier.loss != pytest.approx(module.results["val/loss_quantized"], rel=1e-3)
+
+
+def test_evaluation_in_a_run_does_not_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make()
+    updates = []
+    monkeypatch.setattr(module.store, "update", lambda update=module.store.update: (updates.append(1), update()))
+    fit(module, limit_val_batches=1.0, val_check_interval=1, num_sanity_val_steps=1)
+    assert len(updates) == 5, "at the start, and after each of four steps"
+
+
+def test_a_run_trains_on_with_weights_that_an_evaluation_quantized() -> None:
+    """Lightning evaluates under inference_mode, whose tensors no backward may save."""
+    module = make()
+    trainer = fit(module, limit_val_batches=1.0)
+    state = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
+    module.model.load_state_dict(state, assign=True)
+    before = trainer.validate(module, Tokens().val_dataloader())[0]["val/loss"]
+    assert before == pytest.approx(module.results["val/loss_quantized"], rel=1e-6)
+    fit(module)
 
 
 def test_without_quantization_both_pairs_of_losses_are_taken_at_the_end() -> None:

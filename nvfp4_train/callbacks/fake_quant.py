@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nvfp4_train.module import QATModule
 
@@ -49,6 +50,21 @@ class FakeQuant(Callback):
         # A run that continues from its last step does not train, and the other hooks are not called.
         if "val/loss_quantized" not in pl_module.results:
             self._report_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        self._follow_masters(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        self._follow_masters(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        self._follow_masters(trainer, pl_module)
+
+    def _follow_masters(self, trainer: Trainer, pl_module: QATModule) -> None:
+        # Outside of a fit, Lightning has just moved the masters, and restored those of a checkpoint if there is one.
+        assert pl_module.store is not None
+        if trainer.state.fn != TrainerFn.FITTING and pl_module.store.is_enabled:
+            pl_module.store.update()
 
     def _report_end(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None

@@ -229,6 +229,7 @@ class ShardedWeightStore(WeightStore):
             raise ValueError(f"{name}.weight must be managed by fully_shard, got {kind}")
         self._weights = [weight for gathered in self._gathered for weight in gathered.weights]
 
+    @torch.inference_mode(False)
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()

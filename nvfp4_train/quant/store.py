@@ -54,6 +54,8 @@ class WeightStore:
         """Name and module of every quantized linear."""
         yield from self._modules.items()
 
+    # Called from an evaluation under inference_mode, too; a later backward could not use tensors that were made there.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
         """Quantize every master into what the forward computes with, and switch the forward to it.
