@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
-from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
-    """Apply `fully_shard` to the decoder layers, the input embedding and the root, in place.
+    """Apply `fully_shard` to the decoder layers, the input embedding and the root, in place; `quantize_linears` comes before.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.
@@ -31,7 +31,13 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forwa
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied:
         fully_shard(embedding, mesh=mesh, mp_policy=as_master, reshard_after_forward=reshard_after_forward)
-    # One parameter is in one group, with one dtype of gradients: a tied embedding makes the root's that of the masters.
+    # One parameter is in one group, with one dtype of gradients: a tied embedding makes the root's that of the masters, and
+    # quantized weights, whose gradients are bf16, cannot stay in it.
+    if is_tied:
+        in_layers = {module for layer in layers for module in layer.modules()}
+        for module in model.modules():
+            if isinstance(module, NVFP4Linear) and module not in in_layers:
+                fully_shard(module, mesh=mesh, mp_policy=served, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=as_master if is_tied else served, reshard_after_forward=False)
 
 

@@ -34,9 +34,23 @@ SWITCH = {"quant": {"start_step": 2}}
 TIED = {"model": {"tie_word_embeddings": True}}
 EXACT = {"quant": {"global_scale": "exact"}}
 PARTLY = {"quant": {"exclude": ["*.0.*"]}}
+# Two quantized linears outside the decoder layers, around a tied embedding; one micro-batch a step.
+PROJECTED = {
+    "model": {
+        "model_type": "opt",
+        "tie_word_embeddings": True,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 48,
+        "max_position_embeddings": 16,
+        "do_layer_norm_before": True,
+        "dropout": 0.0,
+    },
+    "sequences_per_step": 2,
+}
 PAIRS: dict[str, dict[str, Any]] = {
     "switch": SWITCH,
     "tied": TIED,
+    "projected": PROJECTED,
     "exact": EXACT,
     "partly": PARTLY,
     "off": {"quant": {"enabled": False}},
