@@ -104,11 +104,12 @@ class WeightStore:
         return {name: first.setdefault(id(module.weight), name) for name, module in self._modules.items()}
 
     def _is_replaced(self) -> bool:
-        """Whether a master is another than the quantizer was made of, after a load with `assign`, or on another device."""
-        return any(
-            self._modules[name].weight is not master or master.device != self._compute_weights[self._owners[name]].device
-            for name, master in self._masters.items()
-        )
+        """Whether a master is another than the quantizer was made of, after a load with `assign`, or all are on another device."""
+        if self._quantizer is None:
+            return False
+        # In every step: `module.weight` takes longer.
+        is_same = all(self._modules[name]._parameters["weight"] is master for name, master in self._masters.items())
+        return not is_same or self._quantizer.weights.masters[0].device != self._quantizer.global_amax.device
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         self._owners = self._find_owners()
