@@ -10,11 +10,25 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
 from train import ROOT, check_targets
 
 from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
+from nvfp4_train.strategy import FullyShardedStrategy
+
+
+def check_strategy(config: DictConfig) -> None:
+    """Raise ValueError for a trainer that does not shard as the plan counts, or whose number of replicas is not known here."""
+    strategy = config.trainer.get("strategy")
+    target = strategy.get("_target_") if isinstance(strategy, DictConfig) else None
+    if target is None or not issubclass(get_class(target), FullyShardedStrategy):
+        raise ValueError(f"a plan is of trainer=fsdp2 or trainer=hsdp, got trainer.strategy {target or strategy!r}")
+    replicate_size = OmegaConf.to_container(strategy, resolve=False).get("replicate_size")  # type: ignore[union-attr]
+    if "GROUP_WORLD_SIZE" in str(replicate_size) and "GROUP_WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "set trainer.strategy.replicate_size=R, the number of nodes: a run takes it from torchrun, a plan cannot"
+        )
 
 
 def main() -> None:
@@ -22,7 +36,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="+", metavar="OPTION=VALUE", help="world_size=N, and the options of launch/train.py")
     arguments = parser.parse_args().overrides
     own = [argument for argument in arguments if argument.startswith("world_size=")]
-    world_size = own[-1].partition("=")[2] if own else "1"
+    if not own:
+        sys.exit("error: world_size=N must say for how many GPUs")
+    world_size = own[-1].partition("=")[2]
     if not world_size.isdecimal():
         sys.exit(f"error: world_size must be a number of GPUs, got {world_size!r}")
     # Names the run folder of a run; a plan writes nothing.
@@ -32,8 +48,9 @@ def main() -> None:
             config = compose("train", overrides=[argument for argument in arguments if argument not in own])
         options: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         check_targets(options)
+        check_strategy(config)
         model, quant, data = (instantiate(options[name], _convert_="all") for name in ("model", "quant", "data"))
-        strategy = options["trainer"].get("strategy") or {}
+        strategy = options["trainer"]["strategy"]
         shape = RunShape(
             world_size=int(world_size),
             replicate_size=strategy.get("replicate_size", 1),

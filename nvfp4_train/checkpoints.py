@@ -27,15 +27,19 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def saved_step(path: Path) -> int | None:
-    """The optimizer step of a checkpoint file or folder; None where it was cut short, or is no checkpoint. Reads no weights."""
+    """The optimizer step of a checkpoint file or folder; None where it was cut short, or is none of ours. Reads no weights."""
     state = path / SHARDED_STATE if path.is_dir() else path
     # The directory of a zip archive stands at its end, so a file without it was cut short.
     if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
         return None
     try:
-        return torch.load(state, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except (pickle.UnpicklingError, KeyError):
+        found = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception:  # The file of another program may raise anything.
         return None
+    step = found.get("global_step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -49,14 +53,18 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
 def _has_all_shards(folder: Path) -> bool:
     """Every piece that the index of a sharded checkpoint names lies within its file."""
     try:
-        index = SafeReader(folder).read_metadata()
-    except (FileNotFoundError, EOFError, pickle.UnpicklingError):
+        pieces = (SafeReader(folder).read_metadata().storage_data or {}).values()
+        return all(
+            (folder / piece.relative_path).is_file()
+            and (folder / piece.relative_path).stat().st_size >= piece.offset + piece.length
+            for piece in pieces
+        )
+    except FileNotFoundError:
         return False
-    return all(
-        (folder / piece.relative_path).is_file()
-        and (folder / piece.relative_path).stat().st_size >= piece.offset + piece.length
-        for piece in (index.storage_data or {}).values()
-    )
+    except OSError:
+        raise
+    except Exception:  # As in `saved_step`.
+        return False
 
 
 def is_sharded_checkpoint(path: Path) -> bool:

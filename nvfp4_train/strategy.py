@@ -157,7 +157,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
             for index, optimizer in enumerate(self.optimizers):
                 state[f"optimizer_{index}"] = get_optimizer_state_dict(self.model, optimizer)
-            load(state, storage_reader=SafeReader(path), planner=SafePlanner())
+            _check_same_weights(path, state["state_dict"])
+            try:
+                load(state, storage_reader=SafeReader(path), planner=SafePlanner())
+            except CheckpointException as error:
+                first, _ = next(iter(error.failures.values()))
+                raise ValueError(f"the checkpoint {path} could not be loaded: {first}") from error
             self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
             for index, optimizer in enumerate(self.optimizers):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{index}"])
@@ -172,6 +177,21 @@ class FullyShardedStrategy(ModelParallelStrategy):
             ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
         return checkpoint
+
+
+def _check_same_weights(path: Path, weights: dict[str, Any]) -> None:
+    """Raise ValueError for the checkpoint of another model. torch.distributed.checkpoint passes over weights that it alone has."""
+    prefix = "state_dict."
+    index = SafeReader(path).read_metadata().state_dict_metadata
+    saved = {key.removeprefix(prefix): getattr(entry, "size", ()) for key, entry in index.items() if key.startswith(prefix)}
+    here = {key: getattr(value, "shape", ()) for key, value in weights.items()}
+    for key in here | saved:
+        there, ours = (tuple(shapes[key]) if key in shapes else "missing" for shapes in (saved, here))
+        if there != ours:
+            raise ValueError(
+                f"the checkpoint {path} was saved with another model: {key} is {there} there and {ours} here; "
+                "set model.* as in the run that saved it"
+            )
 
 
 def _not_written(path: Path) -> RuntimeError:

@@ -5,13 +5,14 @@ import os
 import pickle
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from running import ROOT
-from torch.distributed.checkpoint import CheckpointException, save
+from torch.distributed.checkpoint import CheckpointException, Metadata, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
@@ -79,6 +80,41 @@ def test_what_a_killed_process_leaves_is_named_and_cleared_by_the_next(save: Any
     assert newest_complete(tmp_path) == (whole, [partial])
     save(broken, 7)
     assert newest_complete(tmp_path) == (broken, [])
+
+
+def save_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "weights of another project")
+
+
+FOREIGN = {
+    "zip": save_zip,
+    "script": lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
+    "tensor": lambda path: torch.save(torch.ones(3), path),
+    "list": lambda path: torch.save([1, 2], path),
+    "weights": lambda path: torch.save({"w": torch.ones(3)}, path),
+    "step of another kind": lambda path: torch.save({"global_step": "last"}, path),
+    "empty folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*TorchScript")
+def test_a_file_of_another_program_is_not_used(kind: str, tmp_path: Path) -> None:
+    whole, foreign = tmp_path / "step-0000006.ckpt", tmp_path / "step-0000007.ckpt"
+    save_one_file(whole, 6)
+    FOREIGN[kind](foreign)
+    assert saved_step(foreign) is None
+    assert newest_complete(tmp_path) == (whole, [foreign])
+
+
+@pytest.mark.parametrize("index", [{"storage_data": {}}, [1, 2], Metadata({}, storage_data={"w": "__0_0.distcp"})])
+def test_a_folder_with_another_index_is_not_used(index: Any, tmp_path: Path) -> None:
+    whole, foreign = tmp_path / "step-0000006.ckpt", tmp_path / "step-0000007.ckpt"
+    save_folder(whole, 6)
+    save_folder(foreign, 7)
+    (foreign / ".metadata").write_bytes(pickle.dumps(index))
+    assert newest_complete(tmp_path) == (whole, [foreign])
 
 
 def calls(name: str) -> list[tuple[str, dict[str, Any]]]:

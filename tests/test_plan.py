@@ -1,5 +1,6 @@
 """The plan's numbers against a model small enough to count by hand."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -168,10 +169,40 @@ def test_what_cannot_be_sharded_is_refused() -> None:
         RunShape(world_size=6, replicate_size=4)
 
 
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "GROUP_WORLD_SIZE"}
+    command = [sys.executable, ROOT / "launch" / "plan.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.parametrize(("recipe", "billions"), [("llama3_8b_qat", "8,030,261,248"), ("llama3_70b_qat", "70,553,706,496")])
 def test_the_script_plans_a_recipe(recipe: str, billions: str) -> None:
-    command = [sys.executable, ROOT / "launch" / "plan.py", f"+recipe={recipe}", "world_size=64", "data.seq_len=1024"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = plan(f"+recipe={recipe}", "world_size=64", "data.seq_len=1024")
+    assert result.returncode == 0, result.stderr
     assert f"{billions} parameters" in result.stdout
     assert "W = 64" in result.stdout
     assert "T = 1,024" in result.stdout
+
+
+def test_the_script_plans_replicas() -> None:
+    result = plan("trainer=hsdp", "trainer.strategy.replicate_size=8", "world_size=64")
+    assert result.returncode == 0, result.stderr
+    assert "W = 8 share a copy of the model, R = 8 copies" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["trainer=fsdp2"], "world_size=N"),
+        (["trainer=hsdp", "world_size=64"], "trainer.strategy.replicate_size=R"),
+        (["trainer=ddp", "world_size=64"], "trainer=fsdp2"),
+        (["+recipe=quickstart", "world_size=64"], "trainer=fsdp2"),
+        (["trainer=gpu", "+trainer.strategy=ddp", "world_size=64"], "trainer=fsdp2"),
+    ],
+)
+def test_the_script_refuses_what_it_would_have_to_guess(arguments: list[str], named: str) -> None:
+    result = plan(*arguments)
+    assert result.returncode == 1
+    assert not result.stdout
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert named in result.stderr.splitlines()[-1]

@@ -136,7 +136,7 @@ def write_compressed_tensors(
         if generation_config is not None:
             generation_config.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _write_tokenizer(partial, tokenizer)
         shards = write_shards(partial, _modules(served, hub_modules), max_shard_bytes)
         verified = verify_export(partial, served if expected is None else expected)
     return ExportReport(folder=target, shards=shards, quantized=len(hub_modules), ignored=tuple(ignored), verified=verified)
@@ -181,6 +181,15 @@ def _write_config(path: Path, layout: HubLayout, ignored: Iterable[str]) -> None
         "config_groups": {"group_0": group},
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(folder)
+    # Transformers notes how this tokenizer was loaded, and a run and a later export load it from different places.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _modules(served: ServedWeights, hub_modules: Mapping[str, str]) -> Iterator[Module]:

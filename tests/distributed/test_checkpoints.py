@@ -1,5 +1,7 @@
 """A run moves between numbers of ranks, and between replicated and sharded, and ends where an uninterrupted one does."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,47 @@ def test_a_run_that_moves_ends_where_it_would_have(whole: Path, tmp_path: Path) 
         run_ranks(ranks, leg, how, (step, path), resume)
         resume = path
     assert_same(comparable(whole / "whole.ckpt"), comparable(tmp_path / f"{STEPS}.ckpt"))
+
+
+def tied(model: dict[str, Any], save: tuple[int, str] | None, resume: str | None) -> dict[str, Any]:
+    return run("fsdp2", model=model, save=save, resume=resume)
+
+
+def refusal(path: str, model: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match=re.escape(path)) as caught:
+        run("fsdp2", resume=path, model=model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "mismatch"),
+    [
+        ({"hidden_size": 64}, r"model\.model\.\S+ is \(\d+(, 32)?\) there and \(\d+(, 64)?\) here"),
+        ({"num_hidden_layers": 3}, r"model\.model\.layers\.2\.\S+ is missing there and \(.* here"),
+        ({"num_hidden_layers": 1}, r"model\.model\.layers\.1\.\S+ is \(.*\) there and missing here"),
+    ],
+)
+def test_the_checkpoint_of_another_model_is_refused(model: dict[str, Any], mismatch: str, whole: Path) -> None:
+    for message in run_ranks(2, refusal, f"{whole / 'middle.ckpt'}", model):
+        assert re.search(f"was saved with another model: {mismatch}", message)
+        assert message.endswith("set model.* as in the run that saved it")
+        assert "\n" not in message
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.ckpt"
+    shutil.copytree(whole / "middle.ckpt", path)
+    for shard in path.glob("*.distcp"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    for message in run_ranks(2, refusal, f"{path}", {}):
+        assert message.startswith(f"the checkpoint {path} could not be loaded: ")
+
+
+def test_a_model_with_tied_weights_resumes(tmp_path: Path) -> None:
+    model = {"tie_word_embeddings": True}
+    path = f"{tmp_path / 'tied.ckpt'}"
+    run_ranks(2, tied, model, (3, path), None)
+    run_ranks(2, tied, model, None, path)
 
 
 def test_an_export_reads_the_folder_of_a_sharded_run(whole: Path) -> None:

@@ -60,6 +60,9 @@ def test_script_exports_a_checkpoint_with_its_tokenizer_and_without_the_training
     assert verify_export(out, model.compute_weights()).compared > 0
     assert len(list(out.glob("*.safetensors"))) > 1
     assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("a") == 1
+    # The tokenizer of the run was made in memory, that of the script was loaded from a folder.
+    saved = checkpoint.parent / "tokenizer" / "tokenizer_config.json"
+    assert (out / saved.name).read_bytes() == saved.read_bytes()
     assert (out / "generation_config.json").exists()
 
 
