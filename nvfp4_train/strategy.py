@@ -173,7 +173,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        # An evaluation has no optimizers.
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=bool(self.optimizers)):
             ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
         return checkpoint
