@@ -64,7 +64,8 @@ class Tokens(L.LightningDataModule):
         return [{"input_ids": ids} for ids in sequences[distributed.get_rank() :: distributed.get_world_size()]]
 
     def train_dataloader(self) -> DataLoader:
-        done = _rewind_to_last_step(self.trainer) * distributed.get_world_size()
+        _rewind_to_last_step(self.trainer)
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches * distributed.get_world_size()
         return DataLoader(Stream(self._batches(self.sequences[done:])), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
