@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces that share nothing but a cable, each with its own torchrun agent."""
+"""Two hosts: network namespaces that share nothing but a cable, each with a torchrun of its own."""
 
 import os
 import shutil
@@ -45,27 +45,27 @@ def hosts() -> Iterator[list[str]]:
 
 
 def launch_on(hosts: list[str], run_dir: Path, *overrides: str) -> list[subprocess.CompletedProcess[str]]:
-    """One agent with one rank on every host; the first host keeps the rendezvous."""
-    agents = []
+    """One torchrun with one rank on every host; the first host keeps the rendezvous."""
+    launchers = []
     for number, host in enumerate(hosts, start=1):
         torchrun = (
             "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", "--rdzv-id=two-hosts",
-            # Both namespaces have the host name of this machine, by which an agent would know itself.
+            # Both namespaces have the host name of this machine, by which a launcher would know itself.
             f"--rdzv-conf=is_host={number == 1}", f"--local-addr=10.77.0.{number}",
         )  # fmt: skip
         command = ["ip", "netns", "exec", host, *train_command(run_dir, *STEPS, *overrides, torchrun=torchrun)]
         environment = train_environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
-        agents.append(
+        launchers.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
         )
     try:
-        outputs = [agent.communicate(timeout=300) for agent in agents]
+        outputs = [launcher.communicate(timeout=300) for launcher in launchers]
     finally:
-        for agent in agents:
-            agent.kill()
+        for launcher in launchers:
+            launcher.kill()
     return [
-        subprocess.CompletedProcess(agent.args, agent.returncode, *output)
-        for agent, output in zip(agents, outputs, strict=True)
+        subprocess.CompletedProcess(launcher.args, launcher.returncode, *output)
+        for launcher, output in zip(launchers, outputs, strict=True)
     ]
 
 
@@ -78,8 +78,8 @@ def test_two_hosts_train_what_two_ranks_of_one_host_train(hosts: list[str], tmp_
     before = [received_bytes(host) for host in hosts]
     run_dir = tmp_path / "hosts"
     dump = ("+callbacks.dump._target_=dump_state.DumpState", f"+callbacks.dump.folder={run_dir}/dump")
-    for agent in launch_on(hosts, run_dir, *dump):
-        assert agent.returncode == 0, agent.stderr[-3000:]
+    for launcher in launch_on(hosts, run_dir, *dump):
+        assert launcher.returncode == 0, launcher.stderr[-3000:]
     first, second = (load_checkpoint(run_dir / "dump" / f"rank{rank}.pt") for rank in (0, 1))
     assert_same(first, second)
     gradients = 4 * sum(master.numel() for master in first["masters"].values())
@@ -95,8 +95,8 @@ def test_two_hosts_train_what_two_ranks_of_one_host_train(hosts: list[str], tmp_
 def test_a_signal_on_one_host_saves_and_ends_both(hosts: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stop = {"_target_": "stop_at_step.StopAtStep", "number": int(signal.SIGTERM), "batch_idx": 1, "rank": 1}
-    agents = launch_on(hosts, run_dir, *(f"+callbacks.stop.{name}={value}" for name, value in stop.items()))
-    for agent in agents:
-        assert exit_codes(agent.stderr) == {EXIT_CODE}, agent.stderr[-3000:]
+    launchers = launch_on(hosts, run_dir, *(f"+callbacks.stop.{name}={value}" for name, value in stop.items()))
+    for launcher in launchers:
+        assert exit_codes(launcher.stderr) == {EXIT_CODE}, launcher.stderr[-3000:]
     (checkpoint,) = run_dir.glob("checkpoints/preempted-*.ckpt")
     assert load_checkpoint(checkpoint)["global_step"] == 3
