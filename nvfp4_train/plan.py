@@ -94,6 +94,10 @@ class _Unit:
             return self.served_bytes * self.shard
         return PACKED_BYTES * self.quantized_shard + self.served_bytes * (self.shard - self.quantized_shard)
 
+    def kept(self) -> float:
+        """Bytes that the sharded store keeps of what this rank sends: all of it, if anything in it is quantized."""
+        return self.sent(packed=True) if self.quantized_shard else 0.0
+
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model without storage; no weight is read."""
@@ -169,7 +173,6 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     def row(name: str, formula: str, count: Callable[[bool], float]) -> Row:
         return Row(name=name, formula=formula, bf16=count(False), packed=count(is_packed))
 
-    cache_bytes = PACKED_BYTES if is_packed else 2.0
     is_window = shape.micro_batches > 1
     memory = [
         row("masters", "4 n", lambda _: 4 * shard),
@@ -178,9 +181,9 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row("gradients", "4 n; 4 N while A > 1 (reduced once per step)", lambda _: 4 * (elements if is_window else shard)),
         Row(
             name="quantized shards",
-            formula="0.5625 q (2 q where W = 1)",
+            formula="0.5625 q + 2 bytes of what is gathered with them (2 q where W = 1)",
             bf16=0,
-            packed=cache_bytes * quantized_shard,
+            packed=sum(unit.kept() for unit in units) if is_packed else 2 * quantized_shard,
         ),
     ]
 
@@ -196,11 +199,9 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     gathered = 2 * layer.unsharded if shape.reshard_after_forward else sum(unit.unsharded for unit in layer_units)
     head_grad, layer_grad = head_unit.unsharded, layer.unsharded
 
-    def buffers(packed: bool) -> float:
-        """What the gathering of a layer needs beside the gathered layer: FSDP2's buffer, and the received codes and scales."""
-        if not is_packed:
-            return 0
-        return width * layer.sent(packed) + packed * width * PACKED_BYTES * layer.quantized_shard
+    def received(packed: bool) -> float:
+        """What the gathering of a layer needs beside the gathered layer."""
+        return width * layer.sent(packed) if width > 1 else 0
 
     moments = [
         row(
@@ -210,12 +211,12 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         ),
         row(
             "in the backward of a layer",
-            "head and its gradient + 2 layers + gather buffers + layer gradient and fp32 reduction + A_l",
+            "head and its gradient + 2 layers + what is received of one + layer gradient and fp32 reduction + A_l",
             lambda packed: (
                 head_unit.unsharded
                 + head_grad
                 + gathered
-                + buffers(packed)
+                + received(packed)
                 + layer_grad
                 + 4 * width * layer.shard
                 + activations

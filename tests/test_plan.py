@@ -51,7 +51,8 @@ def test_two_gpus_by_hand() -> None:
     assert found["masters"] == (4 * n, 4 * n)
     assert found["optimizer (AdamW)"] == (8 * n, 8 * n)
     assert found["gradients"] == (8 * n, 8 * n), "of the window, whole"
-    assert found["quantized shards"] == (0, 0.5625 * q)
+    # With the norms that travel beside them.
+    assert found["quantized shards"] == (0, 0.5625 * q + 2 * 64)
 
     # h = q = 32, k = 16, f = 48, 4 heads.
     activations = 10 * 2 * (16 * 32 + 4 * 32 + 4 * 16 + 4 * 4 + 8 * 48)
@@ -59,13 +60,12 @@ def test_two_gpus_by_hand() -> None:
     assert found["logits"] == (12 * 50 * 10,) * 2
     assert found["at the loss"] == (2 * HEAD + activations + 12 * 50 * 10,) * 2
     fixed = 2 * HEAD + 2 * HEAD + 2 * (2 * LAYER) + 2 * LAYER + 4 * LAYER + activations
-    # The gathered bytes of a layer; packed, once more as what is decoded.
-    packed_layer = 0.5625 * QUANTIZED + 2 * 64
-    in_layer = (fixed + 2 * LAYER, fixed + packed_layer + 0.5625 * QUANTIZED)
+    # The gathered bytes of a layer.
+    in_layer = (fixed + 2 * LAYER, fixed + 0.5625 * QUANTIZED + 2 * 64)
     assert found["in the backward of a layer"] == in_layer
     # fp32 embedding: weight, gradient, reduction; bf16 head: weight, gradient, fp32 reduction.
     assert found["at the end of the backward"] == (12 * EMBEDDING + 8 * HEAD,) * 2
-    assert found["peak"] == (20 * n + in_layer[0], 20 * n + 0.5625 * q + in_layer[1])
+    assert found["peak"] == (20 * n + in_layer[0], 20 * n + 0.5625 * q + 2 * 64 + in_layer[1])
 
     layers = (2 * LAYER, 0.5625 * q + 2 * 64)
     for name, head in (("all-gather, forward", HEAD), ("all-gather, backward", 0)):
@@ -82,7 +82,7 @@ def test_rows_are_padded_and_replicas_reduced() -> None:
     n = 2 * layer + 17 * 32 * 2 + 11
     assert found["masters"] == (4 * n, 4 * n)
     assert found["gradients"] == (4 * n, 4 * n)
-    assert found["quantized shards"] == (0, 0.5625 * 2 * quantized)
+    assert found["quantized shards"] == (0, 0.5625 * 2 * quantized + 2 * 2 * 2 * 11)
     assert found["reduce-scatter"] == (2 * 4 * n,) * 2
     assert found["all-reduce of copies"] == (4 * n,) * 2
 

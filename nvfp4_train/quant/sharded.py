@@ -1,239 +1,261 @@
 """The weight store of a model that is sharded by FSDP2: each rank quantizes its own rows, and weights travel packed.
 
-FSDP2 asks a parameter's local tensor for two hooks. `fsdp_pre_all_gather` gives what this rank sends, `fsdp_post_all_gather` turns
-what all ranks sent into the weight that the forward computes with. Both are set as plain attributes of the local tensor while
-quantization is on. While it is off there are none, and FSDP2 gathers the masters rounded to bf16.
-
 Codes and scales are 0.5625 byte a weight on the wire, against 2 of bf16. They are made once per optimizer step, whatever the number
-of micro-batches. What is gathered together, as a rule a decoder layer, travels as one tensor and is decoded by one launch into
-one tensor, of which the weights are views; it lives as long as FSDP2 keeps the layer unsharded. So a gather costs the host less
-than one of bf16, which handles every weight on its own.
+of micro-batches. What FSDP2 gathers together, as a rule a decoder layer, travels as one tensor that lies ready between the steps,
+and is decoded by one launch into one tensor, of which the parameters are views; it lives as long as FSDP2 keeps the layer unsharded.
+
+FSDP2 does the same for every parameter on its own, which takes the host longer than a small layer computes. So while quantization
+is on, the objects in which FSDP2 keeps what it gathers together are of a class of ours, `_ServedParamGroup`. While it is off, they
+are FSDP2's own, and gather the masters rounded to bf16.
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import Work
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage, free_storage
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import AllGatherState, FSDPParamGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.packed_shards import PackedShards
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
 
-HOOKS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
-decode_shards = torch.ops.nvfp4.decode_shards.default
+
+class _ServedParamGroup(FSDPParamGroup):
+    """What FSDP2 gathers together, while some of it is quantized: one collective, one decoding.
+
+    `unshard` and `wait_for_unshard` are FSDP2's two halves of a gather. Streams, events and what is kept alive until when are the
+    same as there.
+    """
+
+    served: "_ServedParameters"
+
+    def unshard(self, async_op: bool = False) -> None:
+        is_under_way = self._all_gather_result is not None
+        is_not_needed = self._training_state == TrainingState.PRE_BACKWARD and not self.unshard_in_backward
+        if is_under_way or self.is_unsharded or is_not_needed:
+            return
+        _, stream = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)
+        with self.device_handle.stream(stream):
+            received, work = self.served.gather(async_op)
+            self._all_gather_result = AllGatherResult(received, stream.record_event(), work, [], [], [])
+
+    def wait_for_unshard(self) -> None:
+        gathered = self._all_gather_result
+        if gathered is None:
+            return
+        is_forward = self._training_state == TrainingState.FORWARD
+        if is_forward and (previous := self.comm_ctx.all_gather_state) is not None:
+            # What the layer before received is free once it is decoded.
+            self._wait_all_gather_streams_on_event(previous.event)
+            self.comm_ctx.all_gather_state = None
+        if gathered.all_gather_event is not None:
+            self.device_handle.current_stream().wait_event(gathered.all_gather_event)
+        if isinstance(gathered.all_gather_work, Work):
+            gathered.all_gather_work.wait()
+        self.served.unpack(gathered.all_gather_output)
+        self._to_unsharded()
+        decoded = self.device_handle.Event()
+        decoded.record()
+        if is_forward and gathered.all_gather_work is None:
+            # The next layer's gather need not wait for this decoding, so it must not take this memory.
+            self.comm_ctx.all_gather_state = AllGatherState(gathered, decoded)
+        else:
+            self._wait_all_gather_streams_on_event(decoded)
+        self._all_gather_result = None
 
 
-class _ShardedWeight:
-    """One quantized parameter: its rows on this rank, and what FSDP2 keeps of it."""
+class _ShardedParameter:
+    """One parameter of FSDP2: its rows on this rank."""
 
-    def __init__(self, name: str, parameter: Tensor, fsdp_param: Any, slot: int) -> None:
-        if not isinstance(parameter, DTensor) or not (
-            parameter.placements[-1] == Shard(0) and all(p == Replicate() for p in parameter.placements[:-1])
-        ):
-            placements = getattr(parameter, "placements", "no placements")
+    def __init__(self, name: str, fsdp_param: FSDPParam) -> None:
+        parameter = fsdp_param.sharded_param
+        placements = parameter.placements  # type: ignore[attr-defined]
+        if placements[-1] != Shard(0) or any(placement != Replicate() for placement in placements[:-1]):
             raise ValueError(
-                f"{name}.weight must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
-                "inputs stays on one rank, so shard no quantized weight by columns or by tensor parallelism"
+                f"{name} must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
+                "inputs stays on one rank, so shard no weight by columns or by tensor parallelism"
             )
         self.name = name
-        self.slot = slot
+        self.fsdp_param = fsdp_param
         self.shape = parameter.shape
-        self.ranks = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
-        self._fsdp_param = fsdp_param
         self._followed: Tensor | None = None
 
     def local_master(self) -> Tensor:
         """The rows of this rank, padded by zeros to the same number on every rank."""
         self._followed = self._local_tensor()
-        return self._fsdp_param._sharded_param_data.detach().view(self._fsdp_param.padded_sharded_param_size)
+        return self.fsdp_param._sharded_param_data.detach().view(self.fsdp_param.padded_sharded_param_size)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of this rank, without padding."""
+        return self._local_tensor().detach()
 
     def is_replaced(self) -> bool:
         """Whether the parameter has another local tensor than `local_master` saw; FSDP2 is told of it."""
         if self._followed is None or self._local_tensor() is self._followed:
             return False
-        self._fsdp_param.reset_sharded_param()
+        self.fsdp_param.reset_sharded_param()
         return True
 
-    def attach(self, hooks: Sequence[Callable]) -> None:
-        local = self._local_tensor()
-        for name, hook in zip(HOOKS, hooks, strict=True):
-            setattr(local, name, hook)
-        self._forget_buffers()
-
-    def detach(self) -> None:
-        local = self._local_tensor()
-        if hasattr(local, HOOKS[0]):
-            for name in HOOKS:
-                delattr(local, name)
-            self._forget_buffers()
-
-    def set_unsharded(self, weight: Tensor) -> None:
-        """Give FSDP2 the tensor that it computes with. From a hook it would take the start of the tensor's storage instead."""
-        self._fsdp_param._unsharded_param = nn.Parameter(weight, requires_grad=self._fsdp_param.sharded_param.requires_grad)
-
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """The rows of all ranks, by a collective of its own."""
-        sent = shard.view(torch.uint8)
-        received = sent.new_empty((self.ranks.size() * sent.shape[0], sent.shape[1]))
-        distributed.all_gather_into_tensor(received, sent, group=self.ranks)
-        return received.view(shard.dtype)[: self.shape[0]]
+    def set_unsharded(self, whole: Tensor | None, memory: list[Tensor]) -> None:
+        """Give FSDP2 the tensor to compute with, or let it make one; it frees and counts `memory` as this parameter's."""
+        self.fsdp_param.all_gather_outputs = memory
+        if whole is None:
+            self.fsdp_param.__dict__.pop("_unsharded_param", None)
+        else:
+            requires_grad = self.fsdp_param.sharded_param.requires_grad
+            self.fsdp_param._unsharded_param = nn.Parameter(whole, requires_grad=requires_grad)
 
     def _local_tensor(self) -> Tensor:
-        return self._fsdp_param.sharded_param._local_tensor
-
-    def _forget_buffers(self) -> None:
-        """FSDP2 keeps the buffers of its first gather, which have other shapes with hooks than without."""
-        self._fsdp_param.all_gather_outputs = []
-        self._fsdp_param.__dict__.pop("_unsharded_param", None)
-        self._fsdp_param._init_extensions()
+        return self.fsdp_param.sharded_param._local_tensor  # type: ignore[attr-defined]
 
 
-def _sends(*tensors: Tensor) -> Callable:
-    """A hook that sends these tensors."""
-    sent = tensors, None
+class _ServedParameters:
+    """The parameters of one group of FSDP2, of which at least one is quantized, as this rank sends and receives them.
 
-    # Of one argument: the hook of five may not send tensors of another shape than the rows.
-    def fsdp_pre_all_gather(mesh: DeviceMesh) -> tuple[tuple[Tensor, ...], None]:
-        return sent
-
-    # FSDP2 inspects the signature at every gather; found here it costs nothing.
-    fsdp_pre_all_gather.__signature__ = inspect.signature(fsdp_pre_all_gather)  # type: ignore[attr-defined]
-    return fsdp_pre_all_gather
-
-
-class _DecodedWeights:
-    """Quantized weights that are gathered together, each of them as decoded rows in bf16."""
-
-    def __init__(self, weights: list[_ShardedWeight]) -> None:
-        self.weights = weights
-        self.outputs: dict[str, list[Tensor]] = {}
-        """What the quantizer writes, in the order of the weights."""
-
-    def allocate(self) -> None:
-        """Make room for what this rank sends."""
-        self.outputs = {"decoded": [torch.empty_like(weight.local_master(), dtype=SERVED_DTYPE) for weight in self.weights]}
-
-    def attach(self, s2: Tensor) -> None:
-        for weight, rows in zip(self.weights, self.outputs["decoded"], strict=True):
-            weight.attach((_sends(rows), self._fsdp_post_all_gather))
-
-    def gather(self, index: int, s2: Tensor) -> Tensor:
-        """The whole compute weight, by a collective of its own."""
-        return self.weights[index].all_gather(self.outputs["decoded"][index])
-
-    @staticmethod
-    def _fsdp_post_all_gather(
-        received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        # The gathered tensor is the unsharded parameter; FSDP2 owns its memory.
-        return None if out is not None else (received[0], ())
-
-
-class _PackedWeights:
-    """Quantized weights that are gathered together as one tensor of packed codes and scales.
-
-    The first weight sends it for all. Its hook decodes all, and the decoded tensor counts as its own with FSDP2, which frees and
-    allocates the tensor's storage when it reshards and gathers. The hooks of the others send and do nothing.
+    With `is_packed` quantized weights travel as codes and scales, otherwise as decoded rows. All else travels as rows in bf16.
     """
 
-    def __init__(self, weights: list[_ShardedWeight]) -> None:
-        self.weights = weights
+    def __init__(self, group: FSDPParamGroup, names: Mapping[int, str], slots: Mapping[int, int], *, is_packed: bool) -> None:
+        """Names of the parameters, and slots of the quantized ones, are by id."""
+        if group.mp_policy.param_dtype != SERVED_DTYPE:
+            name = names[id(group.fsdp_params[0].sharded_param)]
+            raise ValueError(
+                f"{name} must be gathered in {SERVED_DTYPE} by its MixedPrecisionPolicy, got {group.mp_policy.param_dtype}"
+            )
+        self._group = group
+        parameters = [_ShardedParameter(names[id(p.sharded_param)], p) for p in group.fsdp_params]
+        self.quantized = [p for p in parameters if id(p.fsdp_param.sharded_param) in slots]
+        self.others = [p for p in parameters if id(p.fsdp_param.sharded_param) not in slots]
+        self.slots = [slots[id(p.fsdp_param.sharded_param)] for p in self.quantized]
+        self.is_packed = is_packed
+        shapes, others = ([p.shape for p in these] for these in (self.quantized, self.others))
+        num_ranks = self._ranks.size()
+        self._shards = PackedShards(shapes, others, num_ranks) if is_packed else PackedShards([], [*shapes, *others], num_ranks)
+        self._sent = self._table = self._whole = self._s2 = torch.empty(0)
+        self._padded_others: list[Tensor] = []
         self.outputs: dict[str, list[Tensor]] = {}
-        """What the quantizer writes, in the order of the weights."""
-        self._shards = PackedShards([weight.shape for weight in weights], weights[0].ranks.size())
-        self._sent = torch.empty(0)
-        self._table = torch.empty(0)
+        """What the quantizer writes, in the order of the quantized parameters."""
+        self.rounded: list[Tensor] = []
+        """What the rows of the others are rounded to, in their order."""
+
+    @property
+    def _ranks(self) -> ProcessGroup:
+        return self._group._all_gather_process_group
 
     def allocate(self) -> None:
         """Make room for what this rank sends."""
-        device = self.weights[0].local_master().device
+        device = self._group.device
         self._sent = torch.zeros(self._shards.num_bytes, dtype=torch.uint8, device=device)
-        self._table = self._shards.table([weight.slot for weight in self.weights]).to(device)
-        self.outputs = {"packed": self._shards.codes(self._sent), "scales": self._shards.scales(self._sent)}
+        rows = self._shards.rows(self._sent)
+        self._table = self._shards.table(self.slots if self.is_packed else []).to(device)
+        if self.is_packed:
+            self.outputs = {"packed": self._shards.codes(self._sent), "scales": self._shards.scales(self._sent)}
+            self.rounded = rows
+        else:
+            self.outputs = {"decoded": rows[: len(self.quantized)]}
+            self.rounded = rows[len(self.quantized) :]
 
     def attach(self, s2: Tensor) -> None:
-        first, *others = self.weights
-        first.attach((_sends(self._sent), self._decoding_hook(s2)))
-        hooks = _sends(), lambda *args, out: None
-        for weight in others:
-            weight.attach(hooks)
+        """Let FSDP2 gather this, under the global scales s2 of the store's last update."""
+        self._s2 = s2
+        self._whole = torch.empty(self._shards.num_elements, dtype=SERVED_DTYPE, device=self._sent.device)
+        self._padded_others = self._shards.padded_others(self._whole)
+        memory = [self._whole]
+        for parameter, whole in zip([*self.quantized, *self.others], self._shards.wholes(self._whole), strict=True):
+            parameter.set_unsharded(whole, memory)
+            memory = []
+        # FSDP2 is in its sharded state, in which there is none.
+        free_storage(self._whole)
+        self._group.__class__ = _ServedParamGroup
+        self._group.served = self  # type: ignore[attr-defined]
 
-    def gather(self, index: int, s2: Tensor) -> Tensor:
-        """The whole compute weight, by collectives of its own."""
-        weight = self.weights[index]
-        codes, scales = (weight.all_gather(self.outputs[name][index]) for name in ("packed", "scales"))
-        return torch.ops.nvfp4.dequantize(codes, scales, s2[weight.slot], SERVED_DTYPE)
+    def detach(self) -> None:
+        if isinstance(self._group, _ServedParamGroup):
+            self._group.__class__ = FSDPParamGroup  # type: ignore[assignment]
+            for parameter in [*self.quantized, *self.others]:
+                parameter.set_unsharded(None, [])
 
-    def _decoding_hook(self, s2: Tensor) -> Callable:
-        shards, table, others = self._shards, self._table, self.weights[1:]
-        decoded = torch.empty(0)
+    def gather(self, async_op: bool = False) -> tuple[Tensor, Work | None]:
+        """What all ranks send, and the collective to wait for if there is one."""
+        if self._ranks.size() == 1:
+            return self._sent, None
+        comm = self._group._all_gather_comm
+        received = comm.allocate((self._sent.numel() * self._ranks.size(),), dtype=self._sent.dtype, device=self._sent.device)
+        return received, comm(output_tensor=received, input_tensor=self._sent, group=self._ranks, async_op=async_op)
 
-        def fsdp_post_all_gather(
-            received: tuple[Tensor, ...], metadata: None, param_dtype: torch.dtype, *, out: Tensor | None = None
-        ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-            nonlocal decoded
-            (gathered,) = received
-            if out is None:
-                decoded = torch.empty(shards.num_elements, dtype=SERVED_DTYPE, device=gathered.device)
-            # Autograd has saved views of this very tensor for the backward, for which it is gathered again.
-            with torch.autograd._unsafe_preserve_version_counter(decoded):
-                decode_shards(gathered, table, s2, decoded)
-            # FSDP2 allocates it anew before the next gather; until then only the decoded weights are alive.
-            gathered.untyped_storage().resize_(0)
-            if out is not None:
-                return None
-            views = shards.weights(decoded)
-            for weight, view in zip(others, views[1:], strict=True):
-                weight.set_unsharded(view)
-            return views[0], (decoded,)
+    def unpack(self, received: Tensor) -> None:
+        """Fill the parameters that the forward and backward compute with."""
+        alloc_storage(self._whole)
+        # Autograd has saved views of this very tensor for the backward, for which it is gathered again.
+        with torch.autograd._unsafe_preserve_version_counter(self._whole):
+            self._shards.unpack(received, self._table, self._s2, self._whole, self._padded_others)
 
-        return fsdp_post_all_gather
+    def compute_weight(self, index: int) -> Tensor:
+        """A whole quantized weight, by a collective of its own."""
+        received, _ = self.gather()
+        whole = torch.empty(self._shards.num_elements, dtype=SERVED_DTYPE, device=received.device)
+        self._shards.unpack(received, self._table, self._s2, whole, self._shards.padded_others(whole))
+        return self._shards.wholes(whole)[index].clone()
+
+    def local_packed(self, index: int) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding."""
+        rows = self.quantized[index].rows
+        if not self.is_packed:
+            return nvfp4_quantize(rows, self._s2[self.slots[index]])
+        return self.outputs["packed"][index][: len(rows)], self.outputs["scales"][index][: len(rows)]
 
 
 class ShardedWeightStore(WeightStore):
-    """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`, with the same bits."""
+    """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`, with the same bits.
+
+    Parameters that are not quantized but gathered together with quantized ones are rounded to bf16 by `update` as well.
+    """
 
     def __init__(
         self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed"
     ) -> None:
         super().__init__(model, groups, power_of_two=power_of_two)
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._gathered: list[_DecodedWeights | _PackedWeights] = []
-        """One for each parameter group of FSDP2 that has quantized weights, its weights in the order of FSDP2."""
-        self._places: dict[str, tuple[_DecodedWeights | _PackedWeights, int]] = {}
+        self._served: list[_ServedParameters] = []
+        """One for each parameter group of FSDP2 that has quantized weights."""
+        self._places: dict[str, tuple[_ServedParameters, int]] = {}
         """Where a weight is, by owner."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         unmet = {id(module.weight): (name, slot) for name, module, slot in self.items()}
+        slots = {parameter: slot for parameter, (_, slot) in unmet.items()}
         for fsdp_module in self._fsdp_modules:
-            param_group = fsdp_module._get_fsdp_state()._fsdp_param_group
-            weights = [
-                _ShardedWeight(name, fsdp_param.sharded_param, fsdp_param, slot)
-                for fsdp_param in (param_group.fsdp_params if param_group is not None else ())
-                for name, slot in [unmet.pop(id(fsdp_param.sharded_param), (None, 0))]
-                if name is not None
-            ]
-            if weights:
-                # With one shard nothing travels, and FSDP2 takes a single tensor from the hook of each weight.
-                is_packed = gather == "packed" and weights[0].ranks.size() > 1
-                self._gathered.append((_PackedWeights if is_packed else _DecodedWeights)(weights))
-                self._places |= {weight.name: (self._gathered[-1], index) for index, weight in enumerate(weights)}
+            group = fsdp_module._get_fsdp_state()._fsdp_param_group
+            if group is None or not any(id(p.sharded_param) in slots for p in group.fsdp_params):
+                continue
+            served = _ServedParameters(group, names, slots, is_packed=gather == "packed")
+            self._served.append(served)
+            for index, parameter in enumerate(served.quantized):
+                name, _ = unmet.pop(id(parameter.fsdp_param.sharded_param))
+                self._places[name] = served, index
         for name, _ in unmet.values():
             kind = type(self._modules[name].weight).__name__
             raise ValueError(f"{name}.weight must be managed by fully_shard, got {kind}")
-        self._weights = [weight for gathered in self._gathered for weight in gathered.weights]
+        self._rounded: list[Tensor] = []
+        self._other_masters: list[Tensor] = []
 
     @torch.inference_mode(False)
+    @torch.no_grad()
     def update(self) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
         super().update()
+        if self._rounded:
+            torch._foreach_copy_(self._rounded, self._other_masters)
 
     @torch.no_grad()
     def master(self, name: str) -> Tensor:
@@ -244,44 +266,39 @@ class ShardedWeightStore(WeightStore):
 
     @torch.no_grad()
     def compute_weight(self, name: str) -> Tensor:
-        gathered, index = self._places[self._owners[name]]
-        return gathered.gather(index, self.global_scale)
+        served, index = self._places[self._owners[name]]
+        return served.compute_weight(index)
 
     @torch.no_grad()
     def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a module, of the last update."""
-        gathered, index = self._places[self._owners[name]]
-        master = self._modules[name].weight.detach()
-        assert isinstance(master, DTensor)
-        rows = master.to_local()
-        if isinstance(gathered, _DecodedWeights):
-            return nvfp4_quantize(rows, self.global_scale[gathered.weights[index].slot])
-        codes, scales = (gathered.outputs[name][index] for name in ("packed", "scales"))
-        return codes[: len(rows)], scales[: len(rows)]
+        served, index = self._places[self._owners[name]]
+        return served.local_packed(index)
 
     def _is_replaced(self) -> bool:
         # FSDP2 is told of every one, so this may not stop at the first.
-        replaced = [weight for weight in self._weights if weight.is_replaced()]
+        replaced = [p for served in self._served for p in (*served.quantized, *served.others) if p.is_replaced()]
         return bool(replaced)
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}
-        for gathered in self._gathered:
-            gathered.allocate()
-            for name, tensors in gathered.outputs.items():
+        for served in self._served:
+            served.allocate()
+            for name, tensors in served.outputs.items():
                 outputs.setdefault(name, []).extend(tensors)
-        masters = [weight.local_master() for weight in self._weights]
-        return self._quantizer_of(masters, [weight.slot for weight in self._weights], **outputs)
+        self._rounded = [rows for served in self._served for rows in served.rounded]
+        self._other_masters = [parameter.local_master() for served in self._served for parameter in served.others]
+        masters = [parameter.local_master() for served in self._served for parameter in served.quantized]
+        return self._quantizer_of(masters, [slot for served in self._served for slot in served.slots], **outputs)
 
     def _use(self, quantized: bool) -> None:
         self._reshard()
         self.is_enabled = quantized
-        if quantized:
-            for gathered in self._gathered:
-                gathered.attach(self.global_scale)
-        else:
-            for weight in self._weights:
-                weight.detach()
+        for served in self._served:
+            if quantized:
+                served.attach(self.global_scale)
+            else:
+                served.detach()
 
     def _reshard(self) -> None:
         for module in self._fsdp_modules:
