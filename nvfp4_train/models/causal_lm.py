@@ -71,7 +71,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     hf_config = load_config(config)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is None:
-        return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config)
+        # Each kind of device draws other numbers, and some of Lightning's strategies build a model on the GPU.
+        with torch.device("cpu"):
+            return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config)
     # Tensors of another shape are refused below, with the others.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         config.path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -38,6 +38,16 @@ def test_random_weights_follow_the_seed() -> None:
     assert not torch.equal(models[0]["lm_head.weight"], models[2]["lm_head.weight"])
 
 
+def test_random_weights_do_not_depend_on_the_device_that_is_the_default() -> None:
+    """Lightning makes it the GPU in some of its strategies, and a GPU draws other numbers."""
+    torch.manual_seed(0)
+    expected = load_model(ModelConfig(config=LLAMA)).state_dict()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = load_model(ModelConfig(config=LLAMA))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 def test_fields_of_the_config_reach_the_model() -> None:
     config = load_config(ModelConfig(config=LLAMA | {"rope_theta": 5000.0, "rms_norm_eps": 1e-4}))
     assert config.rope_parameters["rope_theta"] == 5000.0
