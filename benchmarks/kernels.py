@@ -3,10 +3,10 @@
     python benchmarks/kernels.py [--checks] [--times] [--whole-model]      (all three without an option)
     compute-sanitizer --tool memcheck python benchmarks/kernels.py --small  (every kernel on small tensors; also racecheck, initcheck)
 
-A time is the median over replays of a CUDA graph of several launches, on as many sets of tensors as exceed the L2 cache. Beside it
-stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is copy / ours. Bytes
-count once per element read or written. A peer that is installed (Model Optimizer, torchao) runs on the same tensors in the same
-rotation, but not from a graph, which some of them do not allow: events enclose calls made one after the other.
+A time is of the public functions: the median over replays of a CUDA graph of several calls, on as many sets of tensors as exceed the
+L2 cache. Beside it stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is
+copy / ours. Bytes count once per element read or written. A peer that is installed (Model Optimizer, torchao) runs on the same
+tensors in the same rotation, but not from a graph, which some of them do not allow: events enclose calls made one after the other.
 """
 
 import argparse
@@ -22,6 +22,16 @@ import torch
 import triton
 
 from nvfp4_train.kernels import multi_tensor, reference
+from nvfp4_train.kernels.fp4_kernel import (
+    compute_fp4_scales,
+    fp4_dequantize,
+    nvfp4_amax,
+    nvfp4_block_amax,
+    nvfp4_fake_quant,
+    nvfp4_global_scale,
+    nvfp4_quantize,
+    static_blockwise_fp4_fake_quant,
+)
 
 BF16 = torch.bfloat16
 L2_BYTES = 128 * 2**20
@@ -113,24 +123,23 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
     num_elements = shape[0] * shape[1]
     num_sets = max(4, L2_BYTES // (4 * num_elements) + 1)
     size = f"{shape[0]}x{shape[1]}"
-    ops = torch.ops.nvfp4
     xs = [torch.randn(shape, device="cuda", dtype=BF16) * 0.02 for _ in range(num_sets)]
     masters = [torch.randn(shape, device="cuda") * 0.02 for _ in range(num_sets)]
-    block_amax, global_amax = ops.amax(xs[0])
-    pow2, exact = (reference.global_scale(global_amax, is_pow2) for is_pow2 in (True, False))
-    packed = [ops.quantize(x, pow2) for x in xs]
+    block_amax, global_amax = nvfp4_amax(xs[0])
+    pow2, exact = (nvfp4_global_scale(global_amax, is_pow2) for is_pow2 in (True, False))
+    packed = [nvfp4_quantize(x, pow2) for x in xs]
     amaxes = [block_amax.clone() for _ in xs]
     rows: list[tuple[str, float, float | None, Callable, tuple]] = [
-        ("static fake quant bf16", 4.25, 0.97, lambda x, a: ops.static_fake_quant(x, a, global_amax, True, BF16), (xs, amaxes)),
-        ("dynamic fake quant bf16", 4, 0.95, lambda x: ops.fake_quant(x, pow2, BF16), (xs,)),
-        ("dynamic fake quant, exact s2", 4, 0.95, lambda x: ops.fake_quant(x, exact, BF16), (xs,)),
-        ("quantize and pack bf16", 2.5625, 0.93, lambda x: ops.quantize(x, pow2), (xs,)),
-        ("quantize and pack, exact s2", 2.5625, 0.93, lambda x: ops.quantize(x, exact), (xs,)),
-        ("dequantize to bf16", 2.5625, 0.93, lambda p: ops.dequantize(*p, pow2, BF16), (packed,)),
-        ("block and global amax bf16", 2.25, 0.95, ops.amax, (xs,)),
-        ("block and global amax fp32", 4.25, None, ops.amax, (masters,)),
-        ("quantize and pack fp32", 4.5625, 0.93, lambda x: ops.quantize(x, pow2), (masters,)),
-        ("fake quant fp32 to bf16", 6, 0.93, lambda x: ops.fake_quant(x, pow2, BF16), (masters,)),
+        ("static fake quant bf16", 4.25, 0.97, lambda x, a: static_blockwise_fp4_fake_quant(x, a, global_amax), (xs, amaxes)),
+        ("dynamic fake quant bf16", 4, 0.95, lambda x: nvfp4_fake_quant(x, pow2), (xs,)),
+        ("dynamic fake quant, exact s2", 4, 0.95, lambda x: nvfp4_fake_quant(x, exact), (xs,)),
+        ("quantize and pack bf16", 2.5625, 0.93, lambda x: nvfp4_quantize(x, pow2), (xs,)),
+        ("quantize and pack, exact s2", 2.5625, 0.93, lambda x: nvfp4_quantize(x, exact), (xs,)),
+        ("dequantize to bf16", 2.5625, 0.93, lambda p: fp4_dequantize(*p, pow2, dtype=BF16), (packed,)),
+        ("block and global amax bf16", 2.25, 0.95, nvfp4_amax, (xs,)),
+        ("block and global amax fp32", 4.25, None, nvfp4_amax, (masters,)),
+        ("quantize and pack fp32", 4.5625, 0.93, lambda x: nvfp4_quantize(x, pow2), (masters,)),
+        ("fake quant fp32 to bf16", 6, 0.93, lambda x: nvfp4_fake_quant(x, pow2, BF16), (masters,)),
     ]
     times = {}
     for name, bytes_per_element, target, call, inputs in rows:
@@ -150,21 +159,20 @@ def time_small() -> None:
     def empty_kernel(x_ptr):
         pass
 
-    ops = torch.ops.nvfp4
     x, master, s2 = torch.randn(4096, device="cuda", dtype=BF16), torch.randn(4096, device="cuda"), torch.ones(1, device="cuda")
-    amax, global_amax = ops.amax(x)
-    packed = ops.quantize(x, s2)
+    amax, global_amax = nvfp4_amax(x)
+    packed = nvfp4_quantize(x, s2)
     calls = {
         "empty kernel": lambda: empty_kernel[(1,)](x),
-        "block amax": lambda: ops.block_amax(x),
-        "block and global amax": lambda: ops.amax(x),
-        "dynamic fake quant": lambda: ops.fake_quant(x, s2, BF16),
-        "static fake quant": lambda: ops.static_fake_quant(x, amax, global_amax, True, BF16),
-        "static scales": lambda: ops.static_scales(amax, global_amax, True),
-        "quantize and pack": lambda: ops.quantize(x, s2),
-        "dequantize": lambda: ops.dequantize(*packed, s2, BF16),
-        "fake quant fp32 to bf16": lambda: ops.fake_quant(master, s2, BF16),
-        "quantize and pack fp32": lambda: ops.quantize(master, s2),
+        "block amax": lambda: nvfp4_block_amax(x),
+        "block and global amax": lambda: nvfp4_amax(x),
+        "dynamic fake quant": lambda: nvfp4_fake_quant(x, s2),
+        "static fake quant": lambda: static_blockwise_fp4_fake_quant(x, amax, global_amax),
+        "static scales": lambda: compute_fp4_scales(amax, global_amax),
+        "quantize and pack": lambda: nvfp4_quantize(x, s2),
+        "dequantize": lambda: fp4_dequantize(*packed, s2, dtype=BF16),
+        "fake quant fp32 to bf16": lambda: nvfp4_fake_quant(master, s2, BF16),
+        "quantize and pack fp32": lambda: nvfp4_quantize(master, s2),
     }
     empty = measure([calls["empty kernel"]] * 100)
     for name, call in calls.items():

@@ -23,9 +23,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import random_models
 import torch
 import triton
-import yaml
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
@@ -33,13 +33,12 @@ from transformers import PreTrainedModel
 
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model, parameters_on_meta
-from nvfp4_train.models.sharding import allocate, shard_model
+from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
 CASES = {
     # Model, sequences and tokens of a micro-batch, gradient checkpointing.
     "1b_1x2048": ("llama_1b", 1, 2048, False),
@@ -54,19 +53,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def build_model(name: str) -> tuple[PreTrainedModel, Selection]:
     """A sharded model with random weights; no rank ever holds all of it."""
-    fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["config"]
     with parameters_on_meta():
-        model = load_model(ModelConfig(config=fields))
+        model = load_model(ModelConfig(config=random_models.config_of(name)))
     selection = select(model, QuantConfig())
     quantize_linears(model, [name for group in selection.groups for name in group])
     compute_in_served_dtype(model)
     shard_model(model, init_device_mesh(DEVICE, (distributed.get_world_size(),)))
-    allocate(model, torch.device(DEVICE))
-    torch.manual_seed(distributed.get_rank())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            local = parameter.to_local()  # type: ignore[attr-defined]
-            local.fill_(1) if parameter.ndim == 1 else local.normal_(std=0.02)
+    random_models.fill(model, DEVICE, seed=distributed.get_rank())
     return model, selection
 
 

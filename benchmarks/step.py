@@ -3,10 +3,11 @@
     python benchmarks/step.py [--models llama_125m llama_1b] [--steps 20] [--eager-only] [--profile]
 
 A step is what a run does after the data has arrived: forward, loss, backward, clipping, fused AdamW and, with quantization on, the
-weight store's update. Weights and tokens are random. The two sides run alternately in one process, each on its own copy of the
+weight store's update. Weights and tokens are random. The sides run alternately in one process, each on its own copy of the
 model; times are device-synchronised medians over the steps, memory is the peak that the allocator reached while one side alone
-was on the device. Where Model Optimizer is installed, its weight-only fake quantization of the same model, eager under bf16
-autocast, is a third side. (torchao's NVFP4 training quantizes activations as well, and computes on Blackwell only.)
+was on the device. A third side is the plain model under bf16 autocast, with nothing of this project in it but loss and optimizer;
+where Model Optimizer is installed, a fourth is that with its weight-only fake quantization, which runs eagerly. (torchao's NVFP4
+training quantizes activations as well, and computes on Blackwell only.)
 """
 
 import argparse
@@ -15,20 +16,20 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import peers
+import random_models
 import torch
 import triton
-import yaml
+from torch import nn
 
 from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model, parameters_on_meta
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.policy import QuantConfig
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
 BATCH = {"llama_125m": (16, 1024), "llama_1b": (4, 2048)}
 """Sequences and tokens per sequence of a step."""
 
@@ -37,28 +38,31 @@ class Run:
     """One model in training."""
 
     def __init__(self, name: str, *, quantized: bool, compiled: bool) -> None:
-        fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        model_config = ModelConfig(config=fields["config"], compile=compiled)
-        torch.manual_seed(0)
-        self.module = QATModule(model=model_config, quant=QuantConfig(), optim=OptimConfig())
-        with torch.device("cuda"):
+        config = random_models.config_of(name)
+        self.module = QATModule(model=ModelConfig(config=config, compile=compiled), quant=QuantConfig(), optim=OptimConfig())
+        with parameters_on_meta():
             self.module.configure_model()
-        self.module.cuda()
-        self.quantized = quantized
-        self.optimizer, _ = build_optimizer(self.module.model, OptimConfig(), total_steps=1000)
-        batch, tokens = BATCH[name]
-        self.input_ids = torch.randint(0, fields["config"]["vocab_size"], (batch, tokens), device="cuda")
-        if quantized:
-            self.module.store.update()
+        self.store = self.module.store if quantized else None
+        self.start(self.module.model, config, BATCH[name])
+
+    def start(self, model: nn.Module, config: dict[str, Any], batch: tuple[int, int]) -> None:
+        self.model = model
+        random_models.fill(model, "cuda")
+        self.optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=1000)
+        self.input_ids = torch.randint(0, config["vocab_size"], batch, device="cuda")
+        if self.store is not None:
+            self.store.update()
+
+    def loss(self) -> torch.Tensor:
+        return next_token_loss(compute_logits(self.model, self.input_ids), self.input_ids)
 
     def step(self) -> None:
-        loss = next_token_loss(self.module(self.input_ids), self.input_ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.quantized:
-            self.module.store.update()
+        if self.store is not None:
+            self.store.update()
 
     def timed_step(self) -> float:
         torch.cuda.synchronize()
@@ -68,26 +72,24 @@ class Run:
         return (time.perf_counter() - start) * 1e3
 
 
-class PeerRun(Run):
-    """The same model, loss and optimizer, with Model Optimizer's fake quantization in every forward."""
+class AutocastRun(Run):
+    """The plain model under bf16 autocast, as Lightning's bf16-mixed runs it; with Model Optimizer's fake quantization if asked."""
 
-    def __init__(self, name: str) -> None:
-        fields = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            self.model = load_model(ModelConfig(config=fields["config"]))
-        peers.quantize_weights_with_model_optimizer(self.model)
-        self.optimizer, _ = build_optimizer(self.model, OptimConfig(), total_steps=1000)
-        batch, tokens = BATCH[name]
-        self.input_ids = torch.randint(0, fields["config"]["vocab_size"], (batch, tokens), device="cuda")
+    def __init__(self, name: str, *, compiled: bool = False, model_optimizer: bool = False) -> None:
+        config = random_models.config_of(name)
+        self.store = None
+        with parameters_on_meta():
+            model = load_model(ModelConfig(config=config))
+        if compiled:
+            for layer in decoder_layers(model):
+                layer.compile()
+        self.start(model, config, BATCH[name])
+        if model_optimizer:
+            peers.quantize_weights_with_model_optimizer(model)
 
-    def step(self) -> None:
+    def loss(self) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = next_token_loss(compute_logits(self.model, self.input_ids), self.input_ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            return super().loss()
 
 
 def release() -> None:
@@ -111,25 +113,27 @@ def peak_memory(make: Callable[[], Run]) -> float:
     return peak
 
 
-def compare(name: str, *, compiled: bool, steps: int) -> list[tuple[float, float]]:
-    """Milliseconds and GiB of each side: off, on and, in eager mode, the peer if there is one."""
-    sides: list[Callable[[], Run]] = [
-        functools.partial(Run, name, quantized=quantized, compiled=compiled) for quantized in (False, True)
-    ]
+def compare(name: str, *, compiled: bool, steps: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds and GiB of each side."""
+    sides: dict[str, Callable[[], Run]] = {
+        "off": functools.partial(Run, name, quantized=False, compiled=compiled),
+        "on": functools.partial(Run, name, quantized=True, compiled=compiled),
+        "bf16-mixed": functools.partial(AutocastRun, name, compiled=compiled),
+    }
     if peers.has_model_optimizer() and not compiled:
-        sides.append(functools.partial(PeerRun, name))
-    memory = [peak_memory(make) for make in sides]
-    runs = [make() for make in sides]
-    for run in runs:
+        sides["Model Optimizer"] = functools.partial(AutocastRun, name, model_optimizer=True)
+    memory = {side: peak_memory(make) for side, make in sides.items()}
+    runs = {side: make() for side, make in sides.items()}
+    for run in runs.values():
         for _ in range(5):
             run.step()
-    times: list[list[float]] = [[] for _ in runs]
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(steps):
-        for run, measured in zip(runs, times, strict=True):
-            measured.append(run.timed_step())
+        for side, run in runs.items():
+            times[side].append(run.timed_step())
     del run, runs
     release()
-    return list(zip(map(statistics.median, times), memory, strict=True))
+    return {side: (statistics.median(times[side]), memory[side]) for side in sides}
 
 
 def profile(name: str, *, quantized: bool, compiled: bool) -> str:
@@ -161,9 +165,9 @@ def main() -> None:
         for compiled in (False,) if arguments.eager_only else (False, True):
             rows = compare(name, compiled=compiled, steps=arguments.steps)
             mode = "compiled" if compiled else "eager"
-            for side, (ms, gib) in zip(("off", "on", "Model Optimizer"), rows, strict=False):
+            for side, (ms, gib) in rows.items():
                 print(
-                    f"{name:<12}{mode:<10}{batch * tokens:>8}{side:>18}{ms:>10.2f}{ms / rows[0][0]:>8.3f}{gib:>10.2f}",
+                    f"{name:<12}{mode:<10}{batch * tokens:>8}{side:>18}{ms:>10.2f}{ms / rows['off'][0]:>8.3f}{gib:>10.3f}",
                     flush=True,
                 )
         if arguments.profile:

@@ -5,8 +5,8 @@ the last dimension; floating-point inputs are float32, bfloat16 or float16, of a
 
 A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; under any other the result means nothing.
 
-An amax that is NaN or Inf is refused. On CUDA that check waits for the device, so it is left out while torch.compile traces and
-while a CUDA graph is captured; code that must never wait calls `torch.ops.nvfp4` or `multi_tensor`.
+An amax or a global scale that is NaN, Inf or negative is refused on the CPU. On CUDA, where the host would have to wait for the
+device to see it, and while torch.compile traces, only shapes and dtypes are checked: a NaN is passed on to all that it scales.
 """
 
 import torch
@@ -165,7 +165,7 @@ def _check_same_device(x: Tensor, **tensors: Tensor) -> None:
 
 
 def _check_finite(name: str, amax: Tensor) -> None:
-    if torch.compiler.is_compiling() or (amax.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if amax.is_cuda or torch.compiler.is_compiling():
         return
     num_bad = amax.numel() - int((amax.isfinite() & (amax >= 0)).sum())
     if num_bad:

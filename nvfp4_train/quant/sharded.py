@@ -10,6 +10,7 @@ are FSDP2's own, and gather the masters rounded to bf16.
 """
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.packed_shards import PackedShards
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
+
+_local_tensor = attrgetter("sharded_param._local_tensor")
+"""Of an `FSDPParam`: the tensor that a load with `assign` or a move to another device replaces."""
 
 
 class _ServedParamGroup(FSDPParamGroup):
@@ -84,27 +88,17 @@ class _ShardedParameter:
                 f"{name} must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
                 "inputs stays on one rank, so shard no weight by columns or by tensor parallelism"
             )
-        self.name = name
         self.fsdp_param = fsdp_param
         self.shape = parameter.shape
-        self._followed: Tensor | None = None
 
     def local_master(self) -> Tensor:
         """The rows of this rank, padded by zeros to the same number on every rank."""
-        self._followed = self._local_tensor()
         return self.fsdp_param._sharded_param_data.detach().view(self.fsdp_param.padded_sharded_param_size)
 
     @property
     def rows(self) -> Tensor:
         """The rows of this rank, without padding."""
-        return self._local_tensor().detach()
-
-    def is_replaced(self) -> bool:
-        """Whether the parameter has another local tensor than `local_master` saw; FSDP2 is told of it."""
-        if self._followed is None or self._local_tensor() is self._followed:
-            return False
-        self.fsdp_param.reset_sharded_param()
-        return True
+        return _local_tensor(self.fsdp_param).detach()
 
     def set_unsharded(self, whole: Tensor | None, memory: list[Tensor]) -> None:
         """Give FSDP2 the tensor to compute with, or let it make one; it frees and counts `memory` as this parameter's."""
@@ -114,9 +108,6 @@ class _ShardedParameter:
         else:
             requires_grad = self.fsdp_param.sharded_param.requires_grad
             self.fsdp_param._unsharded_param = nn.Parameter(whole, requires_grad=requires_grad)
-
-    def _local_tensor(self) -> Tensor:
-        return self.fsdp_param.sharded_param._local_tensor  # type: ignore[attr-defined]
 
 
 class _ServedParameters:
@@ -136,6 +127,7 @@ class _ServedParameters:
         parameters = [_ShardedParameter(names[id(p.sharded_param)], p) for p in group.fsdp_params]
         self.quantized = [p for p in parameters if id(p.fsdp_param.sharded_param) in slots]
         self.others = [p for p in parameters if id(p.fsdp_param.sharded_param) not in slots]
+        self.parameters = [*self.quantized, *self.others]
         self.slots = [slots[id(p.fsdp_param.sharded_param)] for p in self.quantized]
         self.is_packed = is_packed
         shapes, others = ([p.shape for p in these] for these in (self.quantized, self.others))
@@ -171,7 +163,7 @@ class _ServedParameters:
         self._whole = torch.empty(self._shards.num_elements, dtype=SERVED_DTYPE, device=self._sent.device)
         self._padded_others = self._shards.padded_others(self._whole)
         memory = [self._whole]
-        for parameter, whole in zip([*self.quantized, *self.others], self._shards.wholes(self._whole), strict=True):
+        for parameter, whole in zip(self.parameters, self._shards.wholes(self._whole), strict=True):
             parameter.set_unsharded(whole, memory)
             memory = []
         # FSDP2 is in its sharded state, in which there is none.
@@ -182,7 +174,7 @@ class _ServedParameters:
     def detach(self) -> None:
         if isinstance(self._group, _ServedParamGroup):
             self._group.__class__ = FSDPParamGroup  # type: ignore[assignment]
-            for parameter in [*self.quantized, *self.others]:
+            for parameter in self.parameters:
                 parameter.set_unsharded(None, [])
 
     def gather(self, async_op: bool = False) -> tuple[Tensor, Work | None]:
@@ -245,6 +237,9 @@ class ShardedWeightStore(WeightStore):
         for name, _ in unmet.values():
             kind = type(self._modules[name].weight).__name__
             raise ValueError(f"{name}.weight must be managed by fully_shard, got {kind}")
+        self._fsdp_params = [p.fsdp_param for served in self._served for p in served.parameters]
+        self._local_tensors: list[Tensor] = []
+        """Those that the quantizer was made of."""
         self._rounded: list[Tensor] = []
         self._other_masters: list[Tensor] = []
 
@@ -276,9 +271,11 @@ class ShardedWeightStore(WeightStore):
         return served.local_packed(index)
 
     def _is_replaced(self) -> bool:
-        # FSDP2 is told of every one, so this may not stop at the first.
-        replaced = [p for served in self._served for p in (*served.quantized, *served.others) if p.is_replaced()]
-        return bool(replaced)
+        if self._quantizer is None or all(map(is_, map(_local_tensor, self._fsdp_params), self._local_tensors)):
+            return False
+        for fsdp_param in self._fsdp_params:
+            fsdp_param.reset_sharded_param()
+        return True
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}
@@ -286,6 +283,7 @@ class ShardedWeightStore(WeightStore):
             served.allocate()
             for name, tensors in served.outputs.items():
                 outputs.setdefault(name, []).extend(tensors)
+        self._local_tensors = list(map(_local_tensor, self._fsdp_params))
         self._rounded = [rows for served in self._served for rows in served.rounded]
         self._other_masters = [parameter.local_master() for served in self._served for parameter in served.others]
         masters = [parameter.local_master() for served in self._served for parameter in served.quantized]

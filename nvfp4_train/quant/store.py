@@ -5,6 +5,7 @@ This is the store of a replicated model (one device, or DDP); `sharded` has that
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ class WeightStore:
             self._modules[name] = module
         self._owners = self._find_owners()
         """The first module that has the parameter of a module."""
-        self._masters: dict[str, Tensor] = {}
-        """The parameters that the quantizer was made of, by module."""
+        self._parameters_of_modules = [module._parameters for module in self._modules.values()]
+        self._masters: list[Tensor] = []
+        """The parameters that the quantizer was made of, in the order of the modules."""
         self._compute_weights: dict[str, Tensor] = {}
         """By owner."""
         self._quantizer: MultiTensorQuantizer | None = None
@@ -107,13 +109,16 @@ class WeightStore:
         """Whether a master is another than the quantizer was made of, after a load with `assign`, or all are on another device."""
         if self._quantizer is None:
             return False
-        # In every step: `module.weight` takes longer.
-        is_same = all(self._modules[name]._parameters["weight"] is master for name, master in self._masters.items())
-        return not is_same or self._quantizer.weights.masters[0].device != self._quantizer.global_amax.device
+        # In every step, so nothing of it is Python code for each master.
+        masters = map(itemgetter("weight"), self._parameters_of_modules)
+        return (
+            not all(map(is_, masters, self._masters))
+            or self._quantizer.weights.masters[0].device != self._quantizer.global_amax.device
+        )
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         self._owners = self._find_owners()
-        self._masters = {name: module.weight for name, module in self._modules.items()}
+        self._masters = [module.weight for module in self._modules.values()]
         weights = list(self.items())
         self._compute_weights = {
             name: torch.empty_like(module.weight, dtype=SERVED_DTYPE, requires_grad=False) for name, module, _ in weights
