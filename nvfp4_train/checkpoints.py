@@ -9,12 +9,14 @@ that are no tensors.
 
 import io
 import pickle
+import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -24,6 +26,20 @@ SHARDED_STATE = "meta.pt"
 """In the folder of a sharded checkpoint, under Lightning's name: everything that is not sharded."""
 PARTIAL_SUFFIX = ".partial"
 """Of the name of a checkpoint that is being written, see `saving`."""
+UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
+"""What reading a damaged or foreign file raises, by `torch.load` and the unpickler of an index; found by damaging files at random."""
 
 
 def saved_step(path: Path) -> int | None:
@@ -67,25 +83,27 @@ def _has_all_shards(folder: Path) -> bool:
         return False
 
 
+def _refuse_cut_short(folder: Path) -> None:
+    if not _has_all_shards(folder):
+        raise ValueError(f"{folder} was cut short: shards are missing")
+
+
 def is_sharded_checkpoint(path: Path) -> bool:
     """Whether the path is the folder of a sharded checkpoint."""
     return (path / SHARDED_STATE).is_file()
 
 
-def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, Any]:
-    """A checkpoint as a file holds it, on the CPU. Tensors of a file stay on disk until they are used."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint as a file holds it, on the CPU. Tensors of a file stay on disk until they are used, those of a folder do not."""
     if not is_sharded_checkpoint(path):
         # Only the zip format can be mapped into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if not _has_all_shards(path):
-        raise ValueError(f"{path} was cut short: shards are missing")
+    _refuse_cut_short(path)
     checkpoint = read_rest(path)
-    keys = None if with_optimizers else {"state_dict"}
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(keys=keys), no_dist=True)
+    _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(), no_dist=True)
     checkpoint["state_dict"] = state.pop("state_dict")
-    if with_optimizers:
-        checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
+    checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
     return checkpoint
 
 
@@ -132,6 +150,53 @@ class SafePlanner(DefaultLoadPlanner):
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """Tensors of a sharded checkpoint, on the CPU; each is read from its shards whenever it is asked for, and not kept.
+
+    They are those whose names in the checkpoint begin with `prefix`, by the rest of their names. Raises ValueError, which names the
+    folder, where shards are missing or one cannot be read.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        _refuse_cut_short(folder)
+        self._reader = SafeReader(folder)
+        self._index = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+        self._folder = folder
+        self._prefix = prefix
+        self._entries: dict[str, index_types.TensorStorageMetadata] = {}
+        for key, entry in self._index.state_dict_metadata.items():
+            if key.startswith(prefix):
+                if not isinstance(entry, index_types.TensorStorageMetadata):
+                    raise ValueError(f"{folder} must hold tensors only under {prefix}, got a value of another kind for {key}")
+                self._entries[key.removeprefix(prefix)] = entry
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor on the meta device with the shape and the dtype of this one, which is not read."""
+        entry = self._entries[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty_like(self.meta(name), device="cpu")
+        planner = SafePlanner(flatten_state_dict=False)
+        planner.set_up_planner({self._prefix + name: tensor}, self._index)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except UNREADABLE as error:
+            raise ValueError(f"{name} could not be read from the shards of {self._folder}: {error}") from error
+        return tensor
+
+    # That of Mapping reads the tensor.
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 class _EmptyPlanner(SafePlanner, _EmptyStateDictLoadPlanner):
