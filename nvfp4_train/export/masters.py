@@ -1,6 +1,6 @@
 """Master weights on their way to a folder: checked against the model's config, scaled by group, and as they are served."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.quant.policy import sibling_set
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ELEMENTS_AT_ONCE = 1 << 20
+"""Quantizing in pieces of this size keeps its intermediate values, 20 bytes an element on the CPU, small next to a large matrix."""
 
 
 def own_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> Mapping[str, Tensor]:
@@ -139,9 +141,10 @@ class ServedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[name]
-        if name in self.global_scales:
-            return nvfp4_fake_quant(weight, self.global_scales[name].to(weight.device), torch.bfloat16)
-        return to_served(name, weight, self.layout)
+        if name not in self.global_scales:
+            return to_served(name, weight, self.layout)
+        s2 = self.global_scales[name].to(weight.device)
+        return torch.cat([nvfp4_fake_quant(rows, s2, torch.bfloat16) for rows in _pieces(weight)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -152,4 +155,12 @@ class ServedWeights(Mapping[str, Tensor]):
     def packed(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [N, K / 2] and block scales float8_e4m3fn [N, K / 16] of a quantized weight."""
         weight = self.weights[name]
-        return nvfp4_quantize(weight, self.global_scales[name].to(weight.device))
+        s2 = self.global_scales[name].to(weight.device)
+        codes, scales = zip(*(nvfp4_quantize(rows, s2) for rows in _pieces(weight)), strict=True)
+        # As bytes: on CUDA, cat knows no float8 in some versions.
+        return torch.cat(codes), torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
+
+
+def _pieces(weight: Tensor) -> Iterable[Tensor]:
+    """The rows of a matrix, some at a time."""
+    return weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1]))
