@@ -112,6 +112,29 @@ def read_rest(folder: Path) -> dict[str, Any]:
     return torch.load(folder / SHARDED_STATE, map_location="cpu", weights_only=True)
 
 
+def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by name, () of a value of another kind."""
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """`shapes` of the weights of a sharded checkpoint, from its index."""
+    prefix = "state_dict."
+    entries = SafeReader(folder).read_metadata().state_dict_metadata
+    return {key.removeprefix(prefix): tuple(getattr(entries[key], "size", ())) for key in entries if key.startswith(prefix)}
+
+
+def check_same_weights(path: Path, saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where the shapes in a checkpoint, by name, are not those of the model that is to take its weights."""
+    for name in {**ours, **saved}:
+        if saved.get(name) != ours.get(name):
+            there, here = saved.get(name, "missing"), ours.get(name, "missing")
+            raise ValueError(
+                f"the checkpoint {path} was saved with another model: {name} is {there} there and {here} here; "
+                "set model.* as in the run that saved it"
+            )
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = getattr(index_types, name, None) if module == index_types.__name__ else None

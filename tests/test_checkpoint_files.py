@@ -3,6 +3,7 @@
 import ast
 import os
 import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -15,7 +16,14 @@ from running import ROOT
 from torch.distributed.checkpoint import CheckpointException, Metadata, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
+from nvfp4_train.checkpoints import (
+    check_same_weights,
+    newest_complete,
+    read_checkpoint,
+    saved_shapes,
+    saved_step,
+    shapes,
+)
 from nvfp4_train.saving import ShardedWriter, save_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -115,6 +123,21 @@ def test_a_folder_with_another_index_is_not_used(index: Any, tmp_path: Path) -> 
     save_folder(foreign, 7)
     (foreign / ".metadata").write_bytes(pickle.dumps(index))
     assert newest_complete(tmp_path) == (whole, [foreign])
+
+
+@pytest.mark.parametrize("save", [save_one_file, save_folder])
+def test_weights_of_other_names_or_shapes_are_named(save: Any, tmp_path: Path) -> None:
+    path = tmp_path / "7.ckpt"
+    save(path)
+    saved = saved_shapes(path) if path.is_dir() else shapes(read_checkpoint(path)["state_dict"])
+    check_same_weights(path, saved, shapes({"w": torch.ones(1000)}))
+    for ours, difference in (
+        ({"w": torch.ones(10, 100)}, "w is (1000,) there and (10, 100) here"),
+        ({"w": torch.ones(1000), "b": torch.ones(())}, "b is missing there and () here"),
+        ({}, "w is (1000,) there and missing here"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"the checkpoint {path} was saved with another model: {difference}; ")):
+            check_same_weights(path, saved, shapes(ours))
 
 
 def calls(name: str) -> list[tuple[str, dict[str, Any]]]:
