@@ -28,6 +28,7 @@ PARTIAL_SUFFIX = ".partial"
 """Of the name of a checkpoint that is being written, see `saving`."""
 UNREADABLE = (
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
     struct.error,
     EOFError,
     RuntimeError,
@@ -39,20 +40,21 @@ UNREADABLE = (
     OverflowError,
     MemoryError,
 )
-"""What reading a damaged or foreign file raises, by `torch.load` and the unpickler of an index; found by damaging files at random."""
+"""What reading a damaged or foreign file raises: `torch.load`, `zipfile` and the unpickler of an index, on files damaged at random.
+
+An error of the disk, OSError, is not among them.
+"""
 
 
 def saved_step(path: Path) -> int | None:
     """The optimizer step of a checkpoint file or folder; None where it was cut short, or is none of ours. Reads no weights."""
     state = path / SHARDED_STATE if path.is_dir() else path
-    # The directory of a zip archive stands at its end, so a file without it was cut short.
-    if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
-        return None
     try:
+        # The directory of a zip archive stands at its end, so a file without it was cut short.
+        if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
+            return None
         found = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception:  # The file of another program may raise anything.
+    except UNREADABLE:
         return None
     step = found.get("global_step") if isinstance(found, dict) else None
     return step if isinstance(step, int) else None
@@ -75,11 +77,7 @@ def _has_all_shards(folder: Path) -> bool:
             and (folder / piece.relative_path).stat().st_size >= piece.offset + piece.length
             for piece in pieces
         )
-    except FileNotFoundError:
-        return False
-    except OSError:
-        raise
-    except Exception:  # As in `saved_step`.
+    except (FileNotFoundError, *UNREADABLE):
         return False
 
 

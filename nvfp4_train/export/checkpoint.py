@@ -1,6 +1,5 @@
 """What an export needs from a training checkpoint, read without the training framework."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
-from nvfp4_train.checkpoints import SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
+from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
 
 STATE_PREFIX = "model."
 
@@ -36,7 +35,7 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
         raise ValueError(f"checkpoint must be a file, or the folder of a sharded checkpoint, got {path}")
     try:
         checkpoint = read_rest(path) if is_sharded_checkpoint(path) else read_checkpoint(path)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ValueError(f"{path} is no checkpoint that torch.load reads with weights_only=True: {error}") from error
     try:
         saved = checkpoint["hyper_parameters"]["export"]
