@@ -9,12 +9,14 @@ that are no tensors.
 
 import io
 import pickle
+import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -24,19 +26,35 @@ SHARDED_STATE = "meta.pt"
 """In the folder of a sharded checkpoint, under Lightning's name: everything that is not sharded."""
 PARTIAL_SUFFIX = ".partial"
 """Of the name of a checkpoint that is being written, see `saving`."""
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
+"""What reading a damaged or foreign file raises: `torch.load`, `zipfile` and the unpickler of an index, on files damaged at random.
+
+An error of the disk, OSError, is not among them.
+"""
 
 
 def saved_step(path: Path) -> int | None:
     """The optimizer step of a checkpoint file or folder; None where it was cut short, or is none of ours. Reads no weights."""
     state = path / SHARDED_STATE if path.is_dir() else path
-    # The directory of a zip archive stands at its end, so a file without it was cut short.
-    if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
-        return None
     try:
+        # The directory of a zip archive stands at its end, so a file without it was cut short.
+        if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
+            return None
         found = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception:  # The file of another program may raise anything.
+    except UNREADABLE:
         return None
     step = found.get("global_step") if isinstance(found, dict) else None
     return step if isinstance(step, int) else None
@@ -59,12 +77,13 @@ def _has_all_shards(folder: Path) -> bool:
             and (folder / piece.relative_path).stat().st_size >= piece.offset + piece.length
             for piece in pieces
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, *UNREADABLE):
         return False
-    except OSError:
-        raise
-    except Exception:  # As in `saved_step`.
-        return False
+
+
+def _refuse_cut_short(folder: Path) -> None:
+    if not _has_all_shards(folder):
+        raise ValueError(f"{folder} was cut short: shards are missing")
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -72,26 +91,46 @@ def is_sharded_checkpoint(path: Path) -> bool:
     return (path / SHARDED_STATE).is_file()
 
 
-def read_checkpoint(path: Path, *, with_optimizers: bool = True) -> dict[str, Any]:
-    """A checkpoint as a file holds it, on the CPU. Tensors of a file stay on disk until they are used."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint as a file holds it, on the CPU. Tensors of a file stay on disk until they are used, those of a folder do not."""
     if not is_sharded_checkpoint(path):
         # Only the zip format can be mapped into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if not _has_all_shards(path):
-        raise ValueError(f"{path} was cut short: shards are missing")
+    _refuse_cut_short(path)
     checkpoint = read_rest(path)
-    keys = None if with_optimizers else {"state_dict"}
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(keys=keys), no_dist=True)
+    _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(), no_dist=True)
     checkpoint["state_dict"] = state.pop("state_dict")
-    if with_optimizers:
-        checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
+    checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
     return checkpoint
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
     """What is not sharded of a sharded checkpoint."""
     return torch.load(folder / SHARDED_STATE, map_location="cpu", weights_only=True)
+
+
+def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by name, () of a value of another kind."""
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """`shapes` of the weights of a sharded checkpoint, from its index."""
+    prefix = "state_dict."
+    entries = SafeReader(folder).read_metadata().state_dict_metadata
+    return {key.removeprefix(prefix): tuple(getattr(entries[key], "size", ())) for key in entries if key.startswith(prefix)}
+
+
+def check_same_weights(path: Path, saved: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where the shapes in a checkpoint, by name, are not those of the model that is to take its weights."""
+    for name in {**ours, **saved}:
+        if saved.get(name) != ours.get(name):
+            there, here = saved.get(name, "missing"), ours.get(name, "missing")
+            raise ValueError(
+                f"the checkpoint {path} was saved with another model: {name} is {there} there and {here} here; "
+                "set model.* as in the run that saved it"
+            )
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -132,6 +171,53 @@ class SafePlanner(DefaultLoadPlanner):
         torch.load(value, weights_only=True)
         value.seek(0)
         super().load_bytes(read_item, value)
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """Tensors of a sharded checkpoint, on the CPU; each is read from its shards whenever it is asked for, and not kept.
+
+    They are those whose names in the checkpoint begin with `prefix`, by the rest of their names. Raises ValueError, which names the
+    folder, where shards are missing or one cannot be read.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        _refuse_cut_short(folder)
+        self._reader = SafeReader(folder)
+        self._index = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._index, is_coordinator=True)
+        self._folder = folder
+        self._prefix = prefix
+        self._entries: dict[str, index_types.TensorStorageMetadata] = {}
+        for key, entry in self._index.state_dict_metadata.items():
+            if key.startswith(prefix):
+                if not isinstance(entry, index_types.TensorStorageMetadata):
+                    raise ValueError(f"{folder} must hold tensors only under {prefix}, got a value of another kind for {key}")
+                self._entries[key.removeprefix(prefix)] = entry
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor on the meta device with the shape and the dtype of this one, which is not read."""
+        entry = self._entries[name]
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = torch.empty_like(self.meta(name), device="cpu")
+        planner = SafePlanner(flatten_state_dict=False)
+        planner.set_up_planner({self._prefix + name: tensor}, self._index)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except UNREADABLE as error:
+            raise ValueError(f"{name} could not be read from the shards of {self._folder}: {error}") from error
+        return tensor
+
+    # That of Mapping reads the tensor.
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 class _EmptyPlanner(SafePlanner, _EmptyStateDictLoadPlanner):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from nvfp4_train.checkpoints import check_same_weights, shapes
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model
 from nvfp4_train.models.folder import open_folder
@@ -173,6 +175,11 @@ class QATModule(L.LightningModule):
             return
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # FullyShardedStrategy has loaded the weights itself.
+        if self._trainer is not None and "state_dict" in checkpoint:
+            check_same_weights(Path(str(self.trainer.ckpt_path)), shapes(checkpoint["state_dict"]), shapes(self.state_dict()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain data only: checkpoints are read with weights_only.

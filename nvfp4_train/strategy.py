@@ -20,7 +20,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from nvfp4_train.checkpoints import SafePlanner, SafeReader, by_name, is_sharded_checkpoint, read_checkpoint, read_rest
+from nvfp4_train.checkpoints import (
+    SafePlanner,
+    SafeReader,
+    by_name,
+    check_same_weights,
+    is_sharded_checkpoint,
+    read_checkpoint,
+    read_rest,
+    saved_shapes,
+    shapes,
+)
 from nvfp4_train.saving import ShardedWriter, save_file
 
 
@@ -157,7 +167,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
             state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
             for index, optimizer in enumerate(self.optimizers):
                 state[f"optimizer_{index}"] = get_optimizer_state_dict(self.model, optimizer)
-            _check_same_weights(path, state["state_dict"])
+            # torch.distributed.checkpoint passes over weights that it alone has.
+            check_same_weights(path, saved_shapes(path), shapes(state["state_dict"]))
             try:
                 load(state, storage_reader=SafeReader(path), planner=SafePlanner())
             except CheckpointException as error:
@@ -170,29 +181,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
         # Every rank takes its rows of the file. Lightning 2.6 numbers an optimizer's parameters in the order of the model, which
         # is wrong for an optimizer with several groups.
         checkpoint = read_checkpoint(path)
+        weights = checkpoint.pop("state_dict")
+        check_same_weights(path, shapes(weights), shapes(get_model_state_dict(self.model)))
         options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        set_model_state_dict(self.model, weights, options=options)
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         # An evaluation has no optimizers.
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=bool(self.optimizers)):
             ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
         return checkpoint
-
-
-def _check_same_weights(path: Path, weights: dict[str, Any]) -> None:
-    """Raise ValueError for the checkpoint of another model. torch.distributed.checkpoint passes over weights that it alone has."""
-    prefix = "state_dict."
-    index = SafeReader(path).read_metadata().state_dict_metadata
-    saved = {key.removeprefix(prefix): getattr(entry, "size", ()) for key, entry in index.items() if key.startswith(prefix)}
-    here = {key: getattr(value, "shape", ()) for key, value in weights.items()}
-    for key in here | saved:
-        there, ours = (tuple(shapes[key]) if key in shapes else "missing" for shapes in (saved, here))
-        if there != ours:
-            raise ValueError(
-                f"the checkpoint {path} was saved with another model: {key} is {there} there and {ours} here; "
-                "set model.* as in the run that saved it"
-            )
 
 
 def _not_written(path: Path) -> RuntimeError:

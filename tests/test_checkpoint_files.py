@@ -3,6 +3,8 @@
 import ast
 import os
 import pickle
+import random
+import re
 import shutil
 import sys
 import zipfile
@@ -15,7 +17,14 @@ from running import ROOT
 from torch.distributed.checkpoint import CheckpointException, Metadata, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
+from nvfp4_train.checkpoints import (
+    check_same_weights,
+    newest_complete,
+    read_checkpoint,
+    saved_shapes,
+    saved_step,
+    shapes,
+)
 from nvfp4_train.saving import ShardedWriter, save_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -93,6 +102,10 @@ FOREIGN = {
     "tensor": lambda path: torch.save(torch.ones(3), path),
     "list": lambda path: torch.save([1, 2], path),
     "weights": lambda path: torch.save({"w": torch.ones(3)}, path),
+    "old format": lambda path: torch.save({"global_step": 7}, path, _use_new_zipfile_serialization=False),
+    "class": lambda path: torch.save({"global_step": 7, "path": Path("x")}, path),
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"global_step": 7})),
+    "random bytes": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
     "step of another kind": lambda path: torch.save({"global_step": "last"}, path),
     "empty folder": Path.mkdir,
 }
@@ -108,6 +121,34 @@ def test_a_file_of_another_program_is_not_used(kind: str, tmp_path: Path) -> Non
     assert newest_complete(tmp_path) == (whole, [foreign])
 
 
+@pytest.mark.parametrize(("save", "name"), [(save_one_file, ""), (save_folder, "meta.pt"), (save_folder, ".metadata")])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_file_raises_nothing(save: Any, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "7.ckpt"
+    save(path)
+    content, generator = (path / name).read_bytes(), random.Random(0)
+    found = set()
+    for _ in range(1000):
+        damaged = bytearray(content)
+        for _ in range(generator.choice((1, 4, 16))):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        (path / name).write_bytes(damaged)
+        found.add(saved_step(path))
+    # Damage to the bytes of a tensor is not noticed.
+    assert found >= {None, 7}
+
+
+@pytest.mark.parametrize("save", [save_one_file, save_folder])
+def test_an_error_of_the_disk_is_raised(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("input/output error")
+
+    save(tmp_path / "7.ckpt")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        newest_complete(tmp_path)
+
+
 @pytest.mark.parametrize("index", [{"storage_data": {}}, [1, 2], Metadata({}, storage_data={"w": "__0_0.distcp"})])
 def test_a_folder_with_another_index_is_not_used(index: Any, tmp_path: Path) -> None:
     whole, foreign = tmp_path / "step-0000006.ckpt", tmp_path / "step-0000007.ckpt"
@@ -115,6 +156,21 @@ def test_a_folder_with_another_index_is_not_used(index: Any, tmp_path: Path) -> 
     save_folder(foreign, 7)
     (foreign / ".metadata").write_bytes(pickle.dumps(index))
     assert newest_complete(tmp_path) == (whole, [foreign])
+
+
+@pytest.mark.parametrize("save", [save_one_file, save_folder])
+def test_weights_of_other_names_or_shapes_are_named(save: Any, tmp_path: Path) -> None:
+    path = tmp_path / "7.ckpt"
+    save(path)
+    saved = saved_shapes(path) if path.is_dir() else shapes(read_checkpoint(path)["state_dict"])
+    check_same_weights(path, saved, shapes({"w": torch.ones(1000)}))
+    for ours, difference in (
+        ({"w": torch.ones(10, 100)}, "w is (1000,) there and (10, 100) here"),
+        ({"w": torch.ones(1000), "b": torch.ones(())}, "b is missing there and () here"),
+        ({}, "w is (1000,) there and missing here"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"the checkpoint {path} was saved with another model: {difference}; ")):
+            check_same_weights(path, saved, shapes(ours))
 
 
 def calls(name: str) -> list[tuple[str, dict[str, Any]]]:

@@ -24,7 +24,7 @@ ALLOWED = {
     "data": ({"data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "saving"}, {"lightning"}),
-    "module": ({"kernels", "quant", "models", "losses", "optim", "strategy"}, {"lightning", "transformers"}),
+    "module": ({"kernels", "quant", "models", "losses", "optim", "checkpoints", "strategy"}, {"lightning", "transformers"}),
     "callbacks": (
         {"kernels", "quant", "models", "export", "saving", "strategy", "module", "callbacks"},
         {"lightning", "transformers", "wandb"},

@@ -1,14 +1,14 @@
 """What an export needs from a training checkpoint, read without the training framework."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
-from nvfp4_train.checkpoints import is_sharded_checkpoint, read_checkpoint
+from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
 
 STATE_PREFIX = "model."
 
@@ -27,20 +27,21 @@ class ExportableCheckpoint:
 
 
 def load_checkpoint(path: Path) -> ExportableCheckpoint:
-    """Read a checkpoint file, whose tensors stay on disk until they are used, or the folder of a sharded checkpoint.
+    """Read a checkpoint file or the folder of a sharded checkpoint, whose weights stay on disk until they are used.
 
-    Raises ValueError where it cannot be exported.
+    Raises ValueError where it cannot be exported, as the weights of a folder do where they cannot be read.
     """
     if not path.is_file() and not is_sharded_checkpoint(path):
         raise ValueError(f"checkpoint must be a file, or the folder of a sharded checkpoint, got {path}")
     try:
-        checkpoint = read_checkpoint(path, with_optimizers=False)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+        checkpoint = read_rest(path) if is_sharded_checkpoint(path) else read_checkpoint(path)
+    except (OSError, *UNREADABLE) as error:
         raise ValueError(f"{path} is no checkpoint that torch.load reads with weights_only=True: {error}") from error
     try:
         saved = checkpoint["hyper_parameters"]["export"]
-        state, groups, settings = checkpoint["state_dict"], saved["groups"], saved["config"]
+        groups, settings = saved["groups"], saved["config"]
         model_type, generation, global_scale = settings["model_type"], saved["generation_config"], saved["global_scale"]
+        weights = _weights(path, checkpoint)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must hold a state_dict and hyper_parameters['export'] with config, generation_config, groups and "
@@ -52,10 +53,17 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
         raise ValueError(f"this version of transformers knows no model_type {model_type!r}, which {path} was trained with")
     tokenizer = path.parent / "tokenizer"
     return ExportableCheckpoint(
-        weights={key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)},
+        weights=weights,
         groups=groups,
         config=CONFIG_MAPPING[model_type].from_dict(settings),
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
         power_of_two=global_scale == "pow2",
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
+
+
+def _weights(path: Path, checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if is_sharded_checkpoint(path):
+        return SavedTensors(path, f"state_dict.{STATE_PREFIX}")
+    state = checkpoint["state_dict"]
+    return {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}

@@ -1,40 +1,65 @@
 """Master weights on their way to a folder: checked against the model's config, scaled by group, and as they are served."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from nvfp4_train.checkpoints import SavedTensors
 from nvfp4_train.export.layout import HubLayout, shown
 from nvfp4_train.kernels.fp4_kernel import nvfp4_block_amax, nvfp4_fake_quant, nvfp4_global_scale, nvfp4_quantize
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.quant.policy import sibling_set
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ELEMENTS_AT_ONCE = 1 << 20
+"""Quantizing in pieces of this size keeps its intermediate values, 20 bytes an element on the CPU, small next to a large matrix."""
 
 
-def own_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> dict[str, Tensor]:
-    """The tensors that the model writes, checked against its config by name, shape and dtype."""
+def own_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> Mapping[str, Tensor]:
+    """The tensors that the model writes, checked against its config by name, shape and dtype.
+
+    Tensors of a checkpoint on disk are read when they are asked for, and here only where two of them are tied.
+    """
     if missing := layout.shapes.keys() - weights.keys():
         raise ValueError(f"weights must hold every tensor of {layout.architecture}, missing: {shown(missing)}")
     if unknown := weights.keys() - layout.shapes.keys() - layout.aliases.keys():
         raise ValueError(f"weights must hold tensors of {layout.architecture} only, got unknown names: {shown(unknown)}")
+    for name, shape in layout.shapes.items():
+        described = weights.meta(name) if isinstance(weights, SavedTensors) else weights[name]
+        if described.shape != shape:
+            raise ValueError(f"{name} must have the shape {tuple(shape)} of the config, got {tuple(described.shape)}")
+        if name not in layout.buffers and described.dtype not in MASTER_DTYPES:
+            raise ValueError(f"{name} must be a float master weight, got {described.dtype}")
     for name, source in layout.aliases.items():
-        # Tied tensors are normally one storage; a copy that went its own way would be lost.
-        if (
-            name in weights
-            and weights[name].data_ptr() != weights[source].data_ptr()
-            and not weights[name].equal(weights[source])
-        ):
+        if name in weights and not _is_same(weights[name], weights[source]):
             raise ValueError(
                 f"{name} and {source} are tied in the config but differ; set tie_word_embeddings=False to keep both"
             )
-    for name, shape in layout.shapes.items():
-        if weights[name].shape != shape:
-            raise ValueError(f"{name} must have the shape {tuple(shape)} of the config, got {tuple(weights[name].shape)}")
-        if name not in layout.buffers and weights[name].dtype not in MASTER_DTYPES:
-            raise ValueError(f"{name} must be a float master weight, got {weights[name].dtype}")
-    return {name: weights[name].detach() for name in layout.shapes}
+    return _OwnTensors(weights, layout)
+
+
+def _is_same(alias: Tensor, source: Tensor) -> bool:
+    # Tied tensors are normally one storage; a copy that went its own way would be lost. Both have to be alive while addresses are
+    # compared: a tensor may be read from disk to where the last one was.
+    return alias.data_ptr() == source.data_ptr() or alias.equal(source)
+
+
+class _OwnTensors(Mapping[str, Tensor]):
+    """Those tensors of `weights` that the model writes, each asked for when it is used."""
+
+    def __init__(self, weights: Mapping[str, Tensor], layout: HubLayout) -> None:
+        self._weights = weights
+        self._names = layout.shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def check_groups(groups: Sequence[Sequence[str]], layout: HubLayout) -> None:
@@ -86,9 +111,9 @@ def group_scales(
         if amaxes:
             s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), power_of_two)
             scales.update({f"{member}.weight": s2 for member in group})
-    for name, weight in weights.items():
+    for name in weights:
         if name not in scales:
-            refuse_unless(bool(to_served(name, weight, layout).isfinite().all()), name)
+            refuse_unless(bool(to_served(name, weights[name], layout).isfinite().all()), name)
     return scales
 
 
@@ -116,9 +141,10 @@ class ServedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[name]
-        if name in self.global_scales:
-            return nvfp4_fake_quant(weight, self.global_scales[name].to(weight.device), torch.bfloat16)
-        return to_served(name, weight, self.layout)
+        if name not in self.global_scales:
+            return to_served(name, weight, self.layout)
+        s2 = self.global_scales[name].to(weight.device)
+        return torch.cat([nvfp4_fake_quant(rows, s2, torch.bfloat16) for rows in _pieces(weight)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -129,4 +155,12 @@ class ServedWeights(Mapping[str, Tensor]):
     def packed(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [N, K / 2] and block scales float8_e4m3fn [N, K / 16] of a quantized weight."""
         weight = self.weights[name]
-        return nvfp4_quantize(weight, self.global_scales[name].to(weight.device))
+        s2 = self.global_scales[name].to(weight.device)
+        codes, scales = zip(*(nvfp4_quantize(rows, s2) for rows in _pieces(weight)), strict=True)
+        # As bytes: on CUDA, cat knows no float8 in some versions.
+        return torch.cat(codes), torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
+
+
+def _pieces(weight: Tensor) -> Iterable[Tensor]:
+    """The rows of a matrix, some at a time."""
+    return weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1]))

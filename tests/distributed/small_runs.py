@@ -9,15 +9,19 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from nvfp4_train.callbacks.fake_quant import FakeQuant
 from nvfp4_train.data.module import _rewind_to_last_step
+from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
 from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.quant.sharded import ShardedWeightStore
+from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import AnyCheckpointIO, FullyShardedStrategy
 
 # Rows of 16, 32, 48 and 64: three ranks cannot share most of them evenly.
@@ -104,12 +108,32 @@ class StopAndSave(L.Callback):
 def snapshot(module: Any) -> dict[str, Any]:
     store = module.store
     weights = {name: store.compute_weight(name).cpu().clone() for name, _ in store.modules()} if store.is_enabled else {}
+    masters = {name: tensor.cpu().clone() for name, tensor in whole_tensors(module.model)}
+    packed = {name: whole_packed(store, name, slot) for name, _, slot in store.items()} if store.is_enabled else {}
     return {
-        "masters": {name: tensor.cpu().clone() for name, tensor in whole_tensors(module.model)},
+        "masters": masters,
         "compute_weights": weights,
-        "global_scale": store.global_scale.cpu(),
-        "global_amax": store.global_amax.cpu(),
+        "codes": {name: codes for name, (codes, _) in packed.items()},
+        "block_scales": {name: scales for name, (_, scales) in packed.items()},
+        "global_scale": store.global_scale.cpu().clone(),
+        "global_amax": store.global_amax.cpu().clone(),
     }
+
+
+def whole_packed(store: WeightStore, name: str, slot: int) -> list[Tensor]:
+    """Codes and E4M3 block scales of a quantized weight, both uint8: as its ranks send them, or of the whole master."""
+    master = dict(store.modules())[name].weight.detach()
+    if not isinstance(store, ShardedWeightStore):
+        return [part.view(torch.uint8).cpu() for part in nvfp4_quantize(master, store.global_scale[slot])]
+    assert isinstance(master, DTensor)
+    parts = []
+    for rows in store.local_packed(name):
+        shape = torch.Size((master.shape[0], rows.shape[1]))
+        sharded = DTensor.from_local(
+            rows.view(torch.uint8), master.device_mesh, master.placements, shape=shape, stride=(shape[1], 1)
+        )
+        parts.append(sharded.full_tensor().cpu())
+    return parts
 
 
 def strategy(name: str, **options: Any) -> Any:

@@ -30,6 +30,7 @@ def run_both(folder: str) -> dict[str, Any]:
         "whole": run("fsdp2", save=(STEPS, f"{folder}/whole.ckpt")),
         "stopped": run("fsdp2", save=(3, path)),
         "resumed": run("fsdp2", resume=path, save=(STEPS, f"{folder}/resumed.ckpt")),
+        "one file": run("ddp", save=(3, f"{folder}/one_file.ckpt")),
     }
 
 
@@ -72,10 +73,14 @@ def tied(model: dict[str, Any], save: tuple[int, str] | None, resume: str | None
     return run("fsdp2", model=model, save=save, resume=resume)
 
 
-def refusal(path: str, model: dict[str, Any]) -> str:
+def refusal(path: str, model: dict[str, Any], how: str = "fsdp2") -> str:
     with pytest.raises(ValueError, match=re.escape(path)) as caught:
-        run("fsdp2", resume=path, model=model)
+        run(how, resume=path, model=model)
     return str(caught.value)
+
+
+def refusals(paths: list[str], model: dict[str, Any]) -> list[str]:
+    return [refusal(path, model, how) for path in paths for how in ("fsdp2", "ddp")]
 
 
 @pytest.mark.parametrize(
@@ -87,10 +92,13 @@ def refusal(path: str, model: dict[str, Any]) -> str:
     ],
 )
 def test_the_checkpoint_of_another_model_is_refused(model: dict[str, Any], mismatch: str, whole: Path) -> None:
-    for message in run_ranks(2, refusal, f"{whole / 'middle.ckpt'}", model):
-        assert re.search(f"was saved with another model: {mismatch}", message)
-        assert message.endswith("set model.* as in the run that saved it")
-        assert "\n" not in message
+    paths = [f"{whole / 'middle.ckpt'}", f"{whole / 'one_file.ckpt'}"]
+    for rank in run_ranks(2, refusals, paths, model):
+        for message in rank:
+            assert re.search(f"was saved with another model: {mismatch}", message)
+            assert message.endswith("set model.* as in the run that saved it")
+            assert "\n" not in message
+        assert len({message.replace(paths[1], paths[0]) for message in rank}) == 1
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(whole: Path, tmp_path: Path) -> None:

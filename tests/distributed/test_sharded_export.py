@@ -1,4 +1,4 @@
-"""Ranks export their shards into the very files that one rank writes of the whole masters."""
+"""Shards, of ranks and of their checkpoints, are exported into the very files that one rank writes of the whole masters."""
 
 import hashlib
 import os
@@ -14,17 +14,21 @@ from memory import PROCESS, peak_growth
 from ranks import on_gpus, run_ranks
 from running import ROOT, train_environment
 from torch import Tensor, distributed
+from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nvfp4_train.export import verify
+from nvfp4_train.checkpoints import read_checkpoint
+from nvfp4_train.export import masters, verify
+from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
 from nvfp4_train.export.gathered import GatheredWeights
 from nvfp4_train.export.verify import ExportError
-from nvfp4_train.models.sharding import shard_model, whole_tensors
+from nvfp4_train.models.sharding import shard_model, sharded_state, whole_tensors
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, select
 from nvfp4_train.quant.sharded import ShardedWeightStore
+from nvfp4_train.saving import ShardedWriter
 
 # Rows of 67, 32, 48 and 64: two ranks cannot share the embedding evenly, three most tensors.
 SMALL: dict[str, Any] = {
@@ -90,12 +94,45 @@ def export_whole(model: Any, store: ShardedWeightStore, folder: str, **options: 
         )
 
 
+def save_checkpoint(model: Any, store: ShardedWeightStore, path: str) -> None:
+    """As a run saves it; in place of optimizer states, which are no concern of an export, there are some bytes of them."""
+    settings = {
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "groups": store.groups,
+        "global_scale": "pow2" if store.power_of_two else "exact",
+    }
+    writer = ShardedWriter(Path(path))
+    if distributed.get_rank() == 0:
+        writer.start({"global_step": 1, "hyper_parameters": {"export": settings}})
+    distributed.barrier()
+    state = {f"model.{name}": tensor for name, tensor in sharded_state(model).items()}
+    optimizer = {"state": {"w": torch.ones(5)}, "param_groups": [{"params": ["w"]}]}
+    save({"state_dict": state, "optimizer_0": optimizer}, storage_writer=writer)
+
+
+def export_checkpoint(path: str, folder: str, *, at_once: bool = False, **options: Any) -> None:
+    """As `launch/export.py` does, or, `at_once`, with all masters in memory."""
+    checkpoint = load_checkpoint(Path(path))
+    state = read_checkpoint(Path(path))["state_dict"] if at_once else {}
+    export_compressed_tensors(
+        folder,
+        weights={name.removeprefix("model."): tensor for name, tensor in state.items()} or checkpoint.weights,
+        groups=checkpoint.groups,
+        config=checkpoint.config,
+        generation_config=checkpoint.generation_config,
+        power_of_two=checkpoint.power_of_two,
+        **options,
+    )
+
+
 def export_both(root: str, cases: dict[str, dict[str, Any]]) -> list[bool]:
     wrote = []
     for case, options in cases.items():
         model, store = make(**options)
         wrote.append(export(model, store, f"{root}/{case}/sharded", max_shard_bytes=SHARD_BYTES))
         export_whole(model, store, f"{root}/{case}/whole", max_shard_bytes=SHARD_BYTES)
+        save_checkpoint(model, store, f"{root}/{case}/last.ckpt")
     return wrote
 
 
@@ -116,6 +153,13 @@ def test_every_file_is_that_of_one_rank(case: str, exports: Path) -> None:
     found = digests(exports / case / "sharded")
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     assert found == digests(exports / case / "whole")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_of_the_ranks_exports_the_same_files(case: str, exports: Path) -> None:
+    assert not distributed.is_initialized()
+    export_checkpoint(f"{exports / case / 'last.ckpt'}", f"{exports / case / 'later'}", max_shard_bytes=SHARD_BYTES)
+    assert digests(exports / case / "later") == digests(exports / case / "whole")
 
 
 def test_one_replica_exports(tmp_path: Path) -> None:
@@ -206,6 +250,8 @@ LARGE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
+# 51 million parameters, the largest tensor a matrix in NVFP4.
+WIDE = LARGE | {"vocab_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4}
 LARGE_SHARD_BYTES = 10 * MB
 SLACK_BYTES = 15 * MB
 
@@ -230,6 +276,39 @@ def test_a_rank_holds_one_file_beside_its_own_weights(tmp_path: Path) -> None:
     assert max(first["sharded"], second["sharded"]) <= bound
     assert first["whole"] > bound, "the test would not notice the masters on one rank"
     assert digests(tmp_path / "sharded") == digests(tmp_path / "whole")
+
+
+def save_two(folder: str, large: dict[str, Any]) -> None:
+    for name, fields in (("small", {}), ("large", large)):
+        save_checkpoint(*make(**fields), f"{folder}/{name}.ckpt")
+
+
+def peaks_of_checkpoint(folder: str) -> dict[str, int]:
+    # As in `peaks`.
+    verify.ELEMENTS_AT_ONCE = masters.ELEMENTS_AT_ONCE = 1 << 18
+    export_checkpoint(f"{folder}/small.ckpt", f"{folder}/small")
+
+    def peak(name: str, **options: Any) -> int:
+        options |= {"max_shard_bytes": LARGE_SHARD_BYTES}
+        return peak_growth(lambda: export_checkpoint(f"{folder}/large.ckpt", f"{folder}/{name}", **options))
+
+    weights = load_checkpoint(Path(folder, "large.ckpt")).weights.values()
+    return {
+        "read when used": peak("later"),
+        "read at once": peak("at once", at_once=True),
+        "largest": max(weight.nbytes for weight in weights),
+    }
+
+
+@pytest.mark.parametrize("large", [LARGE, WIDE], ids=["large embedding", "large quantized matrix"])
+@pytest.mark.skipif(not (PROCESS / "clear_refs").exists(), reason="needs Linux")
+def test_the_export_of_a_checkpoint_holds_one_file_and_one_tensor(large: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(2, save_two, str(tmp_path), large, gpus=False)
+    (found,) = run_ranks(1, peaks_of_checkpoint, str(tmp_path), gpus=False)
+    # A tensor is copied from the shards of the ranks.
+    bound = LARGE_SHARD_BYTES + 2 * found["largest"] + SLACK_BYTES
+    assert found["read when used"] <= bound
+    assert found["read at once"] > 3 * bound, "the test would not notice all masters in memory"
 
 
 if __name__ == "__main__":

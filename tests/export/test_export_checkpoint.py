@@ -1,8 +1,10 @@
 """`launch/export.py`: from a checkpoint file to a folder, or to one line of error."""
 
+import os
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ import pytest
 import torch
 from export_models import Trained
 from tokenizers import Tokenizer, models
+from torch.distributed.checkpoint import save
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nvfp4_train.checkpoints import SavedTensors
 from nvfp4_train.export import verify_export
 from nvfp4_train.export.checkpoint import load_checkpoint
+from nvfp4_train.saving import ShardedWriter
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "export.py"
 WITHOUT_FRAMEWORKS = """
@@ -26,7 +31,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def save_checkpoint(model: Trained, path: Path, *, with_tokenizer: bool = False, **changes: Any) -> Path:
+def parts(model: Trained, **changes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a checkpoint holds: the state dict by itself, since a sharded one keeps it apart."""
     export = {
         "config": model.config.to_dict(),
         "generation_config": {"max_new_tokens": 5},
@@ -34,11 +40,26 @@ def save_checkpoint(model: Trained, path: Path, *, with_tokenizer: bool = False,
         "global_scale": "pow2",
     } | changes
     state = {f"model.{name}": weight for name, weight in model.weights.items()}
+    return {"hyper_parameters": {"export": export}, "epoch": 1}, state
+
+
+def save_checkpoint(model: Trained, path: Path, *, with_tokenizer: bool = False, **changes: Any) -> Path:
+    rest, state = parts(model, **changes)
     path.parent.mkdir(parents=True)
-    torch.save({"state_dict": state, "hyper_parameters": {"export": export}, "epoch": 1}, path)
+    torch.save(rest | {"state_dict": state}, path)
     if with_tokenizer:
         tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path.parent / "tokenizer")
+    return path
+
+
+def save_sharded(model: Trained, path: Path, **extra: Any) -> Path:
+    rest, state = parts(model)
+    writer = ShardedWriter(path)
+    writer.start(rest)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save({"state_dict": state | extra, "optimizer_0": {"state": {}}}, storage_writer=writer, no_dist=True)
     return path
 
 
@@ -81,6 +102,41 @@ def test_checkpoint_gives_back_weights_config_and_groups(name: str, cases: Calla
     assert loaded.tokenizer is None
 
 
+def changed(model: Trained, **weights: torch.Tensor) -> Trained:
+    return Trained(config=model.config, groups=model.groups, weights=model.weights | weights)
+
+
+@pytest.mark.parametrize("name", ["qwen2_bias", "llama_tied", "mixtral"])
+def test_script_exports_a_sharded_checkpoint_into_the_same_files(
+    name: str, cases: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = cases(name)
+    run_script(monkeypatch, save_checkpoint(model, tmp_path / "run" / "last.ckpt"), tmp_path / "one")
+    run_script(monkeypatch, save_sharded(model, tmp_path / "sharded.ckpt"), tmp_path / "sharded")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir()} == files
+
+
+def test_tensors_of_a_sharded_checkpoint_are_read_when_they_are_asked_for(
+    cases: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = cases("llama_odd")
+    weights = load_checkpoint(save_sharded(model, tmp_path / "sharded.ckpt")).weights
+    assert isinstance(weights, SavedTensors)
+    assert set(weights) == set(model.weights)
+    for shard in (tmp_path / "sharded.ckpt").glob("*.distcp"):
+        shard.rename(tmp_path / "shard")
+    assert "nonesuch" not in weights
+    for name, weight in model.weights.items():
+        assert name in weights
+        assert (weights.meta(name).shape, weights.meta(name).dtype) == (weight.shape, weight.dtype)
+    with pytest.raises(FileNotFoundError):
+        weights["model.norm.weight"]
+    (tmp_path / "shard").rename(tmp_path / "sharded.ckpt" / "__0_0.distcp")
+    assert all(torch.equal(weights[name], weight) for name, weight in model.weights.items())
+    assert weights["model.norm.weight"] is not weights["model.norm.weight"]
+
+
 def missing_file(model: Trained, tmp_path: Path) -> Path:
     return tmp_path / "none.ckpt"
 
@@ -114,10 +170,32 @@ def unknown_architecture(model: Trained, tmp_path: Path) -> Path:
 
 
 def nan_weight(model: Trained, tmp_path: Path) -> Path:
-    broken = Trained(
-        config=model.config, groups=model.groups, weights=model.weights | {"model.norm.weight": torch.full((64,), torch.nan)}
-    )
+    broken = changed(model, **{"model.norm.weight": torch.full((64,), torch.nan)})
     return save_checkpoint(broken, tmp_path / "run" / "last.ckpt")
+
+
+def nan_weight_in_a_shard(model: Trained, tmp_path: Path) -> Path:
+    return save_sharded(changed(model, **{"model.norm.weight": torch.full((64,), torch.nan)}), tmp_path / "sharded.ckpt")
+
+
+def weight_of_another_shape_in_a_shard(model: Trained, tmp_path: Path) -> Path:
+    return save_sharded(changed(model, **{"model.norm.weight": torch.ones(32)}), tmp_path / "sharded.ckpt")
+
+
+def no_tensor_in_a_shard(model: Trained, tmp_path: Path) -> Path:
+    return save_sharded(model, tmp_path / "sharded.ckpt", **{"model.path": Path("x")})
+
+
+def cut_shard(model: Trained, tmp_path: Path) -> Path:
+    path = save_sharded(model, tmp_path / "sharded.ckpt")
+    os.truncate(path / "__0_0.distcp", 5000)
+    return path
+
+
+def damaged_shard(model: Trained, tmp_path: Path) -> Path:
+    path = save_sharded(model, tmp_path / "sharded.ckpt")
+    (path / "__0_0.distcp").write_bytes(bytes((path / "__0_0.distcp").stat().st_size))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -130,6 +208,14 @@ def nan_weight(model: Trained, tmp_path: Path) -> Path:
         (unquantized_run, "hyper_parameters['export']"),
         (unknown_architecture, "no model_type 'nonesuch'"),
         (nan_weight, "model.norm.weight holds NaN"),
+        (nan_weight_in_a_shard, "model.norm.weight holds NaN"),
+        (weight_of_another_shape_in_a_shard, "model.norm.weight must have the shape (64,) of the config, got (32,)"),
+        (
+            no_tensor_in_a_shard,
+            "must hold tensors only under state_dict.model., got a value of another kind for state_dict.model.path",
+        ),
+        (cut_shard, "sharded.ckpt was cut short: shards are missing"),
+        (damaged_shard, "sharded.ckpt: Weights only load failed"),
     ],
 )
 def test_bad_checkpoint_ends_with_one_line_of_error(
@@ -146,6 +232,21 @@ def test_bad_checkpoint_ends_with_one_line_of_error(
     assert message in str(caught.value.code)
     assert "\n" not in str(caught.value.code)
     assert not (tmp_path / "out").exists()
+
+
+def test_tied_weights_that_are_saved_twice_have_to_be_equal(cases: Callable[[str], Trained], tmp_path: Path):
+    model = cases("llama_tied")
+    assert "lm_head.weight" in load_checkpoint(save_sharded(model, tmp_path / "tied.ckpt")).weights
+    # Memory of this size is mapped anew for each tensor, so that one read after the other comes to the same address.
+    embedding = torch.ones(150_000, 64)
+    config = model.config.from_dict(model.config.to_dict() | {"vocab_size": len(embedding)})
+    tied = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1}
+    other = Trained(config=config, groups=model.groups, weights=model.weights | tied)
+    for save_either in (save_sharded, save_checkpoint):
+        weights = load_checkpoint(save_either(other, tmp_path / save_either.__name__ / "last.ckpt")).weights
+        with pytest.raises(ValueError, match="lm_head.weight and model.embed_tokens.weight are tied in the config but differ"):
+            Trained(config=config, groups=model.groups, weights=weights).export(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_existing_folder_and_unknown_tokenizer_end_with_one_line_of_error(

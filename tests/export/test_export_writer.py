@@ -266,12 +266,22 @@ def test_config_is_served_in_bf16_and_tells_no_path(cases: CaseOf, tmp_path: Pat
     assert not hasattr(config, "quantization_config")
 
 
+def test_quantizing_a_few_rows_at_a_time_gives_the_same_bytes(
+    cases: CaseOf, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(masters, "ELEMENTS_AT_ONCE", 200)
+    cases("llama_odd").export(tmp_path / "out")
+    for file in names_in(tmp_path / "out"):
+        assert (tmp_path / "out" / file).read_bytes() == (exported("llama_odd") / file).read_bytes()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["llama_tied", "llama_odd", "mixtral"])
-def test_weights_on_the_gpu_give_the_same_bytes(name: str, cases: CaseOf, tmp_path: Path):
+def test_weights_on_the_gpu_give_the_same_bytes(name: str, cases: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = cases(name)
     model.export(tmp_path / "cpu")
+    monkeypatch.setattr(masters, "ELEMENTS_AT_ONCE", 200)
     on_gpu = {key: weight.cuda() for key, weight in model.weights.items()}
     model.export(tmp_path / "gpu", weights=on_gpu, expected={key: w.cuda() for key, w in model.compute_weights().items()})
     for file in names_in(tmp_path / "cpu"):
