@@ -99,15 +99,15 @@ BAD_CALLS = {
     ),
     "amax is integer": (lambda: fp4_kernel.compute_fp4_scales(AMAX.int()), "dtype of amax must be one of"),
     "amax has NaN": (
-        lambda: fp4_kernel.compute_fp4_scales(_with(AMAX, torch.nan)),
+        lambda: fp4_kernel.compute_fp4_scales(_with(AMAX.cpu(), torch.nan)),
         "amax must be finite and not negative, got 1 NaN, Inf or negative among 45",
     ),
     "amax has Inf": (
-        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, _with(AMAX, torch.inf)),
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X.cpu(), _with(AMAX.cpu(), torch.inf)),
         "amax must be finite and not negative, got 1 NaN, Inf or negative among 45",
     ),
     "global amax is NaN": (
-        lambda: fp4_kernel.compute_fp4_scales(AMAX, AMAX.max() * torch.nan),
+        lambda: fp4_kernel.compute_fp4_scales(AMAX.cpu(), AMAX.cpu().max() * torch.nan),
         "global_amax must be finite and not negative, got 1 NaN, Inf or negative among 1",
     ),
     "global amax is a vector": (
@@ -164,3 +164,24 @@ def test_bad_input_is_refused_with_what_was_required_and_what_came(name):
     call, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+def test_the_host_never_waits_for_the_device_and_a_nan_is_passed_on():
+    nan = torch.tensor(torch.nan, device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [
+            fp4_kernel.compute_fp4_scales(AMAX, nan),
+            fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX, nan),
+            fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX * nan),
+            fp4_kernel.nvfp4_global_scale(nan),
+            fp4_kernel.nvfp4_fake_quant(X, nan),
+            fp4_kernel.fp4_dequantize(*fp4_kernel.nvfp4_quantize(X, nan), nan),
+            fp4_kernel.nvfp4_amax(X * nan)[1],
+        ]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.isnan().all() for result in results)
