@@ -92,16 +92,17 @@ def measure_eagerly(calls: Sequence[Callable], num_rounds: int = 7) -> float:
 
 
 def measure_host(call: Callable, num_calls: int) -> float:
-    """Seconds that the host takes to issue one call."""
+    """Seconds that the host takes to issue one call, the median."""
     for _ in range(10):
         call()
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    times = []
     for _ in range(num_calls):
+        start = time.perf_counter()
         call()
-    host = (time.perf_counter() - start) / num_calls
+        times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    return host
+    return statistics.median(times)
 
 
 def measure_copy(num_bytes: float, num_sets: int) -> float:

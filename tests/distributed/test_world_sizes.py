@@ -1,7 +1,8 @@
 """One seed and one global batch give one outcome, whatever the number of ranks and however the model is sharded.
 
 Micro-batches of one sequence and powers of two of ranks make the sums of bf16 gradients exact in fp32 for this small model, so that
-the order of the reduction does not show, and masters are compared bit for bit after several steps. Three ranks divide by three.
+the order of the reduction does not show, and masters are compared bit for bit after several steps. Three ranks divide by three, and
+on GPUs the gradients of a micro-batch have other last bits: there the order shows, and nothing else does.
 Codes and block scales are those that the ranks send, against those of the whole masters where nothing is sent.
 """
 
@@ -104,6 +105,12 @@ def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
             assert torch.equal(tensor, second[kind][name]), f"{kind} {name}"
 
 
+def assert_close_masters(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Equal but for the order of fp32 sums."""
+    for name, master in second["masters"].items():
+        torch.testing.assert_close(first["masters"][name], master, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, options in RUNS.items() for name in options])
 def test_masters_and_quantized_weights_are_those_of_one_device(
     world_size: int, name: str, runs: dict[tuple[int, str], list[dict[str, Any]]], references: dict[bool, dict[str, Any]]
@@ -112,8 +119,12 @@ def test_masters_and_quantized_weights_are_those_of_one_device(
     assert len(expected["end"]["compute_weights"]) == 14
     assert not torch.equal(*(expected[when]["masters"]["model.norm.weight"] for when in ("start", "end")))
     for rank in runs[world_size, name]:
-        for when in ("start", "end"):
-            assert_same_state(rank[when], expected[when])
+        assert_same_state(rank["start"], expected["start"])
+        if world_size == 1 or not on_gpus(world_size):
+            assert_same_state(rank["end"], expected["end"])
+        else:
+            assert_same_state(rank["end"], runs[world_size, "ddp"][0]["end"])
+            assert_close_masters(rank["end"], expected["end"])
 
 
 @pytest.fixture(scope="module")
@@ -145,5 +156,4 @@ def test_three_ranks_with_uneven_shards(tmp_path: Path) -> None:
         for how in ("ddp", "fsdp2"):
             assert_same_state(rank[how]["start"], one["end"])
         assert_same_state(rank["fsdp2"]["end"], fsdp2["end"])
-    for name, master in ddp["end"]["masters"].items():
-        torch.testing.assert_close(fsdp2["end"]["masters"][name], master, rtol=1e-5, atol=1e-6)
+    assert_close_masters(fsdp2["end"], ddp["end"])
