@@ -216,8 +216,10 @@ class ShardedWeightStore(WeightStore):
     def __init__(
         self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed"
     ) -> None:
-        super().__init__(model, groups, power_of_two=power_of_two)
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        # The parameters of an unsharded module are others than those that FSDP2 keeps.
+        self._reshard()
+        super().__init__(model, groups, power_of_two=power_of_two)
         self._served: list[_ServedParameters] = []
         """One for each parameter group of FSDP2 that has quantized weights."""
         self._places: dict[str, tuple[_ServedParameters, int]] = {}

@@ -69,6 +69,14 @@ def shards_and_hooks() -> dict[str, Any]:
     return found
 
 
+def made_while_unsharded() -> list[Tensor]:
+    model, _ = make()
+    model.unshard()
+    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store.update()
+    return [store.compute_weight(name).cpu() for name in NAMES]
+
+
 def replaced() -> list[Tensor]:
     """Local tensors are replaced by others of twice the value, as a load with `assign` or a move does."""
     model, store = make()
@@ -168,6 +176,7 @@ def all_reduces() -> list[int]:
 def everything() -> dict[str, Any]:
     return {
         "weights": shards_and_hooks(),
+        "made while unsharded": made_while_unsharded(),
         "replaced": replaced(),
         "memory": alive_after_backward(),
         "gradients": kept_by_autograd(),
@@ -197,6 +206,12 @@ def test_masters_only_gathers_the_rounded_masters(ranks: list[dict[str, Any]]) -
         for gather in ("packed", "bf16"):
             for weight, master in zip(rank["weights"][f"{gather}, masters"], masters, strict=True):
                 assert torch.equal(weight, master)
+
+
+def test_a_store_may_be_made_while_weights_are_unsharded(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for weight, expected in zip(rank["made while unsharded"], expected_weights(), strict=True):
+            assert torch.equal(weight, expected)
 
 
 def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> None:
