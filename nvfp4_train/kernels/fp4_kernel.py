@@ -3,31 +3,35 @@
 They check their arguments and call `torch.ops.nvfp4`. `reference` is their specification. A block is 16 consecutive elements of
 the last dimension; floating-point inputs are float32, bfloat16 or float16, of any strides.
 
-A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; under any other the result means nothing.
+A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; to quantize under any other means nothing.
 
-An amax or a global scale that is NaN, Inf or negative is refused on the CPU. On CUDA, where the host would have to wait for the
-device to see it, and while torch.compile traces, only shapes and dtypes are checked: a NaN is passed on to all that it scales.
+Such a scale, and an amax that is NaN, Inf or negative, are refused on the CPU. On CUDA, where the host would have to wait for the
+device to see them, and while torch.compile traces, only shapes and dtypes are checked: a NaN is passed on to all that it scales.
 """
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-128, 2.0**119
+"""Of global scales."""
 
 
 def compute_fp4_scales(amax: Tensor, global_amax: Tensor | None = None, quantize_block_scales: bool = True) -> Tensor:
     """Decode scale of each block from its amax: float32, shaped like amax.
 
-    amax / 6; with quantize_block_scales, rounded to E4M3 relative to global_amax, which is the largest amax if None.
+    amax / 6; with quantize_block_scales, rounded to E4M3 relative to global_amax, which is the largest amax if None. On CUDA the
+    division is a product with 1 / 6 rounded, as torch divides there, and so Model Optimizer.
     """
     _check_float(amax=amax)
+    global_amax = _checked_global_amax(amax, global_amax)
     if amax.numel() == 0:
         return amax.float()
-    global_amax = _checked_global_amax(amax, global_amax)
     return torch.ops.nvfp4.static_scales(amax, global_amax, quantize_block_scales)
 
 
@@ -51,9 +55,9 @@ def static_blockwise_fp4_fake_quant(
             f"got {amax.numel()} in shape {tuple(amax.shape)}"
         )
     _check_same_device(x, amax=amax)
+    global_amax = _checked_global_amax(amax, global_amax)
     if x.numel() == 0:
         return torch.empty_like(x, dtype=out_dtype)
-    global_amax = _checked_global_amax(amax, global_amax)
     return torch.ops.nvfp4.static_fake_quant(x, amax, global_amax, quantize_block_scales, out_dtype)
 
 
@@ -70,6 +74,7 @@ def fp4_dequantize(
     scale_tensor is [..., N // block_size], float8_e4m3fn or a float dtype; global_scale has one element. tile_size has no
     effect: the kernel chooses its own tile.
     """
+    _check_tensors(packed_tensor=packed_tensor, scale_tensor=scale_tensor)
     if packed_tensor.dtype != torch.uint8:
         raise ValueError(f"packed_tensor must be uint8, got {packed_tensor.dtype}")
     if scale_tensor.dtype != torch.float8_e4m3fn:
@@ -112,7 +117,7 @@ def nvfp4_global_scale(global_amax: Tensor, power_of_two: bool = True) -> Tensor
     """s2 of each global amax, same shape, float32: global_amax / 2688, with power_of_two raised to the next power of two."""
     _check_float(global_amax=global_amax)
     _check_finite("global_amax", global_amax)
-    return reference.global_scale(global_amax, power_of_two)
+    return reference.global_scale(global_amax.detach(), power_of_two)
 
 
 def nvfp4_quantize(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,10 +136,15 @@ def _check_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
 
 
-def _check_float(**tensors: Tensor) -> None:
+def _check_tensors(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def _check_float(**tensors: Tensor) -> None:
+    _check_tensors(**tensors)
+    for name, tensor in tensors.items():
         _check_dtype(f"the dtype of {name}", tensor.dtype)
 
 
@@ -164,8 +174,19 @@ def _check_same_device(x: Tensor, **tensors: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of the quantized tensor, {x.device}, got {tensor.device}")
 
 
+def _check_scale(global_scale: Tensor) -> None:
+    """Raise ValueError for a global scale under which scales or values would leave fp32; on the CPU alone, as `_check_finite`."""
+    if _is_readable(global_scale) and not SMALLEST_SCALE <= float(global_scale) <= LARGEST_SCALE:
+        raise ValueError(f"global_scale must lie in 2^-128 to 2^119, as nvfp4_global_scale gives it, got {float(global_scale)}")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+
+
 def _check_finite(name: str, amax: Tensor) -> None:
-    if amax.is_cuda or torch.compiler.is_compiling():
+    if not _is_readable(amax):
         return
     num_bad = amax.numel() - int((amax.isfinite() & (amax >= 0)).sum())
     if num_bad:
@@ -177,7 +198,7 @@ def _check_finite(name: str, amax: Tensor) -> None:
 def _checked_global_amax(amax: Tensor, global_amax: Tensor | None) -> Tensor:
     _check_finite("amax", amax)
     if global_amax is None:
-        return amax.max()
+        return amax.max() if amax.numel() else amax.new_zeros(())
     _check_float(global_amax=global_amax)
     _check_single("global_amax", global_amax)
     _check_same_device(amax, global_amax=global_amax)
@@ -191,5 +212,5 @@ def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
     _check_float(global_scale=global_scale)
     _check_single("global_scale", global_scale)
     _check_same_device(x, global_scale=global_scale)
-    _check_finite("global_scale", global_scale)
+    _check_scale(global_scale)
     return global_scale.float()

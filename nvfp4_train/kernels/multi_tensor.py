@@ -69,6 +69,10 @@ class Weights:
     """float8_e4m3fn [..., K // 16]."""
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError where the tensors do not fit together, or not any longer: their memory may have been exchanged."""
         if not self.decoded and not self.packed:
             raise ValueError("outputs are required: decoded, or packed and scales, got none")
         for name, divisor in (("decoded", 1), ("packed", 2), ("scales", 16)):
@@ -112,7 +116,7 @@ class MultiTensorQuantizer:
 
     Give `first_slots` and `num_slots` as `slots_of_groups` returns them; with experts sharded over ranks, the slots of the local
     ones. `process_groups` are those over which masters are sharded or replicated, one all_reduce(MAX) each: one in all but
-    several-dimensional meshes. Memory of a tensor may move between steps; its shape may not change.
+    several-dimensional meshes. Memory of a tensor may move between steps, and the dtype of all masters may change; shapes may not.
     """
 
     def __init__(

@@ -5,6 +5,8 @@ weight, packed codes and scales, its number of blocks and its slot. A program ta
 a slot is an atomic maximum of integers, so the order in which programs arrive changes nothing.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -165,11 +167,7 @@ class TritonPasses:
         self._is_moved = torch.zeros_like(quantizer.measured)
         self._addresses: tuple[int, ...] = ()
         self._table = torch.empty(0, COLUMNS.value, dtype=torch.int64)
-        self._constants = {
-            "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
-            "DECODED": TRITON_DTYPES[weights.decoded[0].dtype] if weights.decoded else None,
-            "IS_PACKED": bool(weights.packed),
-        }
+        self._constants: dict[str, Any] = {}
         device = weights.masters[0].device
         num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._num_persistent = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
@@ -177,8 +175,15 @@ class TritonPasses:
     def measure(self) -> None:
         addresses = tuple(map(Tensor.data_ptr, self._tensors))
         if addresses != self._addresses:
+            weights = self.quantizer.weights
+            weights.check()
             self._addresses = addresses
-            self._table = chunk_table(self.quantizer.weights).to(self.quantizer.measured.device)
+            self._table = chunk_table(weights).to(self.quantizer.measured.device)
+            self._constants = {
+                "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
+                "DECODED": TRITON_DTYPES[weights.decoded[0].dtype] if weights.decoded else None,
+                "IS_PACKED": bool(weights.packed),
+            }
         self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=self.quantizer.power_of_two, ONLY_MOVED=False)
 
     def update_scales(self) -> None:
@@ -186,7 +191,7 @@ class TritonPasses:
         num_slots = quantizer.measured.numel()
         args = quantizer.measured, quantizer.global_amax, quantizer.global_scales, self._is_moved, num_slots
         constants = {"POWER_OF_TWO": quantizer.power_of_two, "TILE": 256}
-        launch("update_scales", update_scales_kernel, triton.cdiv(num_slots, 256), 4, quantizer.measured, args, constants)
+        launch("update_scales", update_scales_kernel, -(-num_slots // 256), 4, quantizer.measured, args, constants)
 
     def quantize(self) -> None:
         is_pow2 = self.quantizer.power_of_two

@@ -2,8 +2,8 @@
 
 CPU tensors go to `reference`, CUDA tensors to `triton_kernels` and `multi_tensor_kernels`, meta and fake tensors get shapes, so
 torch.compile traces through. They are registered on a bare `Library`, whose calls cost less than those of
-`torch.library.custom_op`. Operators check neither values nor shapes: `fp4_kernel` does. None has a gradient: the straight-through
-estimator belongs to the caller.
+`torch.library.custom_op`. Operators check neither values nor shapes: `fp4_kernel` does. None has a gradient, on any device: the
+straight-through estimator belongs to the caller.
 """
 
 import functools
@@ -27,11 +27,16 @@ def _kernels(module: str) -> ModuleType:
 
 def _register(schema: str, on_cpu: Callable, fake: Callable, module: str = "triton_kernels") -> None:
     name = schema.partition("(")[0]
+    is_mutating = "!" in schema
 
+    # Autograd would record what `reference` computes with.
+    @torch.no_grad()
     def cpu(*args):
         if args[0].numel() == 0:
             return fake(*args)
-        return on_cpu(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
+        if not is_mutating:
+            args = tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+        return on_cpu(*args)
 
     def cuda(*args):
         return getattr(_kernels(module), name)(*args)
@@ -39,6 +44,7 @@ def _register(schema: str, on_cpu: Callable, fake: Callable, module: str = "trit
     _library.define(schema)
     _library.impl(name, cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"nvfp4::{name}", fake, lib=_library)
 
 
@@ -49,10 +55,6 @@ def _amax(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
     return reference.static_fake_quant(x, reference.static_scales(amax, global_amax, quantize_block_scales), dtype)
-
-
-def _dequantize_into(packed: Tensor, scales: Tensor, s2: Tensor, out: Tensor) -> None:
-    out.copy_(reference.dequantize(packed, scales, s2, out.dtype))
 
 
 def _fake_block_amax(x: Tensor) -> Tensor:
@@ -86,11 +88,6 @@ _register(
     "dequantize(Tensor packed, Tensor scales, Tensor s2, ScalarType dtype) -> Tensor",
     reference.dequantize,
     lambda packed, scales, s2, dtype: packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype),
-)
-_register(
-    "dequantize_into(Tensor packed, Tensor scales, Tensor s2, Tensor(a!) out) -> ()",
-    _dequantize_into,
-    lambda packed, scales, s2, out: None,
 )
 _register(
     "decode_shards(Tensor received, Tensor table, Tensor s2, Tensor(a!) out) -> ()",

@@ -277,22 +277,16 @@ def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_blo
 
 def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
     out = packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)
-    dequantize_into(packed, scales, s2, out)
-    return out
-
-
-def dequantize_into(packed: Tensor, scales: Tensor, s2: Tensor, out: Tensor) -> None:
-    """`dequantize` to a given tensor, of which dtype and shape are taken."""
     if out.numel() == 0:
-        return
+        return out
     block_size = out.shape[-1] // scales.shape[-1]
-    if block_size % 8 or not out.is_contiguous() or out.data_ptr() % 16:
-        out.copy_(reference.dequantize(packed, scales, s2, out.dtype))
-        return
+    if block_size % 8:
+        return reference.dequantize(packed, scales, s2, dtype)
     is_e4m3 = scales.dtype == torch.float8_e4m3fn
     tensors = _flat(packed), _flat(scales.view(torch.uint8) if is_e4m3 else scales), s2, out
     num_words = out.numel() // 8
     _launch("dequantize", dequantize_kernel, num_words, out, *tensors, WORDS_PER_SCALE=block_size // 8, IS_E4M3=is_e4m3)
+    return out
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -1,5 +1,7 @@
 """The public functions: what they accept, what they refuse, and that they are the operators behind them."""
 
+import inspect
+
 import pytest
 import torch
 from kernel_cases import CASES, DEVICE, DTYPES, assert_same_bits
@@ -10,6 +12,24 @@ X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
 S2 = torch.tensor([2.0**-8], device=DEVICE)
 PACKED, BLOCK_SCALES = reference.quantize(X, S2)
+
+
+def test_documented_functions_keep_names_order_and_defaults():
+    documented = {
+        fp4_kernel.compute_fp4_scales: {"amax": None, "global_amax": None, "quantize_block_scales": True},
+        fp4_kernel.fp4_dequantize: {
+            "packed_tensor": None, "scale_tensor": None, "global_scale": None,
+            "block_size": 16, "tile_size": 128, "dtype": torch.float32,
+        },
+        fp4_kernel.static_blockwise_fp4_fake_quant: {
+            "x": None, "amax": None, "global_amax": None, "quantize_block_scales": True, "out_dtype": None,
+        },
+    }  # fmt: skip
+    for function, parameters in documented.items():
+        found = inspect.signature(function).parameters
+        assert list(found) == list(parameters)
+        for name, default in parameters.items():
+            assert found[name].default in (default, inspect.Parameter.empty), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,6 +145,14 @@ BAD_CALLS = {
         "global_scale must be a tensor, got float",
     ),
     "global amax is Inf": (lambda: fp4_kernel.nvfp4_global_scale(torch.tensor([torch.inf, 1])), "global_amax must be finite"),
+    "global scale is 0": (
+        lambda: fp4_kernel.nvfp4_quantize(X.cpu(), torch.zeros(1)),
+        r"must lie in 2\^-128 to 2\^119, .* got 0",
+    ),
+    "global scale is NaN": (lambda: fp4_kernel.nvfp4_fake_quant(X.cpu(), torch.tensor(torch.nan)), "must lie in .* got nan"),
+    "packed is a list": (lambda: fp4_kernel.fp4_dequantize([1], BLOCK_SCALES, S2), "packed_tensor must be a tensor, got list"),
+    "scales are a list": (lambda: fp4_kernel.fp4_dequantize(PACKED, [1.0], S2), "scale_tensor must be a tensor, got list"),
+    "global amax of nothing": (lambda: fp4_kernel.compute_fp4_scales(AMAX[:0], "x"), "global_amax must be a tensor, got str"),
     "devices": (lambda: fp4_kernel.nvfp4_quantize(X, S2.to("meta")), "global_scale must be on the device of"),
     "packed dtype": (
         lambda: fp4_kernel.fp4_dequantize(PACKED.int(), BLOCK_SCALES, S2),

@@ -104,6 +104,27 @@ def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
     _assert_quantized_one_by_one(quantizer, moved, outputs, True)
 
 
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_masters_that_change_their_dtype_are_followed(quantizer_class):
+    masters = _masters()
+    outputs = _outputs(masters)
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs)
+    quantizer.step()
+    for master in masters:
+        master.data = master.data.bfloat16()
+    quantizer.step()
+    _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+
+
+def test_a_master_that_the_kernels_cannot_read_any_longer_is_refused():
+    masters = [torch.randn(32, 32, device=DEVICE)]
+    quantizer = TritonQuantizer(masters, [0], 1, decoded=[torch.empty_like(masters[0], dtype=torch.bfloat16)])
+    quantizer.step()
+    masters[0].data = masters[0].data.t().clone(memory_format=torch.preserve_format)
+    with pytest.raises(ValueError, match=r"masters\[0\] must be contiguous"):
+        quantizer.step()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_a_bad_weight_shows_in_the_amax_of_its_group_alone_and_only_while_it_is_there(quantizer_class, value):

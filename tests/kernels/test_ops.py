@@ -3,7 +3,8 @@
 import pytest
 import torch
 import triton
-from kernel_cases import CASES, DEVICE, assert_same_bits
+from kernel_cases import CASES, DEVICE, DTYPES, assert_same_bits
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference, triton_kernels
@@ -23,7 +24,6 @@ OP_ARGUMENTS = {
     ],
     "quantize": [(X, S2), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
     "fake_quant": [(X, S2, torch.bfloat16), (X.bfloat16().transpose(0, 1), S2, torch.float32)],
-    "dequantize_into": [(PACKED, BLOCK_SCALES.float(), S2, torch.empty_like(X))],
     "decode_shards": [
         (
             torch.cat((PACKED.flatten(), BLOCK_SCALES.flatten().view(torch.uint8))),
@@ -36,13 +36,50 @@ OP_ARGUMENTS = {
 }
 
 
+def _with_gradients(arguments):
+    """But for what an operator writes to."""
+    return tuple(
+        argument.detach().requires_grad_() if getattr(argument, "dtype", None) in DTYPES else argument for argument in arguments
+    )
+
+
 @pytest.mark.parametrize("name", OP_ARGUMENTS)
 def test_opcheck(name):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    for arguments in OP_ARGUMENTS[name]:
+    cases = OP_ARGUMENTS[name]
+    if name != "decode_shards":
+        cases = [*cases, *map(_with_gradients, cases)]
+    for arguments in cases:
         # test_schema compares inputs by arithmetic that torch does not have for float8.
         has_float8 = any(getattr(argument, "dtype", None) == torch.float8_e4m3fn for argument in arguments)
         torch.library.opcheck(getattr(torch.ops.nvfp4, name).default, arguments, test_utils=checks[has_float8:])
+
+
+def test_no_operation_has_a_gradient():
+    results = _every_operation(
+        X.clone().requires_grad_(), AMAX.clone().requires_grad_(), S2.clone().requires_grad_(), _table(X)
+    )
+    assert not any(result.requires_grad for result in results)
+
+
+def test_an_output_that_is_no_run_of_memory_is_written():
+    received = torch.cat((PACKED.flatten(), BLOCK_SCALES.flatten().view(torch.uint8)))
+    expected = reference.dequantize(PACKED, BLOCK_SCALES, S2, torch.bfloat16).flatten()
+    out = torch.full((X.numel(), 2), torch.nan, dtype=torch.bfloat16)[:, 0]
+    torch.ops.nvfp4.decode_shards(received.cpu(), _table(X).cpu(), S2.cpu(), out)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_public_functions_take_tensors_without_values(kind):
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        x, s2 = torch.empty(3, 48), torch.empty(1)
+        packed, scales = fp4_kernel.nvfp4_quantize(x, s2)
+        block_amax, global_amax = fp4_kernel.nvfp4_amax(x)
+        assert fp4_kernel.fp4_dequantize(packed, scales, fp4_kernel.nvfp4_global_scale(global_amax)).shape == x.shape
+        assert fp4_kernel.nvfp4_fake_quant(x, s2).shape == x.shape
+        assert fp4_kernel.static_blockwise_fp4_fake_quant(x, block_amax).shape == x.shape
+        assert fp4_kernel.compute_fp4_scales(block_amax, global_amax).shape == (3, 3)
 
 
 @pytest.mark.parametrize("name", OP_ARGUMENTS)
@@ -59,8 +96,7 @@ def test_meta_tensors_get_the_shapes_of_real_ones(name):
 def _every_operation(x, amax, s2, table):
     """The public functions, and the operators that have none."""
     packed, scales = fp4_kernel.nvfp4_quantize(x, s2)
-    written, decoded = torch.zeros_like(x), torch.zeros(x.numel(), dtype=torch.bfloat16, device=x.device)
-    torch.ops.nvfp4.dequantize_into(packed, scales, s2, written)
+    decoded = torch.zeros(x.numel(), dtype=torch.bfloat16, device=x.device)
     received = torch.cat((packed.flatten(), scales.flatten().view(torch.uint8)))
     torch.ops.nvfp4.decode_shards(received, table, s2, decoded)
     return (
@@ -73,7 +109,6 @@ def _every_operation(x, amax, s2, table):
         fp4_kernel.fp4_dequantize(packed, scales, s2),
         packed,
         scales,
-        written,
         decoded,
     )
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from kernel_cases import CASES, DEVICE, DTYPES, TRITON, assert_same_bits
 
-from nvfp4_train.kernels import reference
+from nvfp4_train.kernels import reference, triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -43,9 +43,6 @@ def _assert_ops_match(x: torch.Tensor, s2: torch.Tensor, out_dtypes=DTYPES) -> N
         assert_same_bits(TRITON.fake_quant(on_device, s2_on_device, dtype), reference.fake_quant(x, s2, dtype))
         decoded = TRITON.dequantize(packed.to(DEVICE), scales.to(DEVICE), s2_on_device, dtype)
         assert_same_bits(decoded, reference.dequantize(packed, scales, s2, dtype))
-        out = torch.full_like(decoded, torch.nan)
-        TRITON.dequantize_into(packed.to(DEVICE), scales.to(DEVICE), s2_on_device, out)
-        assert_same_bits(out, decoded)
 
 
 def _assert_static_ops_match(x: torch.Tensor, amax: torch.Tensor, global_amax: torch.Tensor, out_dtypes=DTYPES) -> None:
@@ -147,12 +144,29 @@ def test_dequantize_takes_any_block_size(num_columns, block_size):
     assert_same_bits(decoded, reference.dequantize(packed, scales, torch.tensor(1.5), torch.float32))
 
 
-def test_dequantize_into_takes_tensors_of_any_strides():
-    packed, scales = reference.quantize(CASES["gaussian"], torch.tensor(1.0))
-    expected = reference.dequantize(packed, scales, torch.tensor(1.0), torch.float32)
-    for out in (torch.empty(160, 37, device=DEVICE).t(), torch.empty(37 * 160 + 1, device=DEVICE)[1:].view(37, 160)):
-        TRITON.dequantize_into(packed.to(DEVICE), scales.to(DEVICE), torch.tensor(1.0, device=DEVICE), out)
-        assert_same_bits(out, expected)
+def test_static_scales_where_a_reciprocal_is_of_all_ones():
+    """The significand whose reciprocal Newton's steps miss by an ulp."""
+    sixth = torch.tensor([0x3FFFFFFF, 0x3F7FFFFF, 0x40FFFFFF], dtype=torch.int32).view(torch.float32)
+    for global_amax in sixth * 6:
+        assert (reference.divide(global_amax, 6.0).view(torch.int32) & 0x7FFFFF) == 0x7FFFFF
+        amax = global_amax * torch.linspace(0.01, 1, 64)
+        _assert_static_ops_match(torch.zeros(64, 16), amax, global_amax, out_dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize("is_quantized", [True, False])
+def test_static_scales_by_the_product_that_stands_for_the_division_on_cuda(is_quantized):
+    amax = torch.rand(300, generator=torch.Generator().manual_seed(3)) + 0.5
+    one_sixth = torch.tensor(1 / 6)
+    expected = amax * one_sixth
+    if is_quantized:
+        multiplier = (amax.max() * one_sixth).reciprocal() * 448
+        expected = reference.round_to_e4m3(expected * multiplier) * multiplier.reciprocal()
+    else:
+        assert 30 < (expected != amax / 6).sum() < 150
+    scales = torch.empty(300, device=DEVICE)
+    arguments = amax.to(DEVICE), amax.max().to(DEVICE), scales, 300
+    triton_kernels.static_scales_kernel[(2,)](*arguments, is_quantized, True, 256, enable_fp_fusion=False)
+    assert_same_bits(scales, expected)
 
 
 def test_nan_reaches_amax_scale_and_output():

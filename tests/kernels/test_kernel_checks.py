@@ -1,0 +1,21 @@
+"""A sample of the checks that `benchmarks/kernels.py` makes on a GPU; without one the kernels run in the interpreter."""
+
+import functools
+
+import kernel_checks
+import pytest
+from kernel_cases import DEVICE, TRITON
+
+on_device = {"device": DEVICE, "ops": TRITON}
+SAMPLES = {
+    "division": functools.partial(kernel_checks.check_division, 4096, DEVICE),
+    # Chunks of each dtype and spread of exponents, with three numbers of significand bits.
+    "random": functools.partial(kernel_checks.check_random, 45 * 1024, 1024, **on_device),
+    "every bf16": functools.partial(kernel_checks.check_every_bf16, (1.0, 1.37 * 2.0**-9), 64, 16 * 17, **on_device),
+    "small": functools.partial(kernel_checks.check_small, **on_device),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sample_of_the_checks_on_a_gpu(name):
+    assert SAMPLES[name]()
