@@ -20,18 +20,24 @@ from nvfp4_train.kernels import fp4_kernel
 TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
-def inputs(dtype: torch.dtype, magnitude: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and its block amax: random, zeros of both signs, and multiples of the scale on a tie and right beside it."""
-    x = torch.randn(96, 64) * magnitude
-    x[0], x[0, :32] = 0.0, -0.0
-    amax = x.unflatten(-1, (-1, 16)).abs().amax(-1).to(dtype)
+def block_amax(dtype: torch.dtype, magnitude: float) -> torch.Tensor:
+    amax = (torch.randn(96, 4).abs() + 1) * magnitude
+    amax[0] = 0
     amax[1] = torch.tensor([0, 1e-6, 6, 6.375])
     amax[2] = torch.tensor([1e-4, 3, 2.0**-14, 448])
-    scales = fp4_kernel.compute_fp4_scales(amax)[40:].unsqueeze(-1)
-    on_ties = scales * torch.tensor([*TIES, *(-tie for tie in TIES), 6.0, 0.1])
-    neighbours = on_ties.view(torch.int32) + torch.randint(-1, 2, on_ties.shape, dtype=torch.int32)
-    x[40:] = torch.where(on_ties == 0, 0.0, neighbours.view(torch.float32)).flatten(1)
-    return x.to(dtype), amax
+    return amax.to(dtype)
+
+
+def values(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of random multiples of the scales, zeros of both signs and, from row 8 on, ties of two codes and what is right beside."""
+    x = torch.randn(96, 4, 16) * 3 * scales.unsqueeze(-1)
+    x[0], x[0, :2] = 0.0, -0.0
+    on_ties = scales[8:].unsqueeze(-1) * torch.tensor([*TIES, *(-tie for tie in TIES), 6.0, 0.1])
+    # A bf16 or float16 neighbour is 2^16 or 2^13 units of float32 away, which the conversion rounds to.
+    distance = {torch.float32: 1, torch.bfloat16: 2**16, torch.float16: 2**13}[dtype]
+    beside = on_ties.view(torch.int32) + distance * torch.randint(-1, 2, on_ties.shape, dtype=torch.int32)
+    x[8:] = torch.where(on_ties == 0, 0.0, beside.view(torch.float32))
+    return x.flatten(1).to(dtype)
 
 
 def main() -> None:
@@ -42,22 +48,28 @@ def main() -> None:
     nvfp4_quant.libdevice = type("libdevice", (), {"isnan": staticmethod(lambda x: x != x)})
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc]
     torch.manual_seed(0)
-    count = 0
+    count = num_near = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for magnitude in (1.0, 1e-3, 30.0):
-            x, amax = inputs(dtype, magnitude)
+            amax = block_amax(dtype, magnitude)
             for is_quantized in (True, False):
                 for factor in (None, 1.0, 0.3, 4.0):
                     arguments = amax, None if factor is None else amax.max().float() * factor, is_quantized
                     what = f"of {dtype} times {magnitude}, is_quantized={is_quantized}, factor {factor}"
                     scales = fp4_kernel.compute_fp4_scales(*arguments)
                     assert_same(peer.compute_fp4_scales(*arguments), scales, f"compute_fp4_scales {what}")
+                    x = values(scales, dtype)
                     # The interpreter cuts float32 off where it should round it to 16 bits.
                     x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(x, *arguments, out_dtype=torch.float32)
                     theirs = peer.static_blockwise_fp4_fake_quant(x, *arguments, out_dtype=torch.float32)
                     assert_same(theirs, x_hat, f"static_blockwise_fp4_fake_quant {what}")
                     count += x.numel()
-    print(f"equal: {count} values of Model Optimizer's static fake quant under IEEE division, bit for bit")
+                    quotients = (x.double().abs().unflatten(1, (-1, 16)) / scales.double().unsqueeze(-1)).unsqueeze(-1)
+                    num_near += int(((quotients / torch.tensor(TIES).double() - 1).abs().amin(-1) < 2.0**-21).sum())
+    print(
+        f"equal: {count} values of Model Optimizer's static fake quant under IEEE division, bit for bit, {num_near} of them "
+        "within 4 ulp of float32 of a tie"
+    )
 
 
 if __name__ == "__main__":

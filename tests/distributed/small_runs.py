@@ -132,7 +132,8 @@ def whole_packed(store: WeightStore, name: str, slot: int) -> list[Tensor]:
         sharded = DTensor.from_local(
             rows.view(torch.uint8), master.device_mesh, master.placements, shape=shape, stride=(shape[1], 1)
         )
-        parts.append(sharded.full_tensor().cpu())
+        # On one rank this is the memory that the next update writes.
+        parts.append(sharded.full_tensor().cpu().clone())
     return parts
 
 
