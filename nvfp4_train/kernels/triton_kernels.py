@@ -281,7 +281,8 @@ def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -
         return out
     block_size = out.shape[-1] // scales.shape[-1]
     if block_size % 8:
-        return reference.dequantize(packed, scales, s2, dtype)
+        with torch.no_grad():
+            return reference.dequantize(packed, scales, s2, dtype)
     is_e4m3 = scales.dtype == torch.float8_e4m3fn
     tensors = _flat(packed), _flat(scales.view(torch.uint8) if is_e4m3 else scales), s2, out
     num_words = out.numel() // 8
