@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
@@ -26,6 +27,9 @@ from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
+
+SHARDING_STRATEGIES = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+"""Of Lightning. Under them a module that does not shard itself as they expect trains every rank by itself."""
 
 
 class TrainClock:
@@ -85,6 +89,11 @@ class QATModule(L.LightningModule):
             return
         strategy = None if self._trainer is None else self._trainer.strategy
         is_sharded = isinstance(strategy, FullyShardedStrategy)
+        if isinstance(strategy, SHARDING_STRATEGIES) and not is_sharded:
+            raise ValueError(
+                "trainer.strategy must be nvfp4_train.strategy.FullyShardedStrategy to shard a model (trainer=fsdp2 or hsdp), "
+                f"got {type(strategy).__name__}"
+            )
         # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
         opened = open_folder(self.model_config) if is_sharded else None
         model = load_model(self.model_config) if opened is None else opened[0]

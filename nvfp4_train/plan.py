@@ -8,6 +8,7 @@ in no layer and no embedding. The peak is within 2 % of what two GPUs measured (
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class RunShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a plan, in bytes: with quantization off, and with packed gathering."""
+    """One line of a plan, in bytes: with quantization off, and with what `quant` says, packed unless `quant.gather=bf16`."""
 
     name: str
     formula: str
@@ -77,7 +78,17 @@ class Plan:
 class _Unit:
     """Parameters that FSDP2 gathers together."""
 
-    def __init__(self, parameters: list[nn.Parameter], quantized: set[int], shard_size: int, served_bytes: int = 2) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        quantized: set[int],
+        shard_size: int,
+        *,
+        quantized_bytes: float = PACKED_BYTES,
+        served_bytes: int = 2,
+    ) -> None:
+        self.quantized_bytes = quantized_bytes
+        """Of a quantized element, gathered."""
         self.served_bytes = served_bytes
         """Of an element that is not quantized, gathered."""
         self.elements = sum(p.numel() for p in parameters)
@@ -92,7 +103,7 @@ class _Unit:
         """Bytes that this rank contributes to one gathering."""
         if not packed:
             return self.served_bytes * self.shard
-        return PACKED_BYTES * self.quantized_shard + self.served_bytes * (self.shard - self.quantized_shard)
+        return self.quantized_bytes * self.quantized_shard + self.served_bytes * (self.shard - self.quantized_shard)
 
     def kept(self) -> float:
         """Bytes that the sharded store keeps of what this rank sends: all of it, if anything in it is quantized."""
@@ -151,27 +162,25 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
     """Count everything. `model` may lie on the meta device."""
     config, layers, width = model.config, decoder_layers(model), shape.shard_size
-    groups = select(model, quant).groups
+    groups = select(model, quant).groups if quant.enabled else ()
+    quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0
     quantized = {id(_weight(model, name)) for group in groups for name in group}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     # A tied embedding is gathered with the head, both as fp32 masters.
     embedding_parameters = [] if is_tied else list(embedding.parameters())
     inside = {id(p) for module in layers for p in module.parameters()} | {id(p) for p in embedding_parameters}
-    layer_units = [_Unit(list(module.parameters()), quantized, width) for module in layers]
-    embedding_unit = _Unit(embedding_parameters, quantized, width, served_bytes=4)
-    head_unit = _Unit(
-        [p for p in model.parameters() if id(p) not in inside], quantized, width, served_bytes=4 if is_tied else 2
-    )
+    make_unit = partial(_Unit, quantized=quantized, shard_size=width, quantized_bytes=quantized_bytes)
+    layer_units = [make_unit(list(module.parameters())) for module in layers]
+    embedding_unit = make_unit(embedding_parameters, served_bytes=4)
+    head_unit = make_unit([p for p in model.parameters() if id(p) not in inside], served_bytes=4 if is_tied else 2)
     units = [*layer_units, embedding_unit, head_unit]
     layer = max(layer_units, key=lambda unit: unit.unsharded)
 
     elements, shard = sum(unit.elements for unit in units), sum(unit.shard for unit in units)
-    quantized_shard = sum(unit.quantized_shard for unit in units)
-    is_packed = width > 1
 
     def row(name: str, formula: str, count: Callable[[bool], float]) -> Row:
-        return Row(name=name, formula=formula, bf16=count(False), packed=count(is_packed))
+        return Row(name=name, formula=formula, bf16=count(False), packed=count(True))
 
     is_window = shape.micro_batches > 1
     memory = [
@@ -181,9 +190,9 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row("gradients", "4 n; 4 N while A > 1 (reduced once per step)", lambda _: 4 * (elements if is_window else shard)),
         Row(
             name="quantized shards",
-            formula="0.5625 q + 2 bytes of what is gathered with them (2 q where W = 1)",
+            formula="0.5625 q (2 q with quant.gather=bf16) + 2 bytes of what is gathered with them",
             bf16=0,
-            packed=sum(unit.kept() for unit in units) if is_packed else 2 * quantized_shard,
+            packed=sum(unit.kept() for unit in units),
         ),
     ]
 
@@ -299,12 +308,12 @@ def plan_table(plan: Plan, shape: RunShape) -> str:
         if title:
             lines += [
                 "",
-                f"{title:<{width}}  {f'bf16 {unit}':>10}  {f'packed {unit}':>11}  ratio  formula",
-                "-" * (width + 32 + formula_width),
+                f"{title:<{width}}  {f'bf16 {unit}':>10}  {f'quantized {unit}':>13}  ratio  formula",
+                "-" * (width + 34 + formula_width),
             ]
         for row in group:
             ratio = f"{row.packed / row.bf16:.3f}" if row.bf16 else "-"
             lines.append(
-                f"{row.name:<{width}}  {row.bf16 / scale:>10.3f}  {row.packed / scale:>11.3f}  {ratio:>5}  {row.formula}"
+                f"{row.name:<{width}}  {row.bf16 / scale:>10.3f}  {row.packed / scale:>13.3f}  {ratio:>5}  {row.formula}"
             )
     return "\n".join([*lines, "", NOTES])

@@ -24,6 +24,7 @@ from nvfp4_train.checkpoints import (
     SafePlanner,
     SafeReader,
     by_name,
+    by_number,
     check_same_weights,
     is_sharded_checkpoint,
     read_checkpoint,
@@ -154,10 +155,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return get_model_state_dict(self.model) if self._save_distributed_checkpoint else super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not self._save_distributed_checkpoint:
-            return super().optimizer_state(optimizer)
         assert self.model is not None
-        return get_optimizer_state_dict(self.model, getattr(optimizer, "_optimizer", optimizer))
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if self._save_distributed_checkpoint:
+            return get_optimizer_state_dict(self.model, optimizer)
+        # Lightning 2.6 numbers parameters in the order of the model, not of the optimizer. Ranks but the first have nothing.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        return by_number(state) if state else state
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
@@ -178,8 +183,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             for index, optimizer in enumerate(self.optimizers):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{index}"])
             return read_rest(path)
-        # Every rank takes its rows of the file. Lightning 2.6 numbers an optimizer's parameters in the order of the model, which
-        # is wrong for an optimizer with several groups.
+        # Every rank takes its rows of the file; Lightning's own way counts parameters as in `optimizer_state`.
         checkpoint = read_checkpoint(path)
         weights = checkpoint.pop("state_dict")
         check_same_weights(path, shapes(weights), shapes(get_model_state_dict(self.model)))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from nvfp4_train.callbacks.fake_quant import FakeQuant
@@ -214,3 +215,10 @@ def test_compiled_training_step_is_one_graph_per_state_of_the_switch() -> None:
     module(ids).float().sum().backward()
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_strategy_that_shards_in_a_way_of_its_own_is_refused() -> None:
+    module = QATModule(model=ModelConfig(config=LLAMA), quant=QuantConfig(), optim=OptimConfig())
+    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy())  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="must be nvfp4_train.strategy.FullyShardedStrategy .* got ModelParallelStrategy"):
+        module.configure_model()

@@ -34,8 +34,8 @@ EMBEDDING = HEAD_WEIGHT = 50 * 32
 HEAD = HEAD_WEIGHT + 32
 
 
-def rows(shape: RunShape) -> dict[str, tuple[float, float]]:
-    plan = make_plan(meta_model(TINY), QuantConfig(), shape)
+def rows(shape: RunShape, quant: QuantConfig = QuantConfig()) -> dict[str, tuple[float, float]]:  # noqa: B008 (frozen)
+    plan = make_plan(meta_model(TINY), quant, shape)
     assert plan.num_parameters == 2 * LAYER + EMBEDDING + HEAD
     assert plan.num_quantized == 2 * QUANTIZED
     return {
@@ -90,7 +90,19 @@ def test_rows_are_padded_and_replicas_reduced() -> None:
 def test_one_gpu_sends_nothing() -> None:
     found = rows(RunShape(world_size=1, seq_len=10))
     assert found["on the wire"] == (0, 0)
-    assert found["quantized shards"] == (0, 2 * 2 * QUANTIZED), "the replicated store keeps decoded weights"
+    assert found["quantized shards"] == (0, 2 * (0.5625 * QUANTIZED + 2 * 64))
+
+
+def test_weights_that_are_gathered_as_bf16_are_held_and_sent_as_such() -> None:
+    found = rows(RunShape(world_size=2, seq_len=10), QuantConfig(gather="bf16"))
+    assert found["quantized shards"] == (0, 2 * LAYER)
+    assert found["on the wire"][0] == found["on the wire"][1]
+
+
+def test_without_quantization_both_columns_are_the_same() -> None:
+    plan = make_plan(meta_model(TINY), QuantConfig(enabled=False), RunShape(world_size=2, seq_len=10))
+    assert plan.num_quantized == 0
+    assert all(row.bf16 == row.packed for row in [*plan.memory, *plan.parts, *plan.moments, plan.peak, *plan.wire])
 
 
 def test_without_resharding_weights_are_gathered_once_and_stay() -> None:

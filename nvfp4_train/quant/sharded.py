@@ -61,10 +61,7 @@ class _ServedParamGroup(FSDPParamGroup):
             # What the layer before received is free once it is decoded.
             self._wait_all_gather_streams_on_event(previous.event)
             self.comm_ctx.all_gather_state = None
-        if gathered.all_gather_event is not None:
-            self.device_handle.current_stream().wait_event(gathered.all_gather_event)
-        if isinstance(gathered.all_gather_work, Work):
-            gathered.all_gather_work.wait()
+        _wait_for(self, gathered)
         self.served.unpack(gathered.all_gather_output)
         self._to_unsharded()
         decoded = self.device_handle.Event()
@@ -75,6 +72,14 @@ class _ServedParamGroup(FSDPParamGroup):
         else:
             self._wait_all_gather_streams_on_event(decoded)
         self._all_gather_result = None
+
+
+def _wait_for(group: FSDPParamGroup, gathered: AllGatherResult) -> None:
+    """Let the stream that computes wait for a gather."""
+    if gathered.all_gather_event is not None:
+        group.device_handle.current_stream().wait_event(gathered.all_gather_event)
+    if isinstance(gathered.all_gather_work, Work):
+        gathered.all_gather_work.wait()
 
 
 class _ShardedParameter:
@@ -88,6 +93,8 @@ class _ShardedParameter:
                 f"{name} must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
                 "inputs stays on one rank, so shard no weight by columns or by tensor parallelism"
             )
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} must be of a float dtype to be gathered beside quantized weights, got {parameter.dtype}")
         self.fsdp_param = fsdp_param
         self.shape = parameter.shape
 
@@ -118,11 +125,15 @@ class _ServedParameters:
 
     def __init__(self, group: FSDPParamGroup, names: Mapping[int, str], slots: Mapping[int, int], *, is_packed: bool) -> None:
         """Names of the parameters, and slots of the quantized ones, are by id."""
-        if group.mp_policy.param_dtype != SERVED_DTYPE:
+        if (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype) != (SERVED_DTYPE, torch.float32):
             name = names[id(group.fsdp_params[0].sharded_param)]
             raise ValueError(
-                f"{name} must be gathered in {SERVED_DTYPE} by its MixedPrecisionPolicy, got {group.mp_policy.param_dtype}"
+                f"{name} must have a MixedPrecisionPolicy with param_dtype={SERVED_DTYPE} and reduce_dtype={torch.float32}, "
+                f"got {group.mp_policy}"
             )
+        if isinstance(group, _ServedParamGroup):
+            # Of an earlier store.
+            group.served.detach()
         self._group = group
         parameters = [_ShardedParameter(names[id(p.sharded_param)], p) for p in group.fsdp_params]
         self.quantized = [p for p in parameters if id(p.fsdp_param.sharded_param) in slots]
@@ -157,6 +168,8 @@ class _ServedParameters:
             self.outputs = {"decoded": rows[: len(self.quantized)]}
             self.rounded = rows[len(self.quantized) :]
 
+    # The forwards of a training may follow the context of an evaluation in which this is called.
+    @torch.inference_mode(False)
     def attach(self, s2: Tensor) -> None:
         """Let FSDP2 gather this, under the global scales s2 of the store's last update."""
         self._s2 = s2
@@ -174,8 +187,15 @@ class _ServedParameters:
     def detach(self) -> None:
         if isinstance(self._group, _ServedParamGroup):
             self._group.__class__ = FSDPParamGroup  # type: ignore[assignment]
+            del self._group.served
             for parameter in self.parameters:
                 parameter.set_unsharded(None, [])
+
+    def drop_gather(self) -> None:
+        """Forget what has been gathered and not yet been unpacked: it is of an earlier update, or of another class of group."""
+        if (gathered := self._group._all_gather_result) is not None:
+            _wait_for(self._group, gathered)
+            self._group._all_gather_result = None
 
     def gather(self, async_op: bool = False) -> tuple[Tensor, Work | None]:
         """What all ranks send, and the collective to wait for if there is one."""
@@ -217,11 +237,11 @@ class ShardedWeightStore(WeightStore):
         self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed"
     ) -> None:
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._served: list[_ServedParameters] = []
+        """One for each parameter group of FSDP2 that has quantized weights."""
         # The parameters of an unsharded module are others than those that FSDP2 keeps.
         self._reshard()
         super().__init__(model, groups, power_of_two=power_of_two)
-        self._served: list[_ServedParameters] = []
-        """One for each parameter group of FSDP2 that has quantized weights."""
         self._places: dict[str, tuple[_ServedParameters, int]] = {}
         """Where a weight is, by owner."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -303,3 +323,5 @@ class ShardedWeightStore(WeightStore):
     def _reshard(self) -> None:
         for module in self._fsdp_modules:
             module.reshard()
+        for served in self._served:
+            served.drop_gather()

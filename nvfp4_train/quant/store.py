@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
 from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
@@ -117,6 +118,12 @@ class WeightStore:
         )
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
+        for name, module in self._modules.items():
+            if isinstance(module.weight, DTensor):
+                raise ValueError(
+                    f"{name}.weight must be whole on every rank, or sharded by fully_shard alone, got {module.weight.placements}; "
+                    "tensor parallelism is not supported"
+                )
         self._owners = self._find_owners()
         self._masters = [module.weight for module in self._modules.values()]
         weights = list(self.items())

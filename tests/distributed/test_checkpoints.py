@@ -19,6 +19,9 @@ STEPS = 6
 JOURNEY = [(1, 4, "fsdp2"), (2, 2, "fsdp2"), (3, 1, "fsdp2"), (4, 2, "fsdp2"), (5, 2, "ddp"), (6, 2, "fsdp2")]
 
 
+IN_ONE_FILE = {"save_distributed_checkpoint": False}
+
+
 def run(how: str, **options: Any) -> dict[str, Any]:
     return train(how, steps=STEPS, quant={"start_step": 2}, **options)
 
@@ -31,6 +34,7 @@ def run_both(folder: str) -> dict[str, Any]:
         "stopped": run("fsdp2", save=(3, path)),
         "resumed": run("fsdp2", resume=path, save=(STEPS, f"{folder}/resumed.ckpt")),
         "one file": run("ddp", save=(3, f"{folder}/one_file.ckpt")),
+        "one sharded file": run("fsdp2", save=(3, f"{folder}/one_sharded_file.ckpt"), sharding=IN_ONE_FILE),
     }
 
 
@@ -40,7 +44,8 @@ def leg(how: str, save: tuple[int, str], resume: str | None) -> dict[str, Any]:
 
 def comparable(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
-    found = {key: checkpoint[key] for key in ("state_dict", "lr_schedulers", "global_step")}
+    found = {key: checkpoint[key] for key in ("lr_schedulers", "global_step")}
+    found["state_dict"] = dict(checkpoint["state_dict"])
     for optimizer in checkpoint["optimizer_states"]:
         found["optimizer"] = optimizer["state"]
         # A tuple comes back from a sharded checkpoint as a list.
@@ -67,6 +72,14 @@ def test_a_run_that_moves_ends_where_it_would_have(whole: Path, tmp_path: Path) 
         run_ranks(ranks, leg, how, (step, path), resume)
         resume = path
     assert_same(comparable(whole / "whole.ckpt"), comparable(tmp_path / f"{STEPS}.ckpt"))
+
+
+def test_a_sharded_run_that_saves_one_file_goes_on_from_it_however_it_is_held(whole: Path, tmp_path: Path) -> None:
+    assert (whole / "one_sharded_file.ckpt").is_file()
+    assert_same(comparable(whole / "middle.ckpt"), comparable(whole / "one_sharded_file.ckpt"))
+    for how in ("fsdp2", "ddp"):
+        run_ranks(2, leg, how, (STEPS, f"{tmp_path}/{how}.ckpt"), f"{whole / 'one_sharded_file.ckpt'}")
+        assert_same(comparable(whole / "whole.ckpt"), comparable(tmp_path / f"{how}.ckpt"))
 
 
 def tied(model: dict[str, Any], save: tuple[int, str] | None, resume: str | None) -> dict[str, Any]:

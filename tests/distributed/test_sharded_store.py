@@ -8,11 +8,12 @@ from ranks import run_ranks
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.quant.linear import quantize_linears
 from nvfp4_train.quant.sharded import ShardedWeightStore
+from nvfp4_train.quant.store import WeightStore
 
 NAMES = ["0", "1", "2"]
 # Three ranks share 32 as 11, 11 and 10, and 4 as 2, 2 and none.
@@ -21,7 +22,12 @@ POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.flo
 
 
 def make(
-    gather: str = "packed", *, columns: int = 16, rows: tuple[int, ...] = ROWS, **sharding: Any
+    gather: str = "packed",
+    *,
+    columns: int = 16,
+    rows: tuple[int, ...] = ROWS,
+    mp_policy: MixedPrecisionPolicy = POLICY,
+    **sharding: Any,
 ) -> tuple[nn.Module, ShardedWeightStore]:
     torch.manual_seed(0)
     sizes = zip((columns, *rows), rows, strict=False)
@@ -30,7 +36,7 @@ def make(
     model.to(device)
     quantize_linears(model, NAMES)
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
-    fully_shard(model, mesh=mesh, mp_policy=POLICY, reshard_after_forward=True, **sharding)
+    fully_shard(model, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=True, **sharding)
     return model, ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True, gather=gather)
 
 
@@ -75,6 +81,44 @@ def made_while_unsharded() -> list[Tensor]:
     store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
     store.update()
     return [store.compute_weight(name).cpu() for name in NAMES]
+
+
+def in_inference_mode() -> list[Tensor]:
+    """Weights that a training computes with after an evaluation under inference_mode has turned to the masters and back."""
+    model, store = make()
+    store.update()
+    with torch.inference_mode(), store.masters_only():
+        pass
+    model(torch.ones(1, 16, device=next(model.parameters()).device, dtype=torch.bfloat16)).sum().backward()
+    model.unshard()
+    return [linear.weight.detach().cpu().clone() for linear in model]
+
+
+def with_a_pending_gather() -> list[Tensor]:
+    """A gather that has begun is not taken for one of a later update, nor of the masters."""
+    model, store = make()
+    store.update()
+    model(torch.ones(1, 16, device=next(model.parameters()).device, dtype=torch.bfloat16))
+    model.unshard(async_op=True)
+    with store.masters_only():
+        model.unshard(async_op=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    model.unshard(async_op=True)
+    store.update()
+    model.unshard()
+    return [linear.weight.detach().cpu().clone() for linear in model]
+
+
+def of_two_stores() -> list[Tensor]:
+    """A store that is made after another one computes with the masters until its own first update."""
+    model, store = make()
+    store.update()
+    later = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    model.unshard()
+    assert not later.is_enabled
+    return [linear.weight.detach().cpu().clone() for linear in model]
 
 
 def replaced() -> list[Tensor]:
@@ -151,14 +195,28 @@ def several_groups() -> list[Tensor]:
     return [module.weight.detach().cpu().clone() for module in model]
 
 
+def tensor_parallel() -> WeightStore:
+    model = nn.Sequential(nn.Linear(48, 16))
+    quantize_linears(model, ["0"])
+    mesh = init_device_mesh("cpu" if distributed.get_backend() == "gloo" else "cuda", (distributed.get_world_size(),))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
+    return WeightStore(model, [["0"]], power_of_two=True)
+
+
 def refused() -> list[str]:
     """The messages for weights that are sharded by columns, and for weights that are not sharded at all."""
     by_columns = {"rows": (48, 48, 48), "columns": 48, "shard_placement_fn": lambda parameter: Shard(1)}
+    in_bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
     plain = nn.Sequential(nn.Linear(16, 16))
     quantize_linears(plain, ["0"])
     messages = []
-    for build in (lambda: make(**by_columns), lambda: ShardedWeightStore(plain, [["0"]], power_of_two=True)):
-        with pytest.raises(ValueError, match=r"0\.weight must be") as error:
+    for build in (
+        lambda: make(**by_columns),
+        lambda: ShardedWeightStore(plain, [["0"]], power_of_two=True),
+        lambda: make(**in_bf16),
+        tensor_parallel().update,
+    ):
+        with pytest.raises(ValueError, match=r"0\.weight must ") as error:
             build()
         messages.append(str(error.value))
     return messages
@@ -177,6 +235,9 @@ def everything() -> dict[str, Any]:
     return {
         "weights": shards_and_hooks(),
         "made while unsharded": made_while_unsharded(),
+        "in inference mode": in_inference_mode(),
+        "with a pending gather": with_a_pending_gather(),
+        "of two stores": of_two_stores(),
         "replaced": replaced(),
         "memory": alive_after_backward(),
         "gradients": kept_by_autograd(),
@@ -212,6 +273,26 @@ def test_a_store_may_be_made_while_weights_are_unsharded(ranks: list[dict[str, A
     for rank in ranks:
         for weight, expected in zip(rank["made while unsharded"], expected_weights(), strict=True):
             assert torch.equal(weight, expected)
+
+
+def test_an_evaluation_under_inference_mode_leaves_weights_to_train_with(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for weight, expected in zip(rank["in inference mode"], expected_weights(), strict=True):
+            assert torch.equal(weight, expected)
+
+
+def test_a_pending_gather_is_dropped(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for weight, expected in zip(rank["with a pending gather"], expected_weights(), strict=True):
+            assert torch.equal(weight, 2 * expected)
+
+
+def test_a_later_store_takes_over(ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    masters = [nn.Linear(k, n, bias=False).weight.detach().bfloat16() for k, n in ((16, 32), (32, 48), (48, 4))]
+    for rank in ranks:
+        for weight, master in zip(rank["of two stores"], masters, strict=True):
+            assert torch.equal(weight, master)
 
 
 def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> None:
@@ -254,6 +335,8 @@ def test_one_collective_reduces_all_groups(ranks: list[dict[str, Any]]) -> None:
 
 def test_columns_are_not_sharded(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        by_columns, plain = rank["refused"]
+        by_columns, plain, in_bf16, tensor_parallel = rank["refused"]
         assert "0.weight must be sharded by rows" in by_columns
         assert "0.weight must be managed by fully_shard" in plain
+        assert "reduce_dtype=torch.float32, got" in in_bf16
+        assert "whole on every rank, or sharded by fully_shard alone" in tensor_parallel
