@@ -12,8 +12,9 @@ import pytest
 from running import ROOT, assert_same, exit_codes, launch, load_checkpoint, train_command, train_environment
 
 from nvfp4_train.callbacks.preemption import EXIT_CODE
+from nvfp4_train.checkpoints import saved_step
 
-STEPS = ("+recipe=quickstart", "trainer=ddp", "trainer.max_steps=4", "quant.start_step=2", "logger=none")
+STEPS = ("+recipe=quickstart", "trainer.max_steps=4", "quant.start_step=2", "logger=none")
 
 
 def ip(*arguments: str) -> None:
@@ -78,7 +79,7 @@ def test_two_hosts_train_what_two_ranks_of_one_host_train(hosts: list[str], tmp_
     before = [received_bytes(host) for host in hosts]
     run_dir = tmp_path / "hosts"
     dump = ("+callbacks.dump._target_=dump_state.DumpState", f"+callbacks.dump.folder={run_dir}/dump")
-    for launcher in launch_on(hosts, run_dir, *dump):
+    for launcher in launch_on(hosts, run_dir, "trainer=ddp", *dump):
         assert launcher.returncode == 0, launcher.stderr[-3000:]
     first, second = (load_checkpoint(run_dir / "dump" / f"rank{rank}.pt") for rank in (0, 1))
     assert_same(first, second)
@@ -86,17 +87,22 @@ def test_two_hosts_train_what_two_ranks_of_one_host_train(hosts: list[str], tmp_
     for host, count in zip(hosts, before, strict=True):
         assert received_bytes(host) - count > 4 * gradients, "the gradients of four steps came over the cable"
 
-    launch(tmp_path / "one", *STEPS, ranks=2)
+    launch(tmp_path / "one", *STEPS, "trainer=ddp", ranks=2)
     ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run_dir, tmp_path / "one")]
     for key in ("state_dict", "optimizer_states"):
         assert_same(ends[0][key], ends[1][key], key)
 
 
-def test_a_signal_on_one_host_saves_and_ends_both(hosts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["ddp", "hsdp"])
+def test_a_signal_on_one_host_saves_and_ends_both(trainer: str, hosts: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stop = {"_target_": "stop_at_step.StopAtStep", "number": int(signal.SIGTERM), "batch_idx": 1, "rank": 1}
-    launchers = launch_on(hosts, run_dir, *(f"+callbacks.stop.{name}={value}" for name, value in stop.items()))
-    for launcher in launchers:
+    options = (
+        f"trainer={trainer}",
+        "trainer.accelerator=cpu",
+        *(f"+callbacks.stop.{name}={value}" for name, value in stop.items()),
+    )
+    for launcher in launch_on(hosts, run_dir, *options):
         assert exit_codes(launcher.stderr) == {EXIT_CODE}, launcher.stderr[-3000:]
     (checkpoint,) = run_dir.glob("checkpoints/preempted-*.ckpt")
-    assert load_checkpoint(checkpoint)["global_step"] == 3
+    assert saved_step(checkpoint) == 3
