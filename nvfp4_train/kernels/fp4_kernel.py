@@ -176,8 +176,8 @@ def _check_same_device(x: Tensor, **tensors: Tensor) -> None:
 
 def _check_scale(global_scale: Tensor) -> None:
     """Raise ValueError for a global scale under which scales or values would leave fp32; on the CPU alone, as `_check_finite`."""
-    if _is_readable(global_scale) and not SMALLEST_SCALE <= float(global_scale) <= LARGEST_SCALE:
-        raise ValueError(f"global_scale must lie in 2^-128 to 2^119, as nvfp4_global_scale gives it, got {float(global_scale)}")
+    if _is_readable(global_scale) and not SMALLEST_SCALE <= (value := global_scale.item()) <= LARGEST_SCALE:
+        raise ValueError(f"global_scale must lie in 2^-128 to 2^119, as nvfp4_global_scale gives it, got {value}")
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ CUDA tensors take the kernels of `multi_tensor_kernels`, CPU tensors the plain P
 """
 
 import importlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -153,13 +154,14 @@ class MultiTensorQuantizer:
         """float32 [num_slots], of the last step."""
         self.global_scales = torch.ones(num_slots, device=device)
         """s2, float32 [num_slots], of the last step."""
-        self._passes = self._make_passes()
+        # Were they to hold this one, all memory would stay with a store that is gone, until Python looks for cycles.
+        self._passes = self._passes_class()(weakref.proxy(self))
 
-    def _make_passes(self) -> "ReferencePasses":
+    def _passes_class(self) -> "type[ReferencePasses]":
         if self.weights.masters[0].is_cuda:
             # Imported here: on Windows and macOS there is no Triton to import.
-            return importlib.import_module("nvfp4_train.kernels.multi_tensor_kernels").TritonPasses(self)
-        return ReferencePasses(self)
+            return importlib.import_module("nvfp4_train.kernels.multi_tensor_kernels").TritonPasses
+        return ReferencePasses
 
     @torch.no_grad()
     def step(self) -> None:

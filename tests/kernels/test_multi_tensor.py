@@ -1,7 +1,9 @@
 """The whole-model pass gives the bits of quantizing each weight on its own, whatever the exponents did since the last step."""
 
+import gc
 import os
 import socket
+import weakref
 
 import pytest
 import torch
@@ -22,8 +24,8 @@ multi_tensor_kernels.BLOCKS_PER_CHUNK = 256
 class TritonQuantizer(MultiTensorQuantizer):
     """Takes Triton's passes on the CPU too, in the interpreter."""
 
-    def _make_passes(self):
-        return multi_tensor_kernels.TritonPasses(self)
+    def _passes_class(self):
+        return multi_tensor_kernels.TritonPasses
 
 
 QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]
@@ -102,6 +104,20 @@ def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
         parameter.data = master
     quantizer.step()
     _assert_quantized_one_by_one(quantizer, moved, outputs, True)
+
+
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_memory_is_free_as_soon_as_the_quantizer_is_gone(quantizer_class):
+    masters = _masters()
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **_outputs(masters))
+    quantizer.step()
+    outputs = [weakref.ref(output) for output in quantizer.weights.tensors()[len(masters) :]]
+    gc.disable()
+    try:
+        del quantizer
+        assert not any(output() is not None for output in outputs)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
