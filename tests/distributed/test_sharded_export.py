@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory import PROCESS, peak_growth
+from memory import PROCESS, peak_growth, return_freed_memory
 from ranks import on_gpus, run_ranks
 from running import ROOT, train_environment
 from torch import Tensor, distributed
@@ -253,10 +253,12 @@ LARGE = {
 # 51 million parameters, the largest tensor a matrix in NVFP4.
 WIDE = LARGE | {"vocab_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4}
 LARGE_SHARD_BYTES = 10 * MB
+LARGEST_BYTES = 2 * LARGE["vocab_size"] * LARGE["hidden_size"]
 SLACK_BYTES = 15 * MB
 
 
 def peaks(folder: str) -> dict[str, int]:
+    return_freed_memory()
     # The check decodes in pieces, whose size does not grow with the model.
     verify.ELEMENTS_AT_ONCE = 1 << 18
     warm_up = make()
@@ -272,7 +274,8 @@ def peaks(folder: str) -> dict[str, int]:
 @pytest.mark.skipif(not (PROCESS / "clear_refs").exists() or on_gpus(2), reason="needs Linux, and shards in host memory")
 def test_a_rank_holds_one_file_beside_its_own_weights(tmp_path: Path) -> None:
     first, second = run_ranks(2, peaks, str(tmp_path))
-    bound = LARGE_SHARD_BYTES + SLACK_BYTES
+    # Gloo gathers into a tensor of its own before it fills ours.
+    bound = LARGE_SHARD_BYTES + LARGEST_BYTES + SLACK_BYTES
     assert max(first["sharded"], second["sharded"]) <= bound
     assert first["whole"] > bound, "the test would not notice the masters on one rank"
     assert digests(tmp_path / "sharded") == digests(tmp_path / "whole")
@@ -284,6 +287,7 @@ def save_two(folder: str, large: dict[str, Any]) -> None:
 
 
 def peaks_of_checkpoint(folder: str) -> dict[str, int]:
+    return_freed_memory()
     # As in `peaks`.
     verify.ELEMENTS_AT_ONCE = masters.ELEMENTS_AT_ONCE = 1 << 18
     export_checkpoint(f"{folder}/small.ckpt", f"{folder}/small")

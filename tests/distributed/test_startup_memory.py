@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory import PROCESS, peak_growth, status
+from memory import PROCESS, peak_growth, return_freed_memory, status
 from ranks import run_ranks
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,6 +45,7 @@ def load(path: str, by_rows: bool) -> PreTrainedModel:
 
 def measure(small: str, large: str) -> dict[str, int]:
     """Peak growth of this rank in bytes, and the bytes of its share."""
+    return_freed_memory()
     models = [load(small, by_rows) for by_rows in (True, False)]
     by_rows = peak_growth(lambda: models.append(load(large, True)))
     share = sum(parameter.to_local().nbytes for parameter in models[-1].parameters())
