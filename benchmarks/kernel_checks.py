@@ -205,30 +205,39 @@ def check_every_bf16(
 def check_large(num_rows: int = 2**20 + 64, device: str = "cuda", ops=torch.ops.nvfp4) -> str:
     x = torch.randn(num_rows, 2048, device=device, dtype=BF16)
     x[-1, -1] = 300.0
-    s2 = torch.tensor(2.0**-9, device=device)
-    packed, scales = ops.quantize(x, s2)
-    x_hat = ops.fake_quant(x, s2, BF16)
-    assert_same(ops.dequantize(packed, scales, s2, BF16), x_hat, "dequantize of a large tensor")
+    parts = [slice(0, 64), slice(num_rows // 2, num_rows // 2 + 64), slice(num_rows - 64, None)]
+    for source in (x, x.float()):
+        for s2 in torch.tensor([2.0**-9, 0.0023], device=device):
+            packed, scales = ops.quantize(source, s2)
+            x_hat = ops.fake_quant(source, s2, BF16)
+            assert_same(ops.dequantize(packed, scales, s2, BF16), x_hat, "dequantize of a large tensor")
+            for rows in parts:
+                expected = reference.quantize(source[rows], s2)
+                assert_same(packed[rows], expected[0], "codes of a large tensor")
+                assert_same(scales[rows], expected[1], "scales of a large tensor")
+                assert_same(x_hat[rows], reference.fake_quant(source[rows], s2, BF16), "fake_quant of a large tensor")
+    del source
     amax, global_amax = ops.amax(x)
     assert float(global_amax) == 300.0
     assert_same(ops.block_amax(x), amax, "block_amax of a large tensor")
     static_scales = ops.static_scales(amax, global_amax, True)
     static = ops.static_fake_quant(x, amax, global_amax, True, BF16)
-    for rows in (slice(0, 64), slice(num_rows // 2, num_rows // 2 + 64), slice(num_rows - 64, None)):
-        expected = reference.quantize(x[rows], s2)
-        assert_same(packed[rows], expected[0], "codes of a large tensor")
-        assert_same(scales[rows], expected[1], "scales of a large tensor")
-        assert_same(x_hat[rows], reference.fake_quant(x[rows], s2, BF16), "fake_quant of a large tensor")
+    for rows in parts:
         assert_same(amax[rows], reference.block_amax(x[rows]), "amax of a large tensor")
         expected_scales = reference.static_scales(amax[rows], global_amax)
         assert_same(static_scales[rows], expected_scales, "static scales of a large tensor")
         assert_same(
             static[rows], reference.static_fake_quant(x[rows], expected_scales, BF16), "static values of a large tensor"
         )
-    return f"{x.numel():.3e} elements in one tensor, every operation, its first, middle and last rows"
+    return f"{x.numel():.3e} elements in one tensor, every operation, its first, middle and last rows; in bf16 and fp32, two s2"
 
 
-def check_small(device: str = "cuda", ops=torch.ops.nvfp4) -> str:
+def check_small(
+    device: str = "cuda",
+    ops=torch.ops.nvfp4,
+    decode_shards=torch.ops.nvfp4.decode_shards,
+    quantizer_class=multi_tensor.MultiTensorQuantizer,
+) -> str:
     """Every kernel once or more on small tensors: what compute-sanitizer has the time to watch."""
     source = RandomInput(16 * 37, device)
     for index in range(12):
@@ -243,15 +252,25 @@ def check_small(device: str = "cuda", ops=torch.ops.nvfp4) -> str:
     received = torch.cat((packed.flatten(), scales.flatten().view(torch.uint8)))
     table = torch.tensor([[0, packed.numel(), 0, scales.numel(), 0]], device=device)
     decoded = torch.empty(x.numel(), dtype=BF16, device=device)
-    torch.ops.nvfp4.decode_shards(received, table, s2, decoded)
+    decode_shards(received, table, s2, decoded)
     assert_same(decoded, reference.dequantize(packed, scales, s2, BF16).flatten(), "decode_shards")
     for dtype in (torch.float32, BF16):
         for is_pow2 in (True, False):
-            _check_whole_model(dtype, is_pow2, device)
+            _check_whole_model(dtype, is_pow2, device, quantizer_class)
     return "every operation and the whole-model pass on small tensors"
 
 
-def _check_whole_model(dtype: torch.dtype, is_pow2: bool, device: str) -> None:
+def check_scales(quantizer: multi_tensor.MultiTensorQuantizer) -> None:
+    """Global amax and s2 of every slot, against the masters."""
+    amax = torch.zeros_like(quantizer.global_amax)
+    for master, first_slot in zip(quantizer.weights.masters, quantizer.weights.first_slots, strict=True):
+        for expert, piece in enumerate(master if master.dim() == 3 else [master]):
+            amax[first_slot + expert].clamp_(min=piece.abs().max())
+    assert_same(quantizer.global_amax, amax, "global amax of the whole-model pass")
+    assert_same(quantizer.global_scales, reference.global_scale(amax, quantizer.power_of_two), "s2 of the whole-model pass")
+
+
+def _check_whole_model(dtype: torch.dtype, is_pow2: bool, device: str, quantizer_class) -> None:
     """Sizes next to that of a chunk, siblings, experts; exponents that stay and that move."""
     shapes = [(512, 16), (513, 16), (3, 7, 32), (1, 16)]
     masters = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
@@ -260,10 +279,11 @@ def _check_whole_model(dtype: torch.dtype, is_pow2: bool, device: str) -> None:
     scales = [master.new_empty((*master.shape[:-1], master.shape[-1] // 16), dtype=torch.float8_e4m3fn) for master in masters]
     slots = multi_tensor.slots_of_groups(masters, [0, 0, 1, 2])
     for outputs in ({"decoded": decoded}, {"packed": packed, "scales": scales, "decoded": decoded}):
-        quantizer = multi_tensor.MultiTensorQuantizer(masters, *slots, power_of_two=is_pow2, **outputs)
+        quantizer = quantizer_class(masters, *slots, power_of_two=is_pow2, **outputs)
         for factor in (1.0, 1.0, 8.0, 2.0**-6):
             masters[1].mul_(factor)
             quantizer.step()
+            check_scales(quantizer)
             for index, first_slot in enumerate(slots[0]):
                 pieces = list(masters[index]) if masters[index].dim() == 3 else [masters[index]]
                 for expert, piece in enumerate(pieces):

@@ -44,9 +44,6 @@ LLAMA_85M = ([(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]) * 12
 """The same with 12 layers and an intermediate size of 2048."""
 MOE_128 = [(128, 1536, 2048), (128, 2048, 768)] * 12
 
-
-# ---- times -------------------------------------------------------------------------------------------------------------------
-
 CHECKS = (
     kernel_checks.check_division,
     kernel_checks.check_subnormal_sixths,
@@ -55,6 +52,9 @@ CHECKS = (
     kernel_checks.check_large,
     kernel_checks.check_model_optimizer,
 )
+
+
+# ---- times -------------------------------------------------------------------------------------------------------------------
 
 
 def measure(calls: Sequence[Callable], num_replays: int = 15) -> float:
@@ -201,6 +201,7 @@ def time_whole_model(
     slots = multi_tensor.slots_of_groups(masters, list(range(len(masters))))
     quantizer = multi_tensor.MultiTensorQuantizer(masters, *slots, decoded=decoded)
     quantizer.step()
+    kernel_checks.check_scales(quantizer)
     for index in (0, -1):
         s2 = quantizer.global_scales[slots[0][index]]
         one = masters[index][0] if masters[index].dim() == 3 else masters[index]

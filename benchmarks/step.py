@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import nn
 
+from nvfp4_train.kernels.fp4_kernel import nvfp4_fake_quant
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model, parameters_on_meta
 from nvfp4_train.module import QATModule
@@ -52,6 +53,16 @@ class Run:
         self.input_ids = torch.randint(0, config["vocab_size"], batch, device="cuda")
         if self.store is not None:
             self.store.update()
+
+    def check(self) -> None:
+        """The forward computes with the quantized weights, or with none of them."""
+        assert self.module.store is not None
+        for name, linear, group in self.module.store.items():
+            if self.store is None:
+                assert linear.compute_weight is None, name
+            else:
+                expected = nvfp4_fake_quant(linear.weight, self.store.global_scale[group], torch.bfloat16)
+                assert torch.equal(linear.compute_weight, expected), name
 
     def loss(self) -> torch.Tensor:
         return next_token_loss(compute_logits(self.model, self.input_ids), self.input_ids)
@@ -127,6 +138,8 @@ def compare(name: str, *, compiled: bool, steps: int) -> dict[str, tuple[float, 
     for run in runs.values():
         for _ in range(5):
             run.step()
+    for side in ("off", "on"):
+        runs[side].check()
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(steps):
         for side, run in runs.items():

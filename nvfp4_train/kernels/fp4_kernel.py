@@ -31,7 +31,7 @@ def compute_fp4_scales(amax: Tensor, global_amax: Tensor | None = None, quantize
     _check_float(amax=amax)
     global_amax = _checked_global_amax(amax, global_amax)
     if amax.numel() == 0:
-        return amax.float()
+        return torch.empty_like(amax, dtype=torch.float32)
     return torch.ops.nvfp4.static_scales(amax, global_amax, quantize_block_scales)
 
 
@@ -72,7 +72,7 @@ def fp4_dequantize(
     """value(code) * (scale * global_scale) of uint8 codes [..., N // 2], even elements in the low nibbles: [..., N] in dtype.
 
     scale_tensor is [..., N // block_size], float8_e4m3fn or a float dtype; global_scale has one element. tile_size has no
-    effect: the kernel chooses its own tile.
+    effect: the kernel chooses its own tile. Each block_size compiles a kernel of its own.
     """
     _check_tensors(packed_tensor=packed_tensor, scale_tensor=scale_tensor)
     if packed_tensor.dtype != torch.uint8:
@@ -96,7 +96,7 @@ def fp4_dequantize(
         )
     _check_single("global_scale", global_scale)
     _check_same_device(packed_tensor, scale_tensor=scale_tensor, global_scale=global_scale)
-    return torch.ops.nvfp4.dequantize(packed_tensor, scale_tensor, global_scale, dtype)
+    return torch.ops.nvfp4.dequantize(packed_tensor, scale_tensor, global_scale.reshape(()), dtype)
 
 
 def nvfp4_block_amax(x: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def _checked_global_amax(amax: Tensor, global_amax: Tensor | None) -> Tensor:
     _check_single("global_amax", global_amax)
     _check_same_device(amax, global_amax=global_amax)
     _check_finite("global_amax", global_amax)
-    return global_amax
+    return global_amax.reshape(())
 
 
 def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
@@ -213,4 +213,5 @@ def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
     _check_single("global_scale", global_scale)
     _check_same_device(x, global_scale=global_scale)
     _check_scale(global_scale)
-    return global_scale.float()
+    # One with more dimensions than x would lend them to the result.
+    return global_scale.float().reshape(())

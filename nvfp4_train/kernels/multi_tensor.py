@@ -12,8 +12,9 @@ CUDA tensors take the kernels of `multi_tensor_kernels`, CPU tensors the plain P
 
 import importlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, distributed
@@ -24,18 +25,24 @@ from nvfp4_train.kernels import reference
 def slots_of_groups(masters: Sequence[Tensor], groups: Sequence[int]) -> tuple[list[int], int]:
     """First slot of each master and the number of slots, from the sibling group of each.
 
-    A 2-D master has one slot, a 3-D master [E, N, K] one per expert; masters of one group share theirs.
+    A 2-D master has one slot, a 3-D master [E, N, K] one per expert; masters of one group share theirs. Groups are numbered from 0.
     """
-    num_slots = [0] * (max(groups, default=-1) + 1)
+    if len(groups) != len(masters):
+        raise ValueError(f"groups must have one number per master, {len(masters)}, got {len(groups)}")
+    if min(groups, default=0) < 0:
+        raise ValueError(f"groups must be numbered from 0, got {min(groups)}")
+    num_slots: dict[int, int] = {}
     for master, group in zip(masters, groups, strict=True):
-        num_scales = master.shape[0] if master.dim() == 3 else 1
-        if num_slots[group] not in (0, num_scales):
-            raise ValueError(
-                f"masters of group {group} must have equally many experts, got {num_slots[group]} and {num_scales}"
-            )
-        num_slots[group] = num_scales
-    first = [sum(num_slots[:group]) for group in range(len(num_slots))]
-    return [first[group] for group in groups], sum(num_slots)
+        expected, got = num_slots.setdefault(group, num_slots_of(master)), num_slots_of(master)
+        if got != expected:
+            raise ValueError(f"masters of group {group} must have equally many experts, got {expected} and {got}")
+    *first, num_all = accumulate((num_slots.get(group, 0) for group in range(max(groups, default=-1) + 1)), initial=0)
+    return [first[group] for group in groups], num_all
+
+
+def num_slots_of(master: Tensor) -> int:
+    """One for a matrix [N, K], one per expert for [E, N, K]."""
+    return master.shape[0] if master.dim() == 3 else 1
 
 
 def into_chunks(table: Tensor, steps: Sequence[int], blocks_per_chunk: int) -> Tensor:
@@ -76,16 +83,6 @@ class Weights:
         """Raise ValueError where the tensors do not fit together, or not any longer: their memory may have been exchanged."""
         if not self.decoded and not self.packed:
             raise ValueError("outputs are required: decoded, or packed and scales, got none")
-        for name, divisor in (("decoded", 1), ("packed", 2), ("scales", 16)):
-            outputs = getattr(self, name)
-            if not outputs and (name == "decoded" or not self.packed and not self.scales):
-                continue
-            if len(outputs) != len(self.masters):
-                raise ValueError(f"{name} must have one tensor per master, {len(self.masters)}, got {len(outputs)}")
-            for index, (master, output) in enumerate(zip(self.masters, outputs, strict=True)):
-                required = (*master.shape[:-1], master.shape[-1] // divisor)
-                if output.shape != required:
-                    raise ValueError(f"{name}[{index}] must have shape {required}, got {tuple(output.shape)}")
         for name, dtypes in (
             ("masters", (torch.float32, torch.bfloat16)),
             ("decoded", (torch.float32, torch.bfloat16, torch.float16)),
@@ -97,6 +94,16 @@ class Weights:
                 raise ValueError(f"{name} must share one dtype, got {', '.join(sorted({str(t.dtype) for t in tensors}))}")
             for index, tensor in enumerate(tensors):
                 self._check(f"{name}[{index}]", tensor, dtypes)
+        for name, divisor in (("decoded", 1), ("packed", 2), ("scales", 16)):
+            outputs = getattr(self, name)
+            if not outputs and (name == "decoded" or not self.packed and not self.scales):
+                continue
+            if len(outputs) != len(self.masters):
+                raise ValueError(f"{name} must have one tensor per master, {len(self.masters)}, got {len(outputs)}")
+            for index, (master, output) in enumerate(zip(self.masters, outputs, strict=True)):
+                required = (*master.shape[:-1], master.shape[-1] // divisor)
+                if output.shape != required:
+                    raise ValueError(f"{name}[{index}] must have shape {required}, got {tuple(output.shape)}")
 
     def _check(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         if tensor.dtype not in dtypes:
@@ -117,7 +124,8 @@ class MultiTensorQuantizer:
 
     Give `first_slots` and `num_slots` as `slots_of_groups` returns them; with experts sharded over ranks, the slots of the local
     ones. `process_groups` are those over which masters are sharded or replicated, one all_reduce(MAX) each: one in all but
-    several-dimensional meshes. Memory of a tensor may move between steps, and the dtype of all masters may change; shapes may not.
+    several-dimensional meshes. Memory of a tensor may move between steps, and the dtype of all masters may change; shapes and
+    strides may not.
     """
 
     def __init__(
@@ -134,6 +142,8 @@ class MultiTensorQuantizer:
     ) -> None:
         if not masters:
             raise ValueError("masters must not be empty, got no tensor")
+        if len(first_slots) != len(masters):
+            raise ValueError(f"first_slots must have one slot per master, {len(masters)}, got {len(first_slots)}")
         self.weights = Weights(
             masters=list(masters),
             first_slots=list(first_slots),
@@ -142,7 +152,7 @@ class MultiTensorQuantizer:
             scales=list(scales),
         )
         for master, slot in zip(masters, first_slots, strict=True):
-            last = slot + (master.shape[0] if master.dim() == 3 else 1)
+            last = slot + num_slots_of(master)
             if slot < 0 or last > num_slots:
                 raise ValueError(f"slots of a master must lie within num_slots={num_slots}, got {slot} to {last - 1}")
         device = masters[0].device
@@ -202,7 +212,7 @@ class ReferencePasses:
         for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
             if master.numel() == 0:
                 continue
-            num_slots = master.shape[0] if master.dim() == 3 else 1
+            num_slots = num_slots_of(master)
             s2 = self.quantizer.global_scales[slot : slot + num_slots].reshape(-1, *[1] * (master.dim() - 1))
             if weights.decoded:
                 weights.decoded[index].copy_(reference.fake_quant(master, s2, weights.decoded[index].dtype))
@@ -211,8 +221,8 @@ class ReferencePasses:
                 weights.packed[index].copy_(packed)
                 weights.scales[index].copy_(scales)
 
-    def _masters(self):
+    def _masters(self) -> Iterator[tuple[Tensor, Tensor]]:
         weights = self.quantizer.weights
         for master, slot in zip(weights.masters, weights.first_slots, strict=True):
             if master.numel():
-                yield master, self.quantizer.measured[slot : slot + (master.shape[0] if master.dim() == 3 else 1)]
+                yield master, self.quantizer.measured[slot : slot + num_slots_of(master)]

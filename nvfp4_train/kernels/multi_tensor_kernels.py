@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
-from nvfp4_train.kernels.multi_tensor import into_chunks
+from nvfp4_train.kernels.multi_tensor import into_chunks, num_slots_of
 from nvfp4_train.kernels.triton_kernels import TILES, launch
 
 TILE = 64
@@ -165,7 +165,8 @@ class TritonPasses:
         weights = quantizer.weights
         self._tensors = weights.tensors()
         self._is_moved = torch.zeros_like(quantizer.measured)
-        self._addresses: tuple[int, ...] = ()
+        self._tabled: tuple[Any, ...] = ()
+        """What the table was made of."""
         self._table = torch.empty(0, COLUMNS.value, dtype=torch.int64)
         self._constants: dict[str, Any] = {}
         device = weights.masters[0].device
@@ -173,11 +174,12 @@ class TritonPasses:
         self._num_persistent = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
 
     def measure(self) -> None:
-        addresses = tuple(map(Tensor.data_ptr, self._tensors))
-        if addresses != self._addresses:
-            weights = self.quantizer.weights
+        weights = self.quantizer.weights
+        # Memory that one dtype has left may be taken by another.
+        tabled = weights.masters[0].dtype, *map(Tensor.data_ptr, self._tensors)
+        if tabled != self._tabled:
             weights.check()
-            self._addresses = addresses
+            self._tabled = tabled
             self._table = chunk_table(weights).to(self.quantizer.measured.device)
             self._constants = {
                 "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
@@ -216,15 +218,16 @@ def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> N
 def chunk_table(weights) -> Tensor:
     """int64 [chunks, 6] on the CPU, one row per chunk; address 0 stands for an output that is not wanted."""
     segments = [torch.empty(0, COLUMNS.value, dtype=torch.int64)]
-    lists = weights.masters, weights.decoded, weights.packed, weights.scales
+    names = "masters", "decoded", "packed", "scales"
+    lists = [getattr(weights, name) for name in names]
     for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
         if master.numel() == 0:
             continue
-        segment = torch.arange(master.shape[0] if master.dim() == 3 else 1)
+        segment = torch.arange(num_slots_of(master))
         columns = torch.zeros(len(segment), COLUMNS.value, dtype=torch.int64)
-        for column, tensors in enumerate(lists):
+        for column, (name, tensors) in enumerate(zip(names, lists, strict=True)):
             if tensors:
-                _check_aligned(tensors[index])
+                _check_aligned(f"{name}[{index}]", tensors[index])
                 columns[:, column] = tensors[index].data_ptr() + segment * (tensors[index].nbytes // len(segment))
         columns[:, 4] = master.numel() // len(segment) // reference.BLOCK_SIZE
         columns[:, 5] = slot + segment
@@ -237,8 +240,6 @@ def chunk_table(weights) -> Tensor:
     return into_chunks(torch.cat(segments), steps, BLOCKS_PER_CHUNK)
 
 
-def _check_aligned(tensor: Tensor) -> None:
+def _check_aligned(name: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.float8_e4m3fn and tensor.data_ptr() % 16:
-        raise ValueError(
-            f"memory must start on a 16-byte boundary, got address {tensor.data_ptr()} for shape {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must start on a 16-byte boundary, got address {tensor.data_ptr()}")

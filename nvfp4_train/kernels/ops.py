@@ -29,16 +29,27 @@ def _register(schema: str, on_cpu: Callable, fake: Callable, module: str = "trit
     name = schema.partition("(")[0]
     is_mutating = "!" in schema
 
+    def check(*args):
+        for arg in args:
+            if isinstance(arg, Tensor) and not arg.is_contiguous():
+                raise ValueError(
+                    f"{name} takes contiguous tensors alone, got strides {arg.stride()} of shape {tuple(arg.shape)}"
+                )
+
     # Autograd would record what `reference` computes with.
     @torch.no_grad()
     def cpu(*args):
         if args[0].numel() == 0:
             return fake(*args)
-        if not is_mutating:
+        if is_mutating:
+            check(*args)
+        else:
             args = tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
         return on_cpu(*args)
 
     def cuda(*args):
+        if is_mutating:
+            check(*args)
         return getattr(_kernels(module), name)(*args)
 
     _library.define(schema)

@@ -86,7 +86,8 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
     global_max = global_amax.float() / FP4_MAX
     global_max = torch.where(global_max <= 2.0**-24, torch.ones_like(global_max), global_max)
     multiplier = global_max.reciprocal() * E4M3_MAX
-    return round_to_e4m3(scales * multiplier) * multiplier.reciprocal()
+    # Of an amax of -0.0, too, the scale is 0.0.
+    return (round_to_e4m3(scales * multiplier) + 0.0) * multiplier.reciprocal()
 
 
 def encode_e2m1(magnitude: Tensor) -> Tensor:

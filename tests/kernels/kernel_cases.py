@@ -4,11 +4,20 @@ import repaired_interpreter  # noqa: F401  (changes what it imports)
 import torch
 from torch import Tensor
 
-from nvfp4_train.kernels import ops, reference, triton_kernels  # noqa: F401  (ops registers torch.ops.nvfp4)
+from nvfp4_train.kernels import multi_tensor_kernels, ops, reference, triton_kernels  # noqa: F401  (ops registers torch.ops.nvfp4)
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = torch.ops.nvfp4 if DEVICE == "cuda" else triton_kernels
 """Triton's kernels: behind the operators on a GPU, else called directly, in the interpreter."""
+
+
+class TritonQuantizer(MultiTensorQuantizer):
+    """Takes Triton's passes on the CPU too, in the interpreter."""
+
+    def _passes_class(self):
+        return multi_tensor_kernels.TritonPasses
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

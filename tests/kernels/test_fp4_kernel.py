@@ -87,6 +87,20 @@ def test_empty_tensors_pass_through(shape):
     assert fp4_kernel.fp4_dequantize(packed, scales, S2).shape == x.shape
 
 
+def test_a_scale_of_more_dimensions_lends_none_to_the_result():
+    x, amax, one = torch.randn(3, 32, device=DEVICE), torch.rand(3, 2, device=DEVICE), torch.ones(1, 1, 1, device=DEVICE)
+    packed, scales = fp4_kernel.nvfp4_quantize(x, one)
+    assert (packed.shape, scales.shape) == ((3, 16), (3, 2))
+    assert fp4_kernel.nvfp4_fake_quant(x, one).shape == x.shape
+    assert fp4_kernel.fp4_dequantize(packed, scales, one).shape == x.shape
+    assert fp4_kernel.compute_fp4_scales(amax, one).shape == amax.shape
+    assert fp4_kernel.static_blockwise_fp4_fake_quant(x, amax, one).shape == x.shape
+
+
+def test_scales_of_no_blocks_have_no_gradient():
+    assert not fp4_kernel.compute_fp4_scales(torch.empty(0, 2, requires_grad=True)).requires_grad
+
+
 def test_global_amax_defaults_to_the_largest_amax():
     assert_same_bits(fp4_kernel.compute_fp4_scales(AMAX), fp4_kernel.compute_fp4_scales(AMAX, AMAX.max()))
     assert_same_bits(fp4_kernel.compute_fp4_scales(AMAX, quantize_block_scales=False), AMAX / 6)

@@ -4,7 +4,9 @@ import functools
 
 import kernel_checks
 import pytest
-from kernel_cases import DEVICE, TRITON
+from kernel_cases import DEVICE, TRITON, TritonQuantizer
+
+from nvfp4_train.kernels import multi_tensor_kernels, triton_kernels
 
 on_device = {"device": DEVICE, "ops": TRITON}
 SAMPLES = {
@@ -12,10 +14,21 @@ SAMPLES = {
     # Chunks of each dtype and spread of exponents, with three numbers of significand bits.
     "random": functools.partial(kernel_checks.check_random, 45 * 1024, 1024, **on_device),
     "every bf16": functools.partial(kernel_checks.check_every_bf16, (1.0, 1.37 * 2.0**-9), 64, 16 * 17, **on_device),
-    "small": functools.partial(kernel_checks.check_small, **on_device),
+    "small": functools.partial(
+        kernel_checks.check_small,
+        decode_shards=multi_tensor_kernels.decode_shards,
+        quantizer_class=TritonQuantizer,
+        **on_device,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_sample_of_the_checks_on_a_gpu(name):
     assert SAMPLES[name]()
+
+
+def test_the_check_of_large_tensors_on_a_smaller_one(monkeypatch):
+    """With as many tiles a program."""
+    monkeypatch.setattr(triton_kernels, "TILES_PER_PROGRAM", {"amax": (2, 1), "quantize": (4, 1)})
+    assert kernel_checks.check_large(66, **on_device)

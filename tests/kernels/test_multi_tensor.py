@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import DEVICE, assert_same_bits
+from kernel_cases import DEVICE, TritonQuantizer, assert_same_bits
 from torch import distributed, multiprocessing
 
 from nvfp4_train.kernels import multi_tensor, multi_tensor_kernels, reference
@@ -19,13 +19,6 @@ GROUPS = [0, 1, 1, 2, 2, 3, 4]
 
 # Small chunks, so that small weights have several of them.
 multi_tensor_kernels.BLOCKS_PER_CHUNK = 256
-
-
-class TritonQuantizer(MultiTensorQuantizer):
-    """Takes Triton's passes on the CPU too, in the interpreter."""
-
-    def _passes_class(self):
-        return multi_tensor_kernels.TritonPasses
 
 
 QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]
@@ -104,6 +97,10 @@ def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
         parameter.data = master
     quantizer.step()
     _assert_quantized_one_by_one(quantizer, moved, outputs, True)
+    for output in outputs["decoded"]:
+        output.data = torch.full_like(output, torch.nan)
+    quantizer.step()
+    _assert_quantized_one_by_one(quantizer, moved, outputs, True)
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
@@ -130,6 +127,47 @@ def test_masters_that_change_their_dtype_are_followed(quantizer_class):
         master.data = master.data.bfloat16()
     quantizer.step()
     _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+
+
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_a_dtype_that_takes_the_memory_of_another_is_followed(quantizer_class):
+    memory = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    master, decoded = memory.view(8, 32), torch.empty(8, 32, dtype=torch.bfloat16, device=DEVICE)
+    quantizer = quantizer_class([master], [0], 1, decoded=[decoded])
+    quantizer.step()
+    master.data = memory.view(torch.bfloat16).view(-1)[:256].view(8, 32).nan_to_num_(1.0).clamp_(-9, 9)
+    assert master.data_ptr() == memory.data_ptr()
+    quantizer.step()
+    assert_same_bits(quantizer.global_amax[0], master.abs().max().float())
+    assert_same_bits(decoded.cpu(), reference.fake_quant(master.cpu(), quantizer.global_scales[0].cpu(), torch.bfloat16))
+
+
+def test_a_program_takes_many_chunks_where_all_exponents_moved():
+    masters = [master * 1e-4 for master in _masters()]
+    outputs = _outputs(masters)
+    quantizer = TritonQuantizer(masters, *slots_of_groups(masters, GROUPS), **outputs)
+    quantizer._passes._num_persistent = 2
+    quantizer.step()
+    assert quantizer._passes._table.shape[0] > 4
+    _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False], ids=["pow2", "exact"])
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_scales_of_every_exponent(quantizer_class, power_of_two):
+    """In more slots than a program takes."""
+    # 0x280000 is the mantissa of 2688.
+    mantissas = torch.tensor([0, 1, 0x27FFFF, 0x280000, 0x280001, 0x7FFFFF])
+    smallest = torch.tensor(reference.SMALLEST_GLOBAL_AMAX).view(torch.int32).long()
+    bits = torch.cat([((torch.arange(256) << 23)[:, None] + mantissas).flatten(), smallest + torch.arange(-3, 4)]).int()
+    masters = [torch.zeros(len(bits), 1, 16, device=DEVICE)]
+    quantizer = quantizer_class(masters, [0], len(bits), decoded=_outputs(masters)["decoded"], power_of_two=power_of_two)
+    quantizer.measured.copy_(bits)
+    quantizer._passes.update_scales()
+    amax = bits.view(torch.float32)
+    assert_same_bits(quantizer.global_amax, amax)
+    assert_same_bits(quantizer.global_scales, reference.global_scale(amax, power_of_two))
+    assert not quantizer.measured.any()
 
 
 def test_a_master_that_the_kernels_cannot_read_any_longer_is_refused():
@@ -186,16 +224,21 @@ def test_a_step_is_three_launches_and_an_all_reduce(monkeypatch, power_of_two):
     masters = _masters()
     decoded = _outputs(masters)["decoded"]
     quantizer = TritonQuantizer(
-        masters, *slots_of_groups(masters, GROUPS), decoded=decoded, power_of_two=power_of_two, process_groups=[None]
+        masters,
+        *slots_of_groups(masters, GROUPS),
+        decoded=decoded,
+        power_of_two=power_of_two,
+        process_groups=["rows", "experts"],
     )
     done = []
     launch = multi_tensor_kernels.launch
     monkeypatch.setattr(multi_tensor_kernels, "launch", lambda name, *args: (done.append(name), launch(name, *args)))
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, *_, **__: done.append(tensor))
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, *_, group: done.append((tensor, group)))
     quantizer.step()
     assert done[0] == "whole_model"
-    assert done[1] is quantizer.measured
-    assert done[2:] == ["update_scales", "whole_model"]
+    assert [group for _, group in done[1:3]] == ["rows", "experts"]
+    assert all(tensor is quantizer.measured for tensor, _ in done[1:3])
+    assert done[3:] == ["update_scales", "whole_model"]
 
 
 def test_the_last_launch_writes_only_what_moved():
@@ -221,6 +264,12 @@ def test_slots_follow_groups_and_experts():
     assert slots_of_groups(_masters(), GROUPS) == ([0, 1, 1, 2, 2, 5, 6], 7)
     with pytest.raises(ValueError, match="group 0 must have equally many experts, got 3 and 1"):
         slots_of_groups([torch.empty(3, 4, 16), torch.empty(4, 16)], [0, 0])
+    with pytest.raises(ValueError, match="group 0 must have equally many experts, got 0 and 4"):
+        slots_of_groups([torch.empty(0, 4, 16), torch.empty(4, 4, 16)], [0, 0])
+    with pytest.raises(ValueError, match="groups must have one number per master, 1, got 2"):
+        slots_of_groups([torch.empty(4, 16)], [0, 1])
+    with pytest.raises(ValueError, match="groups must be numbered from 0, got -1"):
+        slots_of_groups([torch.empty(4, 16)], [-1])
 
 
 def _build(masters=None, first_slots=(0,), num_slots=1, **outputs):
@@ -247,6 +296,8 @@ BAD_CALLS = {
         "masters must share one dtype, got torch.bfloat16, torch.float32",
     ),
     "device": (lambda: _build(decoded=[DECODED[0].to("meta")]), r"decoded\[0\] must be on the device of the first master"),
+    "no dimension": (lambda: _build([torch.tensor(1.0)], decoded=[torch.tensor(1.0)]), r"masters\[0\] must be \[N, K\]"),
+    "slots": (lambda: _build(first_slots=(0, 0), decoded=DECODED), "first_slots must have one slot per master, 1, got 2"),
     "slot": (lambda: _build(first_slots=(1,), decoded=DECODED), "must lie within num_slots=1, got 1 to 1"),
 }
 
@@ -261,7 +312,7 @@ def test_bad_input_is_refused_with_what_was_required_and_what_came(name):
 def test_a_shard_off_a_16_byte_boundary_is_refused_by_the_kernels():
     masters = [torch.zeros(4 * 32 + 1, device=DEVICE)[1:].view(4, 32)]
     quantizer = TritonQuantizer(masters, [0], 1, decoded=[torch.empty(4, 32, device=DEVICE)])
-    with pytest.raises(ValueError, match="16-byte boundary"):
+    with pytest.raises(ValueError, match=r"masters\[0\] must start on a 16-byte boundary"):
         quantizer.step()
 
 

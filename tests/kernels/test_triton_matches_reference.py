@@ -66,8 +66,25 @@ def test_ops_match_reference_bitwise(case, dtype):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_ops_match_reference_under_any_global_scale(scale):
-    x = CASES["many_magnitudes"]
-    _assert_ops_match(x, _s2(x, scale))
+    for case in ("many_magnitudes", "infinite"):
+        _assert_ops_match(CASES[case], _s2(CASES[case], scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", ["pow2", "exact"])
+def test_programs_that_take_several_tiles(scale, dtype, monkeypatch):
+    """As they do from 2^24 elements on."""
+    monkeypatch.setattr(triton_kernels, "TILES_PER_PROGRAM", {"amax": (2, 1), "quantize": (3, 1)})
+    monkeypatch.setitem(triton_kernels.TILES, "max", (4, 4))
+    x = torch.randn(6400, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[-1, -1] = 1e3
+    _assert_ops_match(x, _s2(x, scale), out_dtypes=(dtype,))
+
+
+def test_the_scale_of_an_amax_of_negative_zero():
+    for is_quantized in (True, False):
+        arguments = torch.tensor([-0.0, 1.0, 0.0], device=DEVICE), torch.tensor(1.0, device=DEVICE), is_quantized
+        assert_same_bits(TRITON.static_scales(*arguments), reference.static_scales(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
