@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.errors import HydraException
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from train import ROOT, check_targets
+from train import ROOT, check_targets, check_trainer, make
 
 from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
 from nvfp4_train.strategy import FullyShardedStrategy
@@ -28,6 +28,15 @@ def check_strategy(config: DictConfig) -> None:
     if "GROUP_WORLD_SIZE" in str(replicate_size) and "GROUP_WORLD_SIZE" not in os.environ:
         raise ValueError(
             "set trainer.strategy.replicate_size=R, the number of nodes: a run takes it from torchrun, a plan cannot"
+        )
+
+
+def check_devices(config: DictConfig, world_size: int) -> None:
+    """Raise ValueError where the config itself says how many devices there are, and the plan is of another number."""
+    devices, num_nodes = (OmegaConf.to_container(config.trainer, resolve=False).get(name) for name in ("devices", "num_nodes"))  # type: ignore[union-attr]
+    if isinstance(devices, int) and isinstance(num_nodes, int) and devices * num_nodes != world_size:
+        raise ValueError(
+            f"world_size must be trainer.devices times trainer.num_nodes, {devices} times {num_nodes}, got {world_size}"
         )
 
 
@@ -49,7 +58,9 @@ def main() -> None:
         options: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
         check_targets(options)
         check_strategy(config)
-        model, quant, data = (instantiate(options[name], _convert_="all") for name in ("model", "quant", "data"))
+        check_devices(config, int(world_size))
+        check_trainer(options["trainer"])
+        model, quant, data = (make(options[name], name) for name in ("model", "quant", "data"))
         strategy = options["trainer"]["strategy"]
         shape = RunShape(
             world_size=int(world_size),
@@ -60,8 +71,10 @@ def main() -> None:
             seq_len=data.seq_len,
             gradient_checkpointing=model.gradient_checkpointing,
         )
-        print(plan_table(make_plan(meta_model(model), quant, shape), shape))
-    except (ValueError, HydraException, InstantiationException) as error:
+        meta = meta_model(model)
+        data.check_positions(getattr(meta.config, "max_position_embeddings", None))
+        print(plan_table(make_plan(meta, quant, shape), shape))
+    except (ValueError, HydraException) as error:
         sys.exit(f"error: {error}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, ReadItem
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, Metadata, ReadItem
 from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -99,10 +99,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     _refuse_cut_short(path)
     checkpoint = read_rest(path)
     state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(), no_dist=True)
-    checkpoint["state_dict"] = state.pop("state_dict")
-    checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
+    try:
+        _load_state_dict(state, storage_reader=SafeReader(path), planner=_EmptyPlanner(), no_dist=True)
+        checkpoint["state_dict"] = state.pop("state_dict")
+        checkpoint["optimizer_states"] = [by_number(state[f"optimizer_{index}"]) for index in range(len(state))]
+    except (CheckpointException, *UNREADABLE) as error:
+        raise ValueError(f"the checkpoint {path} could not be loaded: {first_failure(error)}") from error
     return checkpoint
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """What went wrong first where torch.distributed.checkpoint collected the errors of all ranks; else the error itself."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,11 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], where:
 
     `where` is the place of the options in the config, for the message.
     """
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        # Of a builtin, as datetime.timedelta, which refuses what it does not take.
+        return
     takes_any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name, value in options.items():
         if name not in parameters and not takes_any_name:

@@ -34,9 +34,15 @@ class RunShape:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "replicate_size", "micro_batches", "batch_size", "seq_len"):
+        for name, option in (
+            ("world_size", "world_size"),
+            ("replicate_size", "trainer.strategy.replicate_size"),
+            ("micro_batches", "trainer.accumulate_grad_batches"),
+            ("batch_size", "data.batch_size"),
+            ("seq_len", "data.seq_len"),
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{option} must be at least 1, got {getattr(self, name)}")
         if self.world_size % self.replicate_size:
             raise ValueError(
                 f"world_size must be a multiple of trainer.strategy.replicate_size, got {self.world_size} and {self.replicate_size}"
@@ -247,7 +253,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         packed=sum(r.packed for r in memory) + max(r.packed for r in moments),
     )
 
-    twice = shape.micro_batches * (2 if shape.reshard_after_forward else 1)
+    backward_gathers = shape.micro_batches if shape.reshard_after_forward else 0
     others, copies = width - 1, shape.replicate_size
     backward = "A (W-1)" if shape.reshard_after_forward else "0: nothing is resharded after the forward;"
     wire = [
@@ -259,9 +265,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row(
             "all-gather, backward",
             f"{backward} x the same without the head",
-            lambda packed: (
-                (twice - shape.micro_batches) * others * sum(unit.sent(packed) for unit in units if unit is not head_unit)
-            ),
+            lambda packed: backward_gathers * others * sum(unit.sent(packed) for unit in units if unit is not head_unit),
         ),
         row("reduce-scatter", "(W-1) 4 n, once per step", lambda _: others * 4 * shard),
         row("all-reduce of copies", "2 (R-1)/R 4 n", lambda _: 2 * (copies - 1) / copies * 4 * shard),

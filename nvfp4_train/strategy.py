@@ -26,6 +26,7 @@ from nvfp4_train.checkpoints import (
     by_name,
     by_number,
     check_same_weights,
+    first_failure,
     is_sharded_checkpoint,
     read_checkpoint,
     read_rest,
@@ -177,8 +178,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             try:
                 load(state, storage_reader=SafeReader(path), planner=SafePlanner())
             except CheckpointException as error:
-                first, _ = next(iter(error.failures.values()))
-                raise ValueError(f"the checkpoint {path} could not be loaded: {first}") from error
+                raise ValueError(f"the checkpoint {path} could not be loaded: {first_failure(error)}") from error
             self.model.load_state_dict(state["state_dict"], strict=self.lightning_module.strict_loading)
             for index, optimizer in enumerate(self.optimizers):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{index}"])

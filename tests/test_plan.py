@@ -210,6 +210,11 @@ def test_the_script_plans_replicas() -> None:
         (["trainer=ddp", "world_size=64"], "trainer=fsdp2"),
         (["+recipe=quickstart", "world_size=64"], "trainer=fsdp2"),
         (["trainer=gpu", "+trainer.strategy=ddp", "world_size=64"], "trainer=fsdp2"),
+        (["trainer=fsdp2", "trainer.num_nodes=8", "trainer.devices=8", "world_size=2"], "8 times 8, got 2"),
+        (["trainer=fsdp2", "world_size=2", "trainer.accumulate_grad_batches=0"], "error: trainer.accumulate_grad_batches must"),
+        (["trainer=fsdp2", "world_size=2", "trainer.strategy.replicate_size=0"], "error: trainer.strategy.replicate_size must"),
+        (["trainer=fsdp2", "world_size=2", "quant.gather=pakced"], "error: quant: quant.gather must"),
+        (["+recipe=llama3_8b_qat", "world_size=2", "data.seq_len=100000"], "8192 positions; got data.seq_len=100000"),
     ],
 )
 def test_the_script_refuses_what_it_would_have_to_guess(arguments: list[str], named: str) -> None:

@@ -65,6 +65,13 @@ class DataConfig:
             if not getattr(self, name):
                 raise ValueError(f"data.{name} must not be empty")
 
+    def check_positions(self, max_position_embeddings: int | None) -> None:
+        """Raises ValueError when the sequences are longer than the model takes."""
+        if max_position_embeddings is not None and self.seq_len > max_position_embeddings:
+            raise ValueError(
+                f"the model has {max_position_embeddings} positions; got data.seq_len={self.seq_len}. Lower data.seq_len."
+            )
+
 
 class StreamSampler(Sampler[list[int]]):
     """One rank's part of the infinite stream of micro-batches, from position `start` on. It has no length."""
@@ -125,11 +132,8 @@ class TextDataModule(L.LightningDataModule):
 
     def check_model(self, vocab_size: int, max_position_embeddings: int | None) -> None:
         """Raises ValueError when the sequences are longer, or the ids larger, than the model takes. Needs no data."""
-        seq_len, num_tokens = self.config.seq_len, len(self.tokenizer)
-        if max_position_embeddings is not None and seq_len > max_position_embeddings:
-            raise ValueError(
-                f"the model has {max_position_embeddings} positions; got data.seq_len={seq_len}. Lower data.seq_len."
-            )
+        self.config.check_positions(max_position_embeddings)
+        num_tokens = len(self.tokenizer)
         if num_tokens > vocab_size:
             raise ValueError(
                 f"the model embeds {vocab_size} tokens; the tokenizer has {num_tokens} (data.tokenizer="

@@ -1,5 +1,6 @@
 """A run moves between numbers of ranks, and between replicated and sharded, and ends where an uninterrupted one does."""
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(whole: Path, tmp_path: Path) 
     shutil.copytree(whole / "middle.ckpt", path)
     for shard in path.glob("*.distcp"):
         shard.write_bytes(bytes(shard.stat().st_size))
-    for message in run_ranks(2, refusal, f"{path}", {}):
+    for message in itertools.chain(*run_ranks(2, refusals, [f"{path}"], {})):
         assert message.startswith(f"the checkpoint {path} could not be loaded: ")
 
 
