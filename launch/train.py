@@ -8,6 +8,7 @@ SIGTERM or SIGUSR1 to any rank saves a checkpoint after the current optimizer st
 nvfp4_train/callbacks/preemption.py), Ctrl-C the same with 130; the same command with ckpt_path=auto and the same run folder continues.
 """
 
+import atexit
 import hashlib
 import inspect
 import netrc
@@ -34,8 +35,10 @@ from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from torch import distributed
 from torch.distributed import TCPStore
 
+from nvfp4_train.callbacks.preemption import Preempted
 from nvfp4_train.checkpoints import newest_complete, saved_step
 from nvfp4_train.data.module import TextDataModule
 from nvfp4_train.models.causal_lm import load_config
@@ -109,6 +112,7 @@ def register_configs() -> None:
         "basename": lambda path: Path(path).name,
         "wandb_id": wandb_id,
         "recipe_list": recipe_list,
+        "is_auto": lambda ckpt_path: ckpt_path == "auto",
     }.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
 
@@ -185,6 +189,12 @@ def save_config(cfg: DictConfig) -> None:
         OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
 
 
+def leave_process_group() -> None:
+    """For ranks that end together: join gloo's threads, one of which would abort the process if it freed a tensor while Python ends."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def make(options: Any, where: str, **objects: Any) -> Any:
     """Instantiate a config node. Raises ValueError with its location."""
     try:
@@ -200,8 +210,8 @@ def check_trainer(options: dict[str, Any]) -> None:
             raise ValueError(f"trainer.{name} must be at least {least}, got {options[name]}")
     if (clip := options.get("gradient_clip_val")) is not None and clip < 0:
         raise ValueError(f"trainer.gradient_clip_val must be at least 0, or null, got {clip}")
-    world_size, devices = int(os.environ.get("WORLD_SIZE", "1")), options.get("devices")
-    if isinstance(devices, int) and devices * options.get("num_nodes", 1) < world_size:
+    world_size, devices = os.environ.get("WORLD_SIZE"), options.get("devices")
+    if world_size and isinstance(devices, int) and devices * options.get("num_nodes", 1) != int(world_size):
         raise ValueError(
             f"trainer.devices times trainer.num_nodes must be the {world_size} ranks that this run was started with, got "
             f"{devices} times {options.get('num_nodes', 1)}; see trainer=ddp"
@@ -261,6 +271,10 @@ def main(cfg: DictConfig) -> float | None:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(options)
         trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
+        atexit.register(leave_process_group)
+    except Preempted:
+        atexit.register(leave_process_group)
+        raise
     except ValueError as error:
         if module is not None and module.has_started:
             raise

@@ -1,16 +1,19 @@
 """Writes the NVFP4 checkpoint when training has ended and its last checkpoint is saved."""
 
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
-from nvfp4_train.export.gathered import GatheredWeights
+from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, GatheredWeights
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -44,24 +47,25 @@ class Export(Callback):
             "overwrite": self.overwrite,
         }
         report = None
-        if isinstance(store, ShardedWeightStore):
-            # What the last forward decoded is decoded again, to be compared with the folder.
-            served = GatheredWeights(model, store)
-            with served.answered() as is_writer:
-                if is_writer:
-                    report = write_compressed_tensors(self.folder, served=served, **options)
-        elif trainer.is_global_zero:
-            weights = model.state_dict()
-            compute_weights = {f"{name}.weight": store.compute_weight(name) for name, _ in store.modules()}
-            report = export_compressed_tensors(
-                self.folder,
-                weights=weights,
-                groups=store.groups,
-                config=model.config,
-                power_of_two=store.power_of_two,
-                expected=_ComputeWeights(model, weights, compute_weights),
-                **options,
-            )
+        with first_rank_awaited():
+            if isinstance(store, ShardedWeightStore):
+                # What the last forward decoded is decoded again, to be compared with the folder.
+                served = GatheredWeights(model, store)
+                with served.answered() as is_writer:
+                    if is_writer:
+                        report = write_compressed_tensors(self.folder, served=served, **options)
+            elif trainer.is_global_zero:
+                weights = model.state_dict()
+                compute_weights = {f"{name}.weight": store.compute_weight(name) for name, _ in store.modules()}
+                report = export_compressed_tensors(
+                    self.folder,
+                    weights=weights,
+                    groups=store.groups,
+                    config=model.config,
+                    power_of_two=store.power_of_two,
+                    expected=_ComputeWeights(model, weights, compute_weights),
+                    **options,
+                )
         if report is not None:
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
@@ -71,7 +75,37 @@ class Export(Callback):
                     "export/bits_per_quantized_weight": report.verified.bits_per_weight,
                 }
             )
+        # The first rank may host what the others have waited by.
         trainer.strategy.barrier("export")
+
+
+_waits = count()
+
+
+@contextmanager
+def first_rank_awaited() -> Iterator[None]:
+    """A body that no rank leaves before the first one has left it, however long that takes.
+
+    A collective would fail when the timeout of its process group is over, by default half an hour, and with it an export that takes
+    longer. Raises RuntimeError on the others where the body failed on the first rank.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    store, key = distributed.distributed_c10d._get_default_store(), f"nvfp4_train/exports/{next(_waits)}"
+    if distributed.get_rank() == 0:
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        finally:
+            store.set(key, outcome)
+    else:
+        yield
+        while not store.check([key]):
+            time.sleep(0.2)
+        if store.get(key) != b"done":
+            raise RuntimeError(FAILED_ON_FIRST_RANK)
 
 
 class _ComputeWeights(Mapping[str, Tensor]):

@@ -20,6 +20,8 @@ from nvfp4_train.models.sharding import gather_rows, own_rows, sharded_state
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
+FAILED_ON_FIRST_RANK = "the export failed on the first rank, whose error says why"
+
 _DONE, _FAILED = -1, -2
 """Requests that are no number of a tensor."""
 
@@ -45,13 +47,15 @@ class GatheredWeights(ServedWeights):
         self._group = mesh.get_group(mesh.ndim - 1)
         self._has_part = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         self._device = own_rows(weights[self._names[0]])[0].device
+        self._is_gathering = False
         self._check_finite()
 
     @contextmanager
     def answered(self) -> Iterator[bool]:
         """Whether this rank is the writer. The body runs there while the others answer it, and on them after that.
 
-        Raises RuntimeError on the others where the writer's body failed.
+        Raises RuntimeError on the others where the writer's body failed. Where it failed within a gather (out of memory, say), they
+        wait in that gather until the launcher ends them, as it does when the writer has ended with its error.
         """
         if not self._has_part:
             yield False
@@ -59,7 +63,7 @@ class GatheredWeights(ServedWeights):
             while (number := self._request(_DONE)) >= 0:
                 self._gather(self._names[number])
             if number == _FAILED:
-                raise RuntimeError("the export failed on the first rank, whose error says why")
+                raise RuntimeError(FAILED_ON_FIRST_RANK)
             yield False
         else:
             outcome = _FAILED
@@ -67,7 +71,9 @@ class GatheredWeights(ServedWeights):
                 yield True
                 outcome = _DONE
             finally:
-                self._request(outcome)
+                # In the midst of a gather the others hear no request, and to wait for them would hide the error.
+                if not self._is_gathering:
+                    self._request(outcome)
 
     def packed(self, name: str) -> tuple[Tensor, Tensor]:
         codes, scales = self._ask(name)
@@ -82,7 +88,10 @@ class GatheredWeights(ServedWeights):
 
     def _ask(self, name: str) -> tuple[Tensor, ...]:
         self._request(self._names.index(name))
-        return self._gather(name)
+        self._is_gathering = True
+        gathered = self._gather(name)
+        self._is_gathering = False
+        return gathered
 
     def _request(self, number: int) -> int:
         """The number that the first rank gives; what the others give is ignored."""

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from running import ROOT, train_environment
 from torch import Tensor, distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nvfp4_train.callbacks.export import first_rank_awaited
 from nvfp4_train.checkpoints import read_checkpoint
 from nvfp4_train.export import masters, verify
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
-from nvfp4_train.export.gathered import GatheredWeights
+from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, GatheredWeights
 from nvfp4_train.export.verify import ExportError
 from nvfp4_train.models.sharding import shard_model, sharded_state, whole_tensors
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
@@ -202,8 +206,8 @@ def test_every_rank_ends_with_an_error_and_no_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def die_in_export(rank: int, folder: str) -> None:
-    """Run by torchrun: a rank is killed in the middle of the export."""
+def die_in_export(rank: int, how: str, folder: str) -> None:
+    """Run by torchrun: a rank is killed, or has an error, in the middle of the export, within a gather."""
     distributed.init_process_group("gloo")
     model, store = make()
     served = GatheredWeights(model, store)
@@ -212,7 +216,9 @@ def die_in_export(rank: int, folder: str) -> None:
     def gather_and_die(name: str) -> tuple[Tensor, ...]:
         names.append(name)
         if len(names) == 12 and distributed.get_rank() == rank:
-            print("killed", flush=True)
+            if how == "error":
+                raise MemoryError("out of memory")
+            print("killed", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return gather(name)
 
@@ -223,11 +229,13 @@ def die_in_export(rank: int, folder: str) -> None:
     print("exported", flush=True)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_leaves_no_folder(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "how", "shown"), [(0, "kill", "killed"), (1, "kill", "killed"), (0, "error", "out of memory")]
+)
+def test_a_rank_that_dies_leaves_no_folder(rank: int, how: str, shown: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     result = subprocess.run(
-        [*command, str(rank), str(tmp_path / "export")],
+        [*command, str(rank), how, str(tmp_path / "export")],
         capture_output=True,
         text=True,
         env=train_environment(),
@@ -235,9 +243,30 @@ def test_a_rank_that_dies_leaves_no_folder(rank: int, tmp_path: Path) -> None:
         timeout=300,
     )
     assert result.returncode != 0
-    assert "killed" in result.stdout
+    assert shown in result.stderr
     assert "exported" not in result.stdout
     assert not (tmp_path / "export").exists()
+
+
+def wait_for_first_rank() -> str:
+    """Longer than a collective would, and what the other rank hears of an error."""
+    _set_pg_timeout(timedelta(seconds=2))
+    is_first = distributed.get_rank() == 0
+    with first_rank_awaited():
+        time.sleep(4 if is_first else 0)
+
+    def fail() -> None:
+        with first_rank_awaited():
+            if is_first:
+                raise KeyError("on the first")
+
+    with pytest.raises((KeyError, RuntimeError)) as error:
+        fail()
+    return str(error.value)
+
+
+def test_ranks_wait_for_the_first_however_long_it_exports() -> None:
+    assert run_ranks(2, wait_for_first_rank) == ["'on the first'", FAILED_ON_FIRST_RANK]
 
 
 MB = 1_000_000
@@ -316,4 +345,4 @@ def test_the_export_of_a_checkpoint_holds_one_file_and_one_tensor(large: dict[st
 
 
 if __name__ == "__main__":
-    die_in_export(int(sys.argv[1]), sys.argv[2])
+    die_in_export(int(sys.argv[1]), *sys.argv[2:])

@@ -70,6 +70,16 @@ def test_a_slip_is_refused_with_its_location(override: str, message: str, tmp_pa
 
 def test_what_build_accepts_is_built(tmp_path: Path) -> None:
     build(tmp_path, "+recipe=quickstart", "logger=none", "+model.config.rope_theta=5000.0")
+    timeout = "+trainer.strategy.timeout={_target_: datetime.timedelta, hours: 2}"
+    build(tmp_path, "trainer=ddp", "trainer.accelerator=cpu", timeout)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_devices_are_the_ranks_that_torchrun_started(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.check_trainer({"devices": 2, "num_nodes": 1})
+    with pytest.raises(ValueError, match=f"must be the 2 ranks that this run was started with, got {devices} times 1"):
+        train.check_trainer({"devices": devices, "num_nodes": 1})
 
 
 @pytest.mark.parametrize(
@@ -152,6 +162,10 @@ def test_a_run_on_local_text_from_a_local_model_without_quantization_or_logger(t
     assert again.returncode != 0
     assert (second / ".hydra" / "config.yaml").read_text() == config, "that of the run whose results are there"
     assert "callbacks.export.overwrite=true" in again.stderr
+    # A run that was killed behind its export is continued by the same command.
+    weights = (second / "export" / "model.safetensors").read_bytes()
+    launch(second, *common, f"model.path={dense}", "quant=none", "logger=csv", "ckpt_path=auto")
+    assert (second / "export" / "model.safetensors").read_bytes() == weights
     launch(second, *common, f"model.path={dense}", "callbacks.export.overwrite=true")
     assert (second / "metrics.1.csv").exists(), "the metrics of the earlier run are kept"
 
