@@ -19,6 +19,7 @@ SCALES = {
     "subnormal": 3e-39,
     "outermost_ordinary": 2.0**-59 * 1.7,
     "largest": 1.2e35,
+    "largest_pow2": 2.0**119,
 }
 
 
