@@ -190,7 +190,7 @@ def save_config(cfg: DictConfig) -> None:
 
 
 def leave_process_group() -> None:
-    """For ranks that end together: join gloo's threads, one of which would abort the process if it freed a tensor while Python ends."""
+    """For ranks that end together: join gloo's threads. One that frees a tensor while Python ends may abort the process."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
