@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.export.layout import HubLayout
-from nvfp4_train.export.masters import ServedWeights, check_groups, own_tensors, refuse_unless, to_served
+from nvfp4_train.export.masters import ServedWeights, check_groups, own_tensors, refuse_unless, rows_at_once, to_served
 from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
 from nvfp4_train.models.sharding import gather_rows, own_rows, sharded_state
 from nvfp4_train.quant.linear import SERVED_DTYPE
@@ -84,7 +84,9 @@ class GatheredWeights(ServedWeights):
             (tensor,) = self._ask(name)
             return tensor
         codes, scales = self.packed(name)
-        return fp4_dequantize(codes, scales, self.global_scales[name].to(codes.device), dtype=SERVED_DTYPE)
+        s2, num_rows = self.global_scales[name].to(codes.device), rows_at_once(2 * codes.shape[1])
+        pieces = zip(codes.split(num_rows), scales.split(num_rows), strict=True)
+        return torch.cat([fp4_dequantize(*piece, s2, dtype=SERVED_DTYPE) for piece in pieces])
 
     def _ask(self, name: str) -> tuple[Tensor, ...]:
         self._request(self._names.index(name))

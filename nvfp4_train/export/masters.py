@@ -163,4 +163,9 @@ class ServedWeights(Mapping[str, Tensor]):
 
 def _pieces(weight: Tensor) -> Iterable[Tensor]:
     """The rows of a matrix, some at a time."""
-    return weight.split(max(1, ELEMENTS_AT_ONCE // weight.shape[1]))
+    return weight.split(rows_at_once(weight.shape[1]))
+
+
+def rows_at_once(num_columns: int) -> int:
+    """How many rows of a matrix are quantized or decoded at a time, so that intermediate results stay small beside it."""
+    return max(1, ELEMENTS_AT_ONCE // num_columns)

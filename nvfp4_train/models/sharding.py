@@ -66,6 +66,10 @@ def sharded_state(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+GATHERED_AT_ONCE = 1 << 26
+"""Bytes of a rank. Gloo gathers into memory of its own before it fills ours, which would be a second copy of a whole tensor."""
+
+
 def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
     """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
     # Ranks send equally many bytes, whatever they mean.
@@ -76,8 +80,10 @@ def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) ->
     flat = sent.view(-1).view(torch.uint8)
     is_first = group.rank() == 0
     received = flat.new_empty((group.size(), len(flat))) if is_first else None
-    destinations = None if received is None else list(received)
-    distributed.gather(flat, destinations, dst=distributed.get_global_rank(group, 0), group=group)
+    for start in range(0, len(flat), GATHERED_AT_ONCE):
+        piece = slice(start, start + GATHERED_AT_ONCE)
+        destinations = None if received is None else [part[piece] for part in received]
+        distributed.gather(flat[piece], destinations, dst=distributed.get_global_rank(group, 0), group=group)
     return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]
 
 
