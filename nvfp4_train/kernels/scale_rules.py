@@ -1,0 +1,60 @@
+"""Scale rules: how a tensor's global scale and the scale of each of its blocks are chosen. Plain data, for every path alike.
+
+The global scale is s2 = global_amax / (6 * largest), kept exact or raised to a power of two. A block's scale is the E4M3 value
+nearest to factor * block_amax / 6 / s2; a rule with several factors takes the one whose decoded block is nearest to the block, by
+the sum of squares. To add a rule is to add a line to `BLOCK_SCALE_RULES`: the reference and the kernels search whatever it lists.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockScaleRule:
+    """The candidates for a block's scale."""
+
+    factors: tuple[float, ...]
+    """In units of block_amax / 6 / s2, the largest first: of equally good scales the first is taken."""
+    largest: float
+    """Block scale, in units of E4M3, of the block that holds the tensor's largest magnitude, under factor 1."""
+
+
+BLOCK_SCALE_RULES: dict[str, BlockScaleRule] = {
+    # The largest magnitude of a block becomes 6.
+    "max": BlockScaleRule(factors=(1.0,), largest=448.0),
+    # It becomes 6 or 4 (Cook et al. 2025, "Four Over Six"); 256 * 1.5 is an E4M3 value, 448 * 1.5 is above the range.
+    "four_over_six": BlockScaleRule(factors=(1.5, 1.0), largest=256.0),
+    # The least squared error of 17 scales.
+    "mse": BlockScaleRule(factors=tuple(step / 20 for step in range(30, 13, -1)), largest=256.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleRule:
+    """The rule of a tensor. Raises ValueError for a name that is not known."""
+
+    global_scale: str = "pow2"
+    """`pow2` raises s2 to a power of two, so that every reader decodes the same bits; `exact` is the quotient, rounded once."""
+    block_scale: str = "max"
+    """A name in `BLOCK_SCALE_RULES`."""
+
+    def __post_init__(self) -> None:
+        if self.global_scale not in ("pow2", "exact"):
+            raise ValueError(f"quant.global_scale must be 'pow2' or 'exact', got {self.global_scale!r}")
+        if self.block_scale not in BLOCK_SCALE_RULES:
+            raise ValueError(f"quant.rule must be one of {', '.join(BLOCK_SCALE_RULES)}, got {self.block_scale!r}")
+
+    @property
+    def is_pow2(self) -> bool:
+        return self.global_scale == "pow2"
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        return BLOCK_SCALE_RULES[self.block_scale].factors
+
+    @property
+    def largest(self) -> float:
+        return BLOCK_SCALE_RULES[self.block_scale].largest
+
+
+MAX_RULE = ScaleRule()
+"""The default: power-of-two s2, and the largest magnitude of every block becomes 6."""

@@ -1,0 +1,30 @@
+"""What was quantized and how, as plain data: from the policy to the store, the checkpoint and the export."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nvfp4_train.kernels.scale_rules import ScaleRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantManifest:
+    """The quantized weights of a model, by parameter name."""
+
+    groups: tuple[tuple[str, ...], ...]
+    """Parameters that share one global scale. Every quantized parameter is in exactly one group."""
+    rule: ScaleRule
+
+    @property
+    def names(self) -> list[str]:
+        """All quantized parameters, group after group."""
+        return [name for group in self.groups for name in group]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists, strings and numbers alone: a checkpoint that holds it is read with weights_only."""
+        return {"groups": [list(group) for group in self.groups], "rule": asdict(self.rule)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "QuantManifest":
+        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError where `saved` is none."""
+        return cls(groups=tuple(tuple(group) for group in saved["groups"]), rule=ScaleRule(**saved["rule"]))
