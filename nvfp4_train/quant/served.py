@@ -124,26 +124,41 @@ class _ServedUnit:
                 shown.module._parameters = held
 
 
+def served_units(model: nn.Module) -> list[nn.Module]:
+    """The units of a Hugging Face model beside the root: its decoder layers, and all layers that recompute their activations.
+
+    Decoder layers are what the model never splits over devices (`_no_split_modules`). Other modules have no units.
+    """
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__ in layers or any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
+    ]
+
+
 def show_served(
     model: nn.Module, units: Sequence[nn.Module] = (), *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
-) -> dict[str, list[Shown]]:
-    """Let the forwards of a model and of its `units` compute with served values, in place; `kept` are parameters served in fp32.
+) -> dict[str, Shown]:
+    """Let the forwards of a model and of its `units` compute with served values, in place.
 
-    Units may lie within one another; a module belongs to the innermost. Returns who shows a parameter, by its name as
-    `named_parameters` has it: several modules where they share it.
+    `kept` are names of parameters that are served in fp32. Units may lie within one another; a module belongs to the innermost.
+    Returns who shows a parameter, by every name of it (`named_parameters(remove_duplicate=False)`).
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    shown_by: dict[str, list[Shown]] = {name: [] for name in names.values()}
+    names: dict[nn.Module, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(f"{prefix}." if prefix else "")
+    shown_by: dict[str, Shown] = {}
     for unit in (model, *units):
         shown = []
         for module in _modules_of(unit, units):
-            own = {leaf: names[id(p)] for leaf, p in module._parameters.items() if p is not None}
-            if not own:
+            leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
+            if not leaves:
                 continue
-            shown.append(Shown(module, [leaf for leaf, name in own.items() if name in kept], compute_dtype))
-            for name in own.values():
-                shown_by[name].append(shown[-1])
-            if type(module) is nn.Embedding and module.max_norm is None and unit in (model, module):
+            in_fp32 = [leaf for leaf in leaves if any(prefix + leaf in kept for prefix in names[module])]
+            shown.append(Shown(module, in_fp32, compute_dtype))
+            shown_by |= {prefix + leaf: shown[-1] for prefix in names[module] for leaf in leaves}
+            if type(module) is nn.Embedding and module.max_norm is None and unit in (model, module) and not in_fp32:
                 module.__class__ = _ServedEmbedding
                 module.compute_dtype = compute_dtype  # type: ignore[assignment]
         # An embedding that is a unit by itself rounds what it looks up, and nobody else reads it.
@@ -151,6 +166,28 @@ def show_served(
             _mix_in(unit)
             unit.shown = tuple(shown)  # type: ignore[assignment]
     return shown_by
+
+
+def units_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every unit of a model to which `show_served` has been applied, the root first."""
+    names = [name for name, module in model.named_modules() if isinstance(module, _ServedUnit)]
+    shown = {entry.module for name in names for entry in model.get_submodule(name).shown}  # type: ignore[union-attr]
+    names += [name for name, module in model.named_modules() if isinstance(module, _ServedEmbedding) and module not in shown]
+    return [(name, model.get_submodule(name)) for name in names]
+
+
+def modules_of_unit(unit: nn.Module) -> list[nn.Module]:
+    """The modules of a unit that have parameters."""
+    return [shown.module for shown in unit.shown] if isinstance(unit, _ServedUnit) else [unit]
+
+
+def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
+    """What a unit shows now, by module and by name there; outside of its forward, and of a sharded one while it is unsharded."""
+    if not isinstance(unit, _ServedUnit):
+        return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
+    return [
+        (shown.module, {name: shown.served(name, p) for name, p in shown.module._parameters.items()}) for shown in unit.shown
+    ]
 
 
 def _modules_of(unit: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
