@@ -103,15 +103,15 @@ class QATModule(L.LightningModule):
         if self.model_config.compile:
             for layer in decoder_layers(model):
                 layer.compile()
-        groups, power_of_two = self.selection.groups, self.quant_config.power_of_two
+        groups, rule = self.selection.groups, self.quant_config.scale_rule
         if isinstance(strategy, FullyShardedStrategy):
             shard_model(model, strategy.shard_mesh, reshard_after_forward=strategy.reshard_after_forward)
             if opened is not None:
                 allocate(model, strategy.root_device)
                 opened[1].read_into(model)
-            self.store = ShardedWeightStore(model, groups, power_of_two=power_of_two, gather=self.quant_config.gather)
+            self.store = ShardedWeightStore(model, groups, rule=rule, gather=self.quant_config.gather)
         else:
-            self.store = WeightStore(model, groups, power_of_two=power_of_two)
+            self.store = WeightStore(model, groups, rule=rule)
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.kernels.scale_rules import ScaleRule
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -44,8 +45,7 @@ class QuantConfig:
     """How the weights of a sharded model travel: `packed` codes and scales, 0.5625 byte a weight, or decoded `bf16`, 2 bytes."""
 
     def __post_init__(self) -> None:
-        if self.global_scale not in ("pow2", "exact"):
-            raise ValueError(f"quant.global_scale must be 'pow2' or 'exact', got {self.global_scale!r}")
+        _ = self.scale_rule
         if self.gather not in ("packed", "bf16"):
             raise ValueError(f"quant.gather must be 'packed' or 'bf16', got {self.gather!r}")
         if self.start_step < 0:
@@ -55,8 +55,9 @@ class QuantConfig:
                 raise ValueError(f"quant.{name} must be a list of patterns, got the string {getattr(self, name)!r}")
 
     @property
-    def power_of_two(self) -> bool:
-        return self.global_scale == "pow2"
+    def scale_rule(self) -> ScaleRule:
+        """Raises ValueError for a name that is not known."""
+        return ScaleRule(global_scale=self.global_scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.packed_shards import PackedShards
+from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
 
@@ -123,7 +124,9 @@ class _ServedParameters:
     With `is_packed` quantized weights travel as codes and scales, otherwise as decoded rows. All else travels as rows in bf16.
     """
 
-    def __init__(self, group: FSDPParamGroup, names: Mapping[int, str], slots: Mapping[int, int], *, is_packed: bool) -> None:
+    def __init__(
+        self, group: FSDPParamGroup, names: Mapping[int, str], slots: Mapping[int, int], *, rule: ScaleRule, is_packed: bool
+    ) -> None:
         """Names of the parameters, and slots of the quantized ones, are by id."""
         if (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype) != (SERVED_DTYPE, torch.float32):
             name = names[id(group.fsdp_params[0].sharded_param)]
@@ -141,6 +144,7 @@ class _ServedParameters:
         self.parameters = [*self.quantized, *self.others]
         self.slots = [slots[id(p.fsdp_param.sharded_param)] for p in self.quantized]
         self.is_packed = is_packed
+        self._rule = rule
         shapes, others = ([p.shape for p in these] for these in (self.quantized, self.others))
         num_ranks = self._ranks.size()
         self._shards = PackedShards(shapes, others, num_ranks) if is_packed else PackedShards([], [*shapes, *others], num_ranks)
@@ -223,7 +227,7 @@ class _ServedParameters:
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding."""
         rows = self.quantized[index].rows
         if not self.is_packed:
-            return nvfp4_quantize(rows, self._s2[self.slots[index]])
+            return nvfp4_quantize(rows, self._s2[self.slots[index]], self._rule)
         return self.outputs["packed"][index][: len(rows)], self.outputs["scales"][index][: len(rows)]
 
 
@@ -233,15 +237,13 @@ class ShardedWeightStore(WeightStore):
     Parameters that are not quantized but gathered together with quantized ones are rounded to bf16 by `update` as well.
     """
 
-    def __init__(
-        self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed"
-    ) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, rule: ScaleRule, gather: str = "packed") -> None:
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._served: list[_ServedParameters] = []
         """One for each parameter group of FSDP2 that has quantized weights."""
         # The parameters of an unsharded module are others than those that FSDP2 keeps.
         self._reshard()
-        super().__init__(model, groups, power_of_two=power_of_two)
+        super().__init__(model, groups, rule=rule)
         self._places: dict[str, tuple[_ServedParameters, int]] = {}
         """Where a weight is, by owner."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -251,7 +253,7 @@ class ShardedWeightStore(WeightStore):
             group = fsdp_module._get_fsdp_state()._fsdp_param_group
             if group is None or not any(id(p.sharded_param) in slots for p in group.fsdp_params):
                 continue
-            served = _ServedParameters(group, names, slots, is_packed=gather == "packed")
+            served = _ServedParameters(group, names, slots, rule=rule, is_packed=gather == "packed")
             self._served.append(served)
             for index, parameter in enumerate(served.quantized):
                 name, _ = unmet.pop(id(parameter.fsdp_param.sharded_param))

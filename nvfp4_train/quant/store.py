@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
+from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
 
 
@@ -22,9 +23,9 @@ class WeightStore:
     `groups` are names of modules that share one global amax. Modules that share one parameter share one compute weight.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, rule: ScaleRule) -> None:
         self.groups = [list(group) for group in groups]
-        self.power_of_two = power_of_two
+        self.rule = rule
         self.is_enabled = False
         """Whether the forward computes with quantized weights."""
         self._modules: dict[str, NVFP4Linear] = {}
@@ -71,7 +72,7 @@ class WeightStore:
         if self._quantizer is None:
             self._quantizer = self._make_quantizer()
             self.global_amax, self.global_scale = self._quantizer.global_amax, self._quantizer.global_scales
-        self._quantizer.step()
+        self._quantizer.step(_maximum_over_ranks)
         if not self.is_enabled:
             self._use(True)
 
@@ -135,19 +136,15 @@ class WeightStore:
 
     def _quantizer_of(self, masters: list[Tensor], groups: list[int], **outputs: Any) -> MultiTensorQuantizer:
         """2-D masters: the slots of the quantizer are the groups of the store."""
-        # Over all ranks: shards of one tensor need it, and replicas of one cannot drift apart.
-        world = distributed.group.WORLD if distributed.is_available() and distributed.is_initialized() else None
-        first_slots, num_slots = slots_of_groups(masters, groups)
-        return MultiTensorQuantizer(
-            masters,
-            first_slots,
-            num_slots,
-            **outputs,
-            power_of_two=self.power_of_two,
-            process_groups=[] if world is None else [world],
-        )
+        return MultiTensorQuantizer(masters, *slots_of_groups(masters, groups), **outputs, rule=self.rule)
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized
         for name, module in self._modules.items():
             module.compute_weight = self._compute_weights[self._owners[name]] if quantized else None
+
+
+def _maximum_over_ranks(measured: Tensor) -> None:
+    """Over all ranks: shards of one tensor need it, and replicas of one cannot drift apart."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(measured, distributed.ReduceOp.MAX)
