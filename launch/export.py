@@ -35,7 +35,7 @@ def main() -> None:
             config=checkpoint.config,
             tokenizer=AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None,
             generation_config=checkpoint.generation_config,
-            power_of_two=checkpoint.power_of_two,
+            rule=checkpoint.rule,
             max_shard_bytes=args.max_shard_bytes,
             overwrite=args.overwrite,
         )

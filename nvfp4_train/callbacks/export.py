@@ -62,7 +62,7 @@ class Export(Callback):
                     weights=weights,
                     groups=store.groups,
                     config=model.config,
-                    power_of_two=store.power_of_two,
+                    rule=store.rule,
                     expected=_ComputeWeights(model, weights, compute_weights),
                     **options,
                 )

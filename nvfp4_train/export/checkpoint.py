@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
 from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
+from nvfp4_train.kernels.scale_rules import ScaleRule
 
 STATE_PREFIX = "model."
 
@@ -21,7 +22,7 @@ class ExportableCheckpoint:
     groups: list[list[str]]
     config: PretrainedConfig
     generation_config: GenerationConfig | None
-    power_of_two: bool
+    rule: ScaleRule
     tokenizer: Path | None
     """Folder of the tokenizer beside the checkpoint, if there is one."""
 
@@ -57,7 +58,7 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
         groups=groups,
         config=CONFIG_MAPPING[model_type].from_dict(settings),
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
-        power_of_two=global_scale == "pow2",
+        rule=ScaleRule(global_scale=global_scale),
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
 

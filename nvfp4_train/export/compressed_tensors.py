@@ -29,6 +29,7 @@ from nvfp4_train.export.masters import ServedWeights, check_groups, group_scales
 from nvfp4_train.export.shards import Module, write_shards
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 FORMAT = "nvfp4-pack-quantized"
 PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
@@ -65,7 +66,7 @@ def export_compressed_tensors(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: GenerationConfig | None = None,
-    power_of_two: bool = True,
+    rule: ScaleRule = MAX_RULE,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     expected: Mapping[str, Tensor] | None = None,
@@ -79,7 +80,7 @@ def export_compressed_tensors(
         config: The model's config. Written with dtype bfloat16.
         tokenizer: Saved beside the weights.
         generation_config: Saved beside the weights.
-        power_of_two: Whether global scales are powers of two, so that every reader decodes the same bits.
+        rule: How scales are chosen.
         max_shard_bytes: Size above which the weights are split over several files with an index.
         overwrite: Replace an existing model folder, once the new one has been verified.
         expected: Compute weights by `state_dict` name, to which the decoded folder must be equal. By default the fake-quantized
@@ -94,7 +95,7 @@ def export_compressed_tensors(
     layout = HubLayout(config)
     weights = own_tensors(weights, layout)
     check_groups(groups, layout)
-    served = ServedWeights(weights, layout, group_scales(weights, groups, layout, power_of_two))
+    served = ServedWeights(weights, layout, group_scales(weights, groups, layout, rule), rule)
     return write_compressed_tensors(
         folder,
         served=served,

@@ -40,7 +40,7 @@ class GatheredWeights(ServedWeights):
         check_groups(store.groups, layout)
         store.check_finite()
         scales = store.global_scale.cpu()
-        super().__init__(weights, layout, {f"{name}.weight": scales[group] for name, _, group in store.items()})
+        super().__init__(weights, layout, {f"{name}.weight": scales[group] for name, _, group in store.items()}, store.rule)
         self._store = store
         self._names = list(weights)
         mesh = next(weight for weight in weights.values() if isinstance(weight, DTensor)).device_mesh

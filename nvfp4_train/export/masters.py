@@ -9,6 +9,7 @@ from nvfp4_train.checkpoints import SavedTensors
 from nvfp4_train.export.layout import HubLayout, shown
 from nvfp4_train.kernels.fp4_kernel import nvfp4_block_amax, nvfp4_fake_quant, nvfp4_global_scale, nvfp4_quantize
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 from nvfp4_train.quant.policy import sibling_set
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +100,7 @@ def check_groups(groups: Sequence[Sequence[str]], layout: HubLayout) -> None:
 
 
 def group_scales(
-    weights: Mapping[str, Tensor], groups: Sequence[Sequence[str]], layout: HubLayout, power_of_two: bool
+    weights: Mapping[str, Tensor], groups: Sequence[Sequence[str]], layout: HubLayout, rule: ScaleRule
 ) -> dict[str, Tensor]:
     """s2 (one element, on the CPU) of each quantized weight by name. Reads every tensor once and refuses NaN and Inf."""
     scales = {}
@@ -109,7 +110,7 @@ def group_scales(
             amaxes.append(nvfp4_block_amax(weights[name]).amax().cpu())
             refuse_unless(bool(amaxes[-1].isfinite()), name)
         if amaxes:
-            s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), power_of_two)
+            s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), rule)
             scales.update({f"{member}.weight": s2 for member in group})
     for name in weights:
         if name not in scales:
@@ -131,20 +132,27 @@ def to_served(name: str, weight: Tensor, layout: HubLayout) -> Tensor:
 class ServedWeights(Mapping[str, Tensor]):
     """What a reader of the folder has to compute with, by `state_dict` name: bf16, from masters by fake quantization.
 
-    `weights` are those of `own_tensors`, `global_scales` is s2 by name of each quantized one, as `group_scales` finds it.
+    `weights` are those of `own_tensors`, `global_scales` is s2 by name of each quantized one, as `group_scales` finds it under rule.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], layout: HubLayout, global_scales: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        layout: HubLayout,
+        global_scales: Mapping[str, Tensor],
+        rule: ScaleRule = MAX_RULE,
+    ):
         self.weights = weights
         self.layout = layout
         self.global_scales = global_scales
+        self.rule = rule
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[name]
         if name not in self.global_scales:
             return to_served(name, weight, self.layout)
         s2 = self.global_scales[name].to(weight.device)
-        return torch.cat([nvfp4_fake_quant(rows, s2, torch.bfloat16) for rows in _pieces(weight)])
+        return torch.cat([nvfp4_fake_quant(rows, s2, torch.bfloat16, self.rule) for rows in _pieces(weight)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -156,7 +164,7 @@ class ServedWeights(Mapping[str, Tensor]):
         """Codes uint8 [N, K / 2] and block scales float8_e4m3fn [N, K / 16] of a quantized weight."""
         weight = self.weights[name]
         s2 = self.global_scales[name].to(weight.device)
-        codes, scales = zip(*(nvfp4_quantize(rows, s2) for rows in _pieces(weight)), strict=True)
+        codes, scales = zip(*(nvfp4_quantize(rows, s2, self.rule) for rows in _pieces(weight)), strict=True)
         # As bytes: on CUDA, cat knows no float8 in some versions.
         return torch.cat(codes), torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
 

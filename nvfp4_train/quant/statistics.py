@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
-from nvfp4_train.kernels.reference import E4M3_MAX, E4M3_MIN, FP4_MAX, divide
+from nvfp4_train.kernels.reference import E4M3_MAX, E4M3_MIN, FP4_MAX, divide, round_to_e4m3
 
 STATISTICS = (
     "global_amax",
@@ -16,10 +16,8 @@ STATISTICS = (
     "scale_saturated_share",
     "sqnr_db",
 )
-"""Block scales in units of E4M3 (before s2); shares are fractions of the blocks of the tensor. `scale_zero_share` counts blocks
-whose scale would round to zero in E4M3 and was raised to the floor of 2^-9: their codes are zero or nearly so."""
-
-SMALLEST_NORMAL = 2.0**-6
+"""Block scales in units of E4M3 (before s2); shares are fractions of the blocks of the tensor. `scale_subnormal_share` counts blocks
+whose scale was raised to the floor of 2^-6, `scale_zero_share` those among them that would have rounded to zero in E4M3."""
 
 
 @torch.no_grad()
@@ -32,6 +30,7 @@ def weight_statistics(weight: Tensor, s2: Tensor, global_amax: Tensor) -> Tensor
     packed, block_scale = torch.ops.nvfp4.quantize(weight, s2)
     scale = block_scale.float().flatten()
     decoded = torch.ops.nvfp4.dequantize(packed, block_scale, s2, torch.float32)
+    unraised = round_to_e4m3(divide(amax, FP4_MAX) / s2)
     signal = weight.double().square().sum()
     noise = (weight.double() - decoded).square().sum()
     values = [
@@ -39,9 +38,8 @@ def weight_statistics(weight: Tensor, s2: Tensor, global_amax: Tensor) -> Tensor
         scale.min(),
         scale.median(),
         scale.max(),
-        (scale < SMALLEST_NORMAL).double().mean(),
-        # Half of the smallest subnormal is a tie, and goes to zero.
-        (divide(amax, FP4_MAX) / s2 <= E4M3_MIN / 2).double().mean(),
+        (unraised < E4M3_MIN).double().mean(),
+        (unraised == 0).double().mean(),
         (scale == E4M3_MAX).double().mean(),
         sqnr_db(signal, noise),
         signal,

@@ -71,7 +71,7 @@ def make(
     size = distributed.get_world_size() // replicas
     shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
     shard_model(model, init_device_mesh(device, shape, mesh_dim_names=names))
-    store = ShardedWeightStore(model, groups, power_of_two=quant.power_of_two, gather=gather)
+    store = ShardedWeightStore(model, groups, rule=quant.scale_rule, gather=gather)
     store.update()
     return model, store
 
@@ -94,7 +94,7 @@ def export_whole(model: Any, store: ShardedWeightStore, folder: str, **options: 
             groups=store.groups,
             config=model.config,
             generation_config=model.generation_config,
-            power_of_two=store.power_of_two,
+            rule=store.rule,
             **options,
         )
 
@@ -105,7 +105,7 @@ def save_checkpoint(model: Any, store: ShardedWeightStore, path: str) -> None:
         "config": model.config.to_dict(),
         "generation_config": model.generation_config.to_dict(),
         "groups": store.groups,
-        "global_scale": "pow2" if store.power_of_two else "exact",
+        "global_scale": store.rule.global_scale,
     }
     writer = ShardedWriter(Path(path))
     if distributed.get_rank() == 0:
@@ -126,7 +126,7 @@ def export_checkpoint(path: str, folder: str, *, at_once: bool = False, **option
         groups=checkpoint.groups,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
-        power_of_two=checkpoint.power_of_two,
+        rule=checkpoint.rule,
         **options,
     )
 

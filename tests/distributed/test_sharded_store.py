@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.scale_rules import MAX_RULE
 from nvfp4_train.quant.linear import quantize_linears
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import WeightStore
@@ -37,7 +38,7 @@ def make(
     quantize_linears(model, NAMES)
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     fully_shard(model, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=True, **sharding)
-    return model, ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True, gather=gather)
+    return model, ShardedWeightStore(model, [["0", "1"], ["2"]], rule=MAX_RULE, gather=gather)
 
 
 def expected_weights() -> list[Tensor]:
@@ -78,7 +79,7 @@ def shards_and_hooks() -> dict[str, Any]:
 def made_while_unsharded() -> list[Tensor]:
     model, _ = make()
     model.unshard()
-    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store = ShardedWeightStore(model, [["0", "1"], ["2"]], rule=MAX_RULE)
     store.update()
     return [store.compute_weight(name).cpu() for name in NAMES]
 
@@ -115,7 +116,7 @@ def of_two_stores() -> list[Tensor]:
     """A store that is made after another one computes with the masters until its own first update."""
     model, store = make()
     store.update()
-    later = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    later = ShardedWeightStore(model, [["0", "1"], ["2"]], rule=MAX_RULE)
     model.unshard()
     assert not later.is_enabled
     return [linear.weight.detach().cpu().clone() for linear in model]
@@ -184,7 +185,7 @@ def several_groups() -> list[Tensor]:
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     for module in (model[0], model):
         fully_shard(module, mesh=mesh, mp_policy=POLICY, reshard_after_forward=True)
-    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store = ShardedWeightStore(model, [["0", "1"], ["2"]], rule=MAX_RULE)
     store.update()
     model(torch.ones(1, 16, device=device, dtype=torch.bfloat16)).sum().backward()
     with torch.no_grad():
@@ -200,7 +201,7 @@ def tensor_parallel() -> WeightStore:
     quantize_linears(model, ["0"])
     mesh = init_device_mesh("cpu" if distributed.get_backend() == "gloo" else "cuda", (distributed.get_world_size(),))
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
-    return WeightStore(model, [["0"]], power_of_two=True)
+    return WeightStore(model, [["0"]], rule=MAX_RULE)
 
 
 def refused() -> list[str]:
@@ -212,7 +213,7 @@ def refused() -> list[str]:
     messages = []
     for build in (
         lambda: make(**by_columns),
-        lambda: ShardedWeightStore(plain, [["0"]], power_of_two=True),
+        lambda: ShardedWeightStore(plain, [["0"]], rule=MAX_RULE),
         lambda: make(**in_bf16),
         tensor_parallel().update,
     ):

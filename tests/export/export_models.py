@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from nvfp4_train.export import ExportReport, export_compressed_tensors
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 from nvfp4_train.quant.policy import QuantConfig, select
 
 SMALL: dict[str, Any] = {
@@ -53,12 +54,12 @@ class Trained:
     weights: dict[str, Tensor]
     groups: list[list[str]]
 
-    def compute_weights(self, power_of_two: bool = True) -> dict[str, Tensor]:
+    def compute_weights(self, rule: ScaleRule = MAX_RULE) -> dict[str, Tensor]:
         served = {name: weight.bfloat16() for name, weight in self.weights.items()}
         for group in self.groups:
             names = [f"{member}.weight" for member in group]
-            s2 = reference.global_scale(torch.stack([self.weights[name].abs().amax() for name in names]).amax(), power_of_two)
-            served.update({name: reference.fake_quant(self.weights[name], s2, torch.bfloat16) for name in names})
+            s2 = reference.global_scale(torch.stack([self.weights[name].abs().amax() for name in names]).amax(), rule)
+            served.update({name: reference.fake_quant(self.weights[name], s2, torch.bfloat16, rule) for name in names})
         return served
 
     def export(self, folder: Path, **options: Any) -> ExportReport:

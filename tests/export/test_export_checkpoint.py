@@ -98,7 +98,7 @@ def test_checkpoint_gives_back_weights_config_and_groups(name: str, cases: Calla
     assert loaded.weights.keys() == model.weights.keys()
     assert all(torch.equal(weight, loaded.weights[name]) for name, weight in model.weights.items())
     assert loaded.generation_config is None
-    assert not loaded.power_of_two
+    assert not loaded.rule.is_pow2
     assert loaded.tokenizer is None
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nvfp4_train.kernels.scale_rules import MAX_RULE
 from nvfp4_train.quant.linear import NVFP4Linear, compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, select
 from nvfp4_train.quant.store import WeightStore
@@ -47,7 +48,7 @@ def test_logits_are_those_of_the_served_bf16_model(family: str) -> None:
     compute_in_served_dtype(model)
     assert torch.equal(model(input_ids=ids).logits, served(input_ids=ids).logits)
 
-    store = WeightStore(model, selection.groups, power_of_two=True)
+    store = WeightStore(model, selection.groups, rule=MAX_RULE)
     store.update()
     for name, module in store.modules():
         served.get_submodule(name).weight.data.copy_(module.compute_weight)
@@ -75,7 +76,7 @@ def test_compiled_forward_has_no_graph_break_and_equals_eager(with_compute_weigh
     quantize_linears(model, [name for group in selection.groups for name in group])
     compute_in_served_dtype(model)
     if with_compute_weights:
-        WeightStore(model, selection.groups, power_of_two=True).update()
+        WeightStore(model, selection.groups, rule=MAX_RULE).update()
     ids = torch.randint(0, 64, (2, 16))
     layer = model.model.layers[0]
     hidden = model.model.embed_tokens(ids)
@@ -98,7 +99,7 @@ def test_gradient_checkpointing_computes_with_the_same_weights() -> None:
         selection = select(model, QuantConfig())
         quantize_linears(model, [name for group in selection.groups for name in group])
         compute_in_served_dtype(model)
-        WeightStore(model, selection.groups, power_of_two=True).update()
+        WeightStore(model, selection.groups, rule=MAX_RULE).update()
         ids = torch.arange(32).reshape(2, 16)
         model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

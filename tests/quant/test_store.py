@@ -3,27 +3,28 @@ import torch
 from torch import distributed, nn
 
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 from nvfp4_train.quant.linear import NVFP4Linear, quantize_linears
 from nvfp4_train.quant.store import WeightStore
 
 
-def make(groups: list[list[str]], *, power_of_two: bool = True, seed: int = 0) -> tuple[nn.Module, WeightStore]:
+def make(groups: list[list[str]], *, rule: ScaleRule = MAX_RULE, seed: int = 0) -> tuple[nn.Module, WeightStore]:
     torch.manual_seed(seed)
     model = nn.ModuleDict({name: nn.Linear(32, 8 * (i + 1)) for i, name in enumerate("abc")})
     quantize_linears(model, ["a", "b", "c"])
-    return model, WeightStore(model, groups, power_of_two=power_of_two)
+    return model, WeightStore(model, groups, rule=rule)
 
 
-@pytest.mark.parametrize("power_of_two", [True, False])
-def test_compute_weights_are_the_reference_with_the_groups_amax(power_of_two: bool) -> None:
-    model, store = make([["a", "c"], ["b"]], power_of_two=power_of_two)
+@pytest.mark.parametrize("rule", [MAX_RULE, ScaleRule(global_scale="exact"), ScaleRule(block_scale="mse")], ids=str)
+def test_compute_weights_are_the_reference_with_the_groups_amax(rule: ScaleRule) -> None:
+    model, store = make([["a", "c"], ["b"]], rule=rule)
     with torch.no_grad():
         model["c"].weight *= 7
     store.update()
     joint = torch.maximum(model["a"].weight.abs().amax(), model["c"].weight.abs().amax())
     for name, amax in (("a", joint), ("c", joint), ("b", model["b"].weight.abs().amax())):
-        s2 = reference.global_scale(amax, power_of_two)
-        assert torch.equal(model[name].compute_weight, reference.fake_quant(model[name].weight, s2, torch.bfloat16))
+        s2 = reference.global_scale(amax, rule)
+        assert torch.equal(model[name].compute_weight, reference.fake_quant(model[name].weight, s2, torch.bfloat16, rule))
     assert torch.equal(store.global_amax, torch.stack([joint, model["b"].weight.abs().amax()]))
 
 
@@ -42,7 +43,7 @@ def test_update_follows_the_masters_and_reuses_its_memory() -> None:
 def test_a_load_that_replaces_the_parameters_is_followed() -> None:
     model, store = make([["a"], ["b"], ["c"]])
     model["b"].weight = model["a"].weight
-    store = WeightStore(model, [["a", "b"], ["c"]], power_of_two=True)
+    store = WeightStore(model, [["a", "b"], ["c"]], rule=MAX_RULE)
     store.update()
     before = store.compute_weight("a").clone()
     model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
@@ -90,7 +91,7 @@ def test_masters_only_is_undone_by_an_exception_too() -> None:
 def test_a_shared_parameter_is_quantized_once() -> None:
     model, _ = make([["a"], ["b"], ["c"]])
     model["b"].weight = model["a"].weight
-    store = WeightStore(model, [["a", "b"], ["c"]], power_of_two=True)
+    store = WeightStore(model, [["a", "b"], ["c"]], rule=MAX_RULE)
     store.update()
     assert model["a"].compute_weight is model["b"].compute_weight
     assert [name for name, _, _ in store.items()] == ["a", "c"]
@@ -120,5 +121,5 @@ def test_all_groups_are_reduced_by_one_collective(monkeypatch: pytest.MonkeyPatc
 
 def test_a_plain_linear_is_refused() -> None:
     with pytest.raises(TypeError, match="a must be an NVFP4Linear, got Linear"):
-        WeightStore(nn.ModuleDict({"a": nn.Linear(16, 16)}), [["a"]], power_of_two=True)
+        WeightStore(nn.ModuleDict({"a": nn.Linear(16, 16)}), [["a"]], rule=MAX_RULE)
     assert isinstance(NVFP4Linear.from_linear(nn.Linear(16, 16)), nn.Linear)
