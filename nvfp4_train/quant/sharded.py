@@ -187,7 +187,7 @@ class _ThroughCustomAllGather:
                 "choose trainer=gpu, or PyTorch 2.11 to 2.13"
             )
         self._unit = unit
-        self._is_attached = False
+        self._is_attached = self._is_checked = False
         self._table = torch.empty(0)
         self._place_of: dict[str, int] = {}
         """First element of every parameter in what FSDP2 gathers of a rank."""
@@ -204,10 +204,23 @@ class _ThroughCustomAllGather:
         if not self._is_attached:
             return distributed.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
         unit = self._unit
+        if not self._is_checked:
+            self._check_order(input_tensor)
         received = unit.sent.new_empty(unit.sent.numel() * unit.ranks.size())
         distributed.all_gather_into_tensor(received, unit.sent, group=group)
         unit.shards.unpack(received, self._table, unit.s2, output_tensor, self._unquantized_in(output_tensor))
         return None
+
+    def _check_order(self, sent: Tensor) -> None:
+        """Whether FSDP2 sends the parameters in the order in which they will be written; `sent` is what it would send."""
+        for name, place in self._place_of.items():
+            rows = self._unit.rows(name).to(sent.dtype).flatten()
+            if sent.numel() != self._num_elements or not sent[place : place + rows.numel()].equal(rows):
+                raise RuntimeError(
+                    f"PyTorch {torch.__version__} gathers {name} at another place than 2.13 does; quantized training under FSDP2 needs "
+                    "PyTorch 2.11 to 2.13"
+                )
+        self._is_checked = True
 
     def _unquantized_in(self, output: Tensor) -> list[Tensor]:
         """Views [ranks, elements of a rank] of FSDP2's buffer, of what travels as rows."""
@@ -357,14 +370,16 @@ class ShardedWeightStore(WeightStore):
 def _gathered_for(modules: Sequence[nn.Module]) -> list[DTensor]:
     """The parameters that FSDP2 gathers for modules, in its order: those inside, but for what it gathers by itself."""
     found: dict[int, Any] = {}
+    visited: set[nn.Module] = set()
 
     def visit(module: nn.Module) -> None:
+        visited.add(module)
+        for child in module.children():
+            if child not in visited and not isinstance(child, FSDPModule):
+                visit(child)
         for parameter in module._parameters.values():
             if isinstance(parameter, DTensor):
                 found.setdefault(id(parameter), parameter)
-        for child in module.children():
-            if not isinstance(child, FSDPModule):
-                visit(child)
 
     for module in modules:
         visit(module)
