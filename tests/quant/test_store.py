@@ -109,7 +109,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
 
 def test_all_groups_are_reduced_by_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, op, group: calls.append((tensor.shape, op)))
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, op: calls.append((tensor.shape, op)))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         _, store = make([["a", "b"], ["c"]])
