@@ -9,7 +9,7 @@ is on, the objects in which FSDP2 keeps what it gathers together are of a class 
 are FSDP2's own, and gather the masters rounded to bf16.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter, is_
 
 import torch
@@ -27,6 +27,7 @@ from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.packed_shards import PackedShards
 from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.store import WeightStore
 
 _local_tensor = attrgetter("sharded_param._local_tensor")
@@ -291,6 +292,28 @@ class ShardedWeightStore(WeightStore):
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a module, of the last update."""
         served, index = self._places[self._owners[name]]
         return served.local_packed(index)
+
+    def local_weights(self) -> Iterator[LocalWeight]:
+        # Replicas hold the same shards, so each owns a part of the rows of its shards.
+        for name, _, slot in self.items():
+            served, index = self._places[name]
+            mesh = served.quantized[index].fsdp_param.sharded_param.device_mesh  # type: ignore[attr-defined]
+            replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+            rows = served.quantized[index].rows
+            own, slots = own_rows(len(rows), replica, num_replicas), slice(slot, slot + 1)
+            if served.is_packed:
+                codes, block_scales = (part[own] for part in served.local_packed(index))
+            else:
+                codes, block_scales = torch.ops.nvfp4.quantize(rows[own], self.global_scale[slots])
+            yield LocalWeight(
+                name=f"{name}.weight",
+                slots=range(slot, slot + 1),
+                master=rows[own].unsqueeze(0),
+                codes=codes.unsqueeze(0),
+                block_scales=block_scales.unsqueeze(0),
+                global_amax=self.global_amax[slots],
+                global_scale=self.global_scale[slots],
+            )
 
     def _is_replaced(self) -> bool:
         if self._quantizer is None or all(map(is_, map(_local_tensor, self._fsdp_params), self._local_tensors)):

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
 from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 
 
 class WeightStore:
@@ -101,6 +102,28 @@ class WeightStore:
     def compute_weight(self, name: str) -> Tensor:
         """The whole weight [N, K] in bf16, as the forward computes with it since the last update. Call it on every rank."""
         return self._compute_weights[self._owners[name]]
+
+    def local_weights(self) -> Iterator[LocalWeight]:
+        """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective.
+
+        All ranks hold all masters, so each owns a part of their rows.
+        """
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+        for name, module, slot in self.items():
+            master = module.weight.detach()
+            master = master[own_rows(len(master), rank, num_ranks)]
+            slots = slice(slot, slot + 1)
+            codes, block_scales = torch.ops.nvfp4.quantize(master, self.global_scale[slots])
+            yield LocalWeight(
+                name=f"{name}.weight",
+                slots=range(slot, slot + 1),
+                master=master.unsqueeze(0),
+                codes=codes.unsqueeze(0),
+                block_scales=block_scales.unsqueeze(0),
+                global_amax=self.global_amax[slots],
+                global_scale=self.global_scale[slots],
+            )
 
     def _find_owners(self) -> dict[str, str]:
         first: dict[int, str] = {}
