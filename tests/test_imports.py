@@ -13,20 +13,21 @@ ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
     "__init__": (set(), set()),
     "options": (set(), set()),
+    "metrics": (set(), set()),
     "losses": (set(), set()),
     "checkpoints": (set(), set()),
     "saving": ({"checkpoints"}, set()),
     "plan": ({"quant", "models"}, {"transformers"}),
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
-    "quant": ({"kernels", "quant"}, set()),
+    "quant": ({"kernels", "quant", "metrics"}, set()),
     "models": ({"kernels", "quant", "models"}, {"transformers"}),
     "data": ({"data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "saving"}, {"lightning"}),
     "module": ({"kernels", "quant", "models", "losses", "optim", "checkpoints", "strategy"}, {"lightning", "transformers"}),
     "callbacks": (
-        {"kernels", "quant", "models", "export", "saving", "strategy", "module", "callbacks"},
+        {"kernels", "quant", "models", "export", "saving", "strategy", "module", "metrics", "callbacks"},
         {"lightning", "transformers", "wandb"},
     ),
 }

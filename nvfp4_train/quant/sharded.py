@@ -8,7 +8,7 @@ There are two ways to hand FSDP2 that tensor. `fsdp2_internals` replaces FSDP2's
 that it knows. In others the documented `set_custom_all_gather` decodes into the buffer that FSDP2 then copies its parameters from.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.packed_shards import PackedShards
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -326,6 +327,18 @@ class ShardedWeightStore(WeightStore):
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a weight, of the last update."""
         owner = self._owners[name]
         return self._unit_of[owner].local_packed(owner)
+
+    @torch.no_grad()
+    def local_weights(self) -> Iterator[LocalWeight]:
+        for name in self.names:
+            unit = self._unit_of[name]
+            mesh = unit.in_order[name].device_mesh
+            # Replicas hold the same shards, so each owns a part of the rows of its shards.
+            replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+            rows = unit.rows(name)
+            own = own_rows(len(rows), replica, num_replicas)
+            packed = [part[own] for part in unit.local_packed(name)] if unit.is_packed else None
+            yield self._local_weight(name, rows[own], packed)
 
     def _current_local_tensors(self) -> list[Tensor]:
         return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]

@@ -6,7 +6,7 @@ share their slots, and with them amax and global scale.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, num_slots_of, slots_of_groups
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.served import SERVED_DTYPE, Shown
 
@@ -96,6 +98,30 @@ class WeightStore(ABC):
     def compute_weight(self, name: str) -> Tensor:
         """The whole weight, shaped like the master, as the forward computes with it since the last update. Call it on every rank."""
 
+    @abstractmethod
+    def local_weights(self) -> Iterator[LocalWeight]:
+        """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective."""
+
+    def _local_weight(self, name: str, rows: Tensor, packed: Sequence[Tensor] | None = None) -> LocalWeight:
+        """Rows of one slot [n, K], or of all slots [S, n, K], with the codes and scales that the store has of them."""
+        slots = self._slots[name]
+        s2 = self.global_scale[slots]
+        master = rows.reshape(s2.numel(), -1, rows.shape[-1])
+        if packed is None:
+            of_slots = [nvfp4_quantize(part, scale, self.manifest.rule) for part, scale in zip(master, s2, strict=True)]
+            codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+        else:
+            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], -1) for part in packed)
+        return LocalWeight(
+            name=name,
+            slots=range(slots.start, slots.stop),
+            master=master,
+            codes=codes,
+            block_scales=scales.view(torch.float8_e4m3fn),
+            global_amax=self.global_amax[slots],
+            global_scale=s2,
+        )
+
     def _parameter(self, name: str) -> Tensor:
         module, leaf = self._holders[name]
         parameter = module._parameters[leaf]
@@ -156,6 +182,16 @@ class ReplicatedWeightStore(WeightStore):
 
     def compute_weight(self, name: str) -> Tensor:
         return self._compute_weights[self._owners[name]]
+
+    @torch.no_grad()
+    def local_weights(self) -> Iterator[LocalWeight]:
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        # All ranks hold all masters, so each owns a part of their rows.
+        rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+        for name in self.names:
+            master = self.master(name)
+            own = own_rows(master.shape[-2], rank, num_ranks)
+            yield self._local_weight(name, master[..., own, :])
 
     def _is_replaced(self) -> bool:
         assert self._quantizer is not None
