@@ -26,6 +26,7 @@ from typing import Any
 import random_models
 import torch
 import triton
+from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
@@ -36,7 +37,6 @@ from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model, parameters_on_meta
 from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.sharded import ShardedWeightStore
 

@@ -145,6 +145,7 @@ class QATModule(L.LightningModule):
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss over batches in the current state of the weights, over all ranks; the clock stands still meanwhile."""
         with self.clock.paused():
+            assert self.model is not None
             was_training = self.training
             self.eval()
             total = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -85,7 +85,9 @@ class Plan:
 class _Unit:
     """The sizes of what FSDP2 gathers together."""
 
-    def __init__(self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float) -> None:
+    def __init__(
+        self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float
+    ) -> None:
         """Parameters in `gathered`, by id, are those of other units; this one adds its own."""
         parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
         gathered |= parameters.keys()
@@ -228,9 +230,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row(
             "at the end of the backward",
             "head, embedding, their gradients and fp32 reductions",
-            lambda _: (
-                sum(2 * unit.unsharded + 4 * width * unit.shard for unit in (head_unit, *embedding_units))
-            ),
+            lambda _: sum(2 * unit.unsharded + 4 * width * unit.shard for unit in (head_unit, *embedding_units)),
         ),
     ]
     peak = Row(

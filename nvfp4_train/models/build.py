@@ -115,9 +115,8 @@ def frozen_builder(student: ModelConfig, device: torch.device, mesh: DeviceMesh 
     def build(config: ModelConfig | None = None) -> nn.Module:
         model = load_frozen(config or student)
         if mesh is None:
-            return model.to(device)
+            return model.to(device)  # type: ignore[arg-type]
         shard_model(model, mesh, fsdp_units(model))
         return model
 
     return build
-

@@ -88,7 +88,10 @@ class GatherUnit:
         self.table = self.shards.table(self.slots if self.is_packed else []).to(device)
         views = self.shards.rows(self.sent)
         if self.is_packed:
-            self.outputs = {"packed": self._own(self.shards.codes(self.sent)), "scales": self._own(self.shards.scales(self.sent))}
+            self.outputs = {
+                "packed": self._own(self.shards.codes(self.sent)),
+                "scales": self._own(self.shards.scales(self.sent)),
+            }
         else:
             self.outputs = {"decoded": self._own(views)}
             views = views[len(self.quantized) :]
@@ -274,7 +277,7 @@ class ShardedWeightStore(WeightStore):
         self._unit_of: dict[str, GatherUnit] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         first_slots = {name: self.slots(name).start for name in self.names}
-        together: dict[int, list[FSDPModule]] = {}
+        together: dict[int, list[Any]] = {}
         for module in self._fsdp_modules:
             together.setdefault(id(fully_shard.state(module)), []).append(module)  # type: ignore[attr-defined]
         for modules in together.values():
@@ -291,7 +294,9 @@ class ShardedWeightStore(WeightStore):
                 rule=manifest.rule,
             )
             self._units.append(unit)
-            self._ways.append((_ThroughInternals if knows_internals() else _ThroughCustomAllGather)(unit, next(iter(parameters))))
+            self._ways.append(
+                (_ThroughInternals if knows_internals() else _ThroughCustomAllGather)(unit, next(iter(parameters)))
+            )
             self._unit_of |= dict.fromkeys(unit.quantized, unit)
         for name in self.names:
             if name not in self._unit_of:

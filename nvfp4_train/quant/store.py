@@ -32,7 +32,9 @@ class WeightStore(ABC):
         self.compute_dtype = compute_dtype
         self.is_enabled = False
         """Whether the forward computes with quantized weights."""
-        self._holders = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in manifest.names}
+        self._holders = {
+            name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in manifest.names
+        }
         """The module that has a parameter, and the parameter's name there."""
         self._owners = self._find_owners()
         """The first name of every parameter, by each of its names."""
@@ -162,7 +164,12 @@ class ReplicatedWeightStore(WeightStore):
     """The store of a model that every rank holds whole. `shown` are those who show its parameters, see `served`."""
 
     def __init__(
-        self, model: nn.Module, manifest: QuantManifest, shown: Mapping[str, Shown], *, compute_dtype: torch.dtype = SERVED_DTYPE
+        self,
+        model: nn.Module,
+        manifest: QuantManifest,
+        shown: Mapping[str, Shown],
+        *,
+        compute_dtype: torch.dtype = SERVED_DTYPE,
     ) -> None:
         super().__init__(model, manifest, compute_dtype=compute_dtype)
         self._shown = {name: shown[name] for name in manifest.names}

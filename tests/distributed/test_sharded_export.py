@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from memory import PROCESS, peak_growth, return_freed_memory
+from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from ranks import on_gpus, run_ranks
 from running import ROOT, train_environment
 from torch import Tensor, distributed
@@ -30,7 +31,6 @@ from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, GatheredWeights
 from nvfp4_train.export.verify import ExportError
 from nvfp4_train.models import sharding
 from nvfp4_train.models.sharding import shard_model, sharded_state, whole_tensors
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, select
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.saving import ShardedWriter
