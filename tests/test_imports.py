@@ -13,6 +13,7 @@ ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
     "__init__": (set(), set()),
     "losses": (set(), set()),
+    "lightning_quirks": (set(), {"lightning"}),
     "checkpoints": (set(), set()),
     "saving": ({"checkpoints"}, set()),
     "plan": ({"quant", "models"}, {"transformers"}),
@@ -20,12 +21,12 @@ ALLOWED = {
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant"}, set()),
     "models": ({"kernels", "quant", "models"}, {"transformers"}),
-    "data": ({"data"}, {"lightning", "transformers", "datasets"}),
+    "data": ({"lightning_quirks", "data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "saving"}, {"lightning"}),
     "module": ({"kernels", "quant", "models", "losses", "optim", "checkpoints", "strategy"}, {"lightning", "transformers"}),
     "callbacks": (
-        {"kernels", "quant", "models", "export", "saving", "strategy", "module", "callbacks"},
+        {"kernels", "quant", "models", "export", "saving", "strategy", "lightning_quirks", "module", "callbacks"},
         {"lightning", "transformers", "wandb"},
     ),
     "run": (
