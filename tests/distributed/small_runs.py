@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from nvfp4_train.callbacks.fake_quant import FakeQuant
-from nvfp4_train.data.module import _rewind_to_last_step
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
+from nvfp4_train.lightning_quirks import rewind_to_last_step
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.module import QATModule
@@ -68,7 +68,7 @@ class Tokens(L.LightningDataModule):
         return [{"input_ids": ids} for ids in sequences[distributed.get_rank() :: distributed.get_world_size()]]
 
     def train_dataloader(self) -> DataLoader:
-        _rewind_to_last_step(self.trainer)
+        rewind_to_last_step(self.trainer)
         done = self.trainer.global_step * self.trainer.accumulate_grad_batches * distributed.get_world_size()
         return DataLoader(Stream(self._batches(self.sequences[done:])), batch_size=None)
 
