@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from nvfp4_train.kernels.scale_rules import MAX_RULE
-from nvfp4_train.losses import next_token_loss
+from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model, parameters_on_meta
 from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer

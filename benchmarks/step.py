@@ -25,7 +25,7 @@ import triton
 from torch import nn
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_fake_quant
-from nvfp4_train.losses import next_token_loss
+from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model, parameters_on_meta
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig, build_optimizer
