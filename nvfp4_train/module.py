@@ -20,6 +20,7 @@ from nvfp4_train.checkpoints import check_same_weights, shapes
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model
 from nvfp4_train.models.folder import open_folder
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import allocate, shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
@@ -97,7 +98,7 @@ class QATModule(L.LightningModule):
         # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
         opened = open_folder(self.model_config) if is_sharded else None
         model = load_model(self.model_config) if opened is None else opened[0]
-        self.selection = select(model, self.quant_config)
+        self.selection = select(model, self.quant_config, HubLayout(model.config))
         quantize_linears(model, [name for group in self.selection.groups for name in group])
         compute_in_served_dtype(model)
         if self.model_config.compile:
@@ -192,13 +193,12 @@ class QATModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain data only: checkpoints are read with weights_only.
-        assert self.model is not None and self.selection is not None
+        assert self.model is not None and self.store is not None
         generation_config = getattr(self.model, "generation_config", None)
         checkpoint["hyper_parameters"] = {
             "export": {
                 "config": self.model.config.to_dict(),
                 "generation_config": None if generation_config is None else generation_config.to_dict(),
-                "groups": [list(group) for group in self.selection.groups],
-                "global_scale": self.quant_config.global_scale,
+                "manifest": self.store.manifest.to_dict(),
             }
         }

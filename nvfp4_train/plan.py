@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_config
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.quant.policy import QuantConfig, select
 
 PACKED_BYTES = 0.5625
@@ -168,7 +169,7 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
     """Count everything. `model` may lie on the meta device."""
     config, layers, width = model.config, decoder_layers(model), shape.shard_size
-    groups = select(model, quant).groups if quant.enabled else ()
+    groups = select(model, quant, HubLayout(config)).groups if quant.enabled else ()
     quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0
     quantized = {id(_weight(model, name)) for group in groups for name in group}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,11 +1,9 @@
 """Sharding of a causal LM over devices by FSDP2: fp32 masters, bf16 compute, fp32 reduction."""
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
@@ -56,39 +54,3 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
     first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
     return tensor.to_local().detach(), min(first, tensor.shape[0])
-
-
-def sharded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.state_dict()
-
-
-GATHERED_AT_ONCE = 1 << 26
-"""Bytes of a rank. Gloo gathers into memory of its own before it fills ours, which would be a second copy of a whole tensor."""
-
-
-def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
-    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
-    # Ranks send equally many bytes, whatever they mean.
-    sent = rows.contiguous()
-    if len(rows) < (most := -(-num_rows // group.size())):
-        sent = rows.new_zeros((most, *rows.shape[1:]))
-        sent[: len(rows)] = rows
-    flat = sent.view(-1).view(torch.uint8)
-    is_first = group.rank() == 0
-    received = flat.new_empty((group.size(), len(flat))) if is_first else None
-    for start in range(0, len(flat), GATHERED_AT_ONCE):
-        piece = slice(start, start + GATHERED_AT_ONCE)
-        destinations = None if received is None else [part[piece] for part in received]
-        distributed.gather(flat[piece], destinations, dst=distributed.get_global_rank(group, 0), group=group)
-    return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]
-
-
-@torch.no_grad()
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
-    for name, tensor in sharded_state(model).items():
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -283,13 +283,13 @@ class ShardedWeightStore(WeightStore):
 
     @torch.no_grad()
     def compute_weight(self, name: str) -> Tensor:
-        served, index = self._places[self._owners[name]]
+        served, index = self._places[self._owners[name.removesuffix(".weight")]]
         return served.compute_weight(index)
 
     @torch.no_grad()
     def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a module, of the last update."""
-        served, index = self._places[self._owners[name]]
+        served, index = self._places[self._owners[name.removesuffix(".weight")]]
         return served.local_packed(index)
 
     def _is_replaced(self) -> bool:

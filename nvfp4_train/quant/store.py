@@ -13,7 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
+from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
+from nvfp4_train.quant.manifest import QuantManifest
 
 
 class WeightStore:
@@ -45,6 +47,15 @@ class WeightStore:
         """float32 [groups], of the last update."""
         self.global_scale = torch.empty(0)
         """s2, float32 [groups], of the last update."""
+
+    @property
+    def manifest(self) -> QuantManifest:
+        groups = tuple(tuple(f"{module}.weight" for module in group) for group in self.groups)
+        return QuantManifest(groups=groups, rule=ScaleRule(global_scale="pow2" if self.power_of_two else "exact"))
+
+    def slot(self, name: str) -> int:
+        """Index of a quantized parameter in `global_scale`."""
+        return next(index for index, group in enumerate(self.groups) if name.removesuffix(".weight") in group)
 
     def items(self) -> Iterator[tuple[str, NVFP4Linear, int]]:
         """Module name, module and group index of every quantized weight, a shared one once."""
@@ -100,7 +111,7 @@ class WeightStore:
 
     def compute_weight(self, name: str) -> Tensor:
         """The whole weight [N, K] in bf16, as the forward computes with it since the last update. Call it on every rank."""
-        return self._compute_weights[self._owners[name]]
+        return self._compute_weights[self._owners[name.removesuffix(".weight")]]
 
     def _find_owners(self) -> dict[str, str]:
         first: dict[int, str] = {}
