@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nvfp4_train.models.build import kept_in_fp32
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.policy import QuantConfig, select
 
@@ -158,7 +159,7 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
     """Count everything. `model` may lie on the meta device."""
     config, width = model.config, shape.shard_size
-    names = select(model, quant).manifest.names if quant.enabled else []
+    names = select(model, quant, HubLayout(config)).manifest.names if quant.enabled else []
     parameters = dict(model.named_parameters(remove_duplicate=False))
     quantized = {id(parameters[name]) for name in names}
     quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0

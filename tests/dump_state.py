@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from whole import whole_tensors
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
-from nvfp4_train.models.sharding import whole_tensors
 
 
 class DumpState(Callback):

@@ -1,6 +1,7 @@
 """Imports go down only: kernels <- quant <- (models, export) <- module <- callbacks <- run <- launch."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +89,24 @@ def test_triton_is_imported_by_triton_files_only() -> None:
         "triton_kernels.py",
         "multi_tensor_kernels.py",
     }
+
+
+# Inside export/: (modules of ours, packages) that a room may import; torch and the standard library are open to formats alone.
+EXPORT_ROOMS = {
+    "formats": ({"nvfp4_train.export.formats", "nvfp4_train.models", "nvfp4_train.quant"}, {"torch"}),
+    # compressed_tensors checks the config that it reads, where it is installed.
+    "readers": ({"nvfp4_train.export.readers"}, {"numpy", "compressed_tensors"}),
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for room in EXPORT_ROOMS for file in sorted((PACKAGE / "export" / room).rglob("*.py"))],
+    ids=lambda file: f"{file.parent.name}/{file.name}",
+)
+def test_readers_share_nothing_with_writers(file: Path) -> None:
+    ours, packages = EXPORT_ROOMS[file.parent.name]
+    for name in imported_modules(file):
+        top = name.split(".")[0]
+        is_own = any(name == room or name.startswith(f"{room}.") for room in ours)
+        assert is_own or top in packages | sys.stdlib_module_names, f"export/{file.parent.name} must not import {name}"

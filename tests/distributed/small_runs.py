@@ -11,12 +11,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
+from whole import whole_tensors
 
 from nvfp4_train.callbacks.fake_quant import FakeQuant
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.lightning_quirks import rewind_to_last_step
 from nvfp4_train.models.causal_lm import ModelConfig
-from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
 from nvfp4_train.quant.policy import QuantConfig
