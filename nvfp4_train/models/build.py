@@ -64,8 +64,7 @@ def make_trainable(
 
     `fill` is called when the model is sharded, to give it its weights. The store's first update is the caller's.
     """
-    is_pretrained = isinstance(model, PreTrainedModel)
-    selection = select(model, quant, HubLayout(model.config) if is_pretrained else None)
+    selection = select(model, quant, HubLayout(model.config) if isinstance(model, PreTrainedModel) else None)
     kept = kept_in_fp32(model)
     sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
     units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]

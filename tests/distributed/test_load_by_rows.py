@@ -14,11 +14,11 @@ from small_runs import train
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from whole import whole_tensors
 
 from nvfp4_train.models.build import build_model
 from nvfp4_train.models.causal_lm import ModelConfig, load_model
 from nvfp4_train.models.folder import open_folder
-from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.quant.policy import QuantConfig
 
 SMALL: dict[str, Any] = {
