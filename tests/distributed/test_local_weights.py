@@ -11,20 +11,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nvfp4_train.kernels import reference
-from nvfp4_train.quant.linear import SERVED_DTYPE, quantize_linears
+from nvfp4_train.kernels.scale_rules import MAX_RULE
+from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.served import SERVED_DTYPE, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
-from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
 
 # Three ranks share 35 as 12, 12 and 11, and 4 as 2, 2 and none; two shards of two replicas 35 as 9 and 9, 9 and 8.
 ROWS = {"0": 35, "1": 4, "2": 35}
-GROUPS = [["0", "1"], ["2"]]
+MANIFEST = QuantManifest(groups=(("0.weight", "1.weight"), ("2.weight",)), rule=MAX_RULE)
 PARTS = ("master", "codes", "block_scales", "global_amax", "global_scale")
 
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(48, num_rows, bias=False) for num_rows in ROWS.values()))
-    quantize_linears(model, list(ROWS))
     return model
 
 
@@ -46,13 +47,14 @@ def of_all_stores() -> dict[str, dict[str, Any]]:
     world_size = distributed.get_world_size()
     meshes = {"fsdp2": (world_size,)} | ({"hsdp": (2, world_size // 2)} if world_size == 4 else {})
     policy = MixedPrecisionPolicy(param_dtype=SERVED_DTYPE, reduce_dtype=torch.float32)
-    found = {"replicated": read(WeightStore(make_model().to(device), GROUPS, power_of_two=True))}
+    replicated = make_model().to(device)
+    found = {"replicated": read(ReplicatedWeightStore(replicated, MANIFEST, show_served(replicated)))}
     for name, shape in meshes.items():
         for gather in ("packed", "bf16"):
             model = make_model().to(device)
             names = ("replicate", "shard")[-len(shape) :]
             fully_shard(model, mesh=init_device_mesh(device, shape, mesh_dim_names=names), mp_policy=policy)
-            found[f"{name} {gather}"] = read(ShardedWeightStore(model, GROUPS, power_of_two=True, gather=gather))
+            found[f"{name} {gather}"] = read(ShardedWeightStore(model, MANIFEST, gather=gather))
     return found
 
 
