@@ -113,7 +113,7 @@ class WeightStore(ABC):
             of_slots = [nvfp4_quantize(part, scale, self.manifest.rule) for part, scale in zip(master, s2, strict=True)]
             codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
         else:
-            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], -1) for part in packed)
+            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
         return LocalWeight(
             name=name,
             slots=range(slots.start, slots.stop),
