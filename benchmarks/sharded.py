@@ -26,16 +26,17 @@ from typing import Any
 import random_models
 import torch
 import triton
+from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from nvfp4_train.kernels.scale_rules import MAX_RULE
 from nvfp4_train.losses import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model, parameters_on_meta
 from nvfp4_train.models.sharding import shard_model
 from nvfp4_train.optim import OptimConfig, build_optimizer
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
@@ -69,7 +70,7 @@ class Side:
     def __init__(self, name: str, model: PreTrainedModel, selection: Selection) -> None:
         self.name = name
         self.store: ShardedWeightStore | None = None
-        self._make = lambda: ShardedWeightStore(model, selection.groups, power_of_two=True, gather=name)
+        self._make = lambda: ShardedWeightStore(model, selection.groups, rule=MAX_RULE, gather=name)
 
     @contextlib.contextmanager
     def turn(self):

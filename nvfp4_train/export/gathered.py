@@ -20,7 +20,7 @@ from nvfp4_train.export.served import ServedWeights, refuse_unless, to_served
 from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import own_rows
-from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.quant.served import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
 FAILED_ON_FIRST_RANK = "the export failed on the first rank, whose error says why"
@@ -87,8 +87,8 @@ class FromRanks(ServedWeights):
 
     def quantized(self, name: str) -> QuantizedTensor:
         codes, block_scales = self._ask(name)
-        s2 = self._global_scale[self._store.slot(name)].to(codes.device)
-        return QuantizedTensor(codes[None], block_scales[None], s2.reshape(1).clone(), None)
+        s2 = self._global_scale[self._store.slots(name)].to(codes.device)
+        return QuantizedTensor(codes[None], block_scales[None], s2.clone(), None)
 
     def compute_weight(self, name: str) -> Tensor:
         (codes,), (block_scales,), (s2,), _ = self.quantized(name)

@@ -11,8 +11,8 @@ from nvfp4_train.export.formats.base import QuantizedTensor
 from nvfp4_train.export.served import ServedWeights, refuse_unless, to_served
 from nvfp4_train.kernels.fp4_kernel import nvfp4_block_amax, nvfp4_fake_quant, nvfp4_global_scale, nvfp4_quantize
 from nvfp4_train.models.layout import HubLayout, shown
-from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.served import SERVED_DTYPE
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ELEMENTS_AT_ONCE = 1 << 20
@@ -41,7 +41,7 @@ class FromMasters(ServedWeights):
     def quantized(self, name: str) -> QuantizedTensor:
         weight = self._weights[name].detach()
         s2 = self._global_scales[name].to(weight.device)
-        codes, scales = zip(*(nvfp4_quantize(rows, s2) for rows in _pieces(weight)), strict=True)
+        codes, scales = zip(*(nvfp4_quantize(rows, s2, self.manifest.rule) for rows in _pieces(weight)), strict=True)
         # As bytes: on CUDA, cat knows no float8 in some versions.
         block_scales = torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
         return QuantizedTensor(torch.cat(codes)[None], block_scales[None], s2.reshape(1).clone(), None)
@@ -49,7 +49,7 @@ class FromMasters(ServedWeights):
     def compute_weight(self, name: str) -> Tensor:
         weight = self._weights[name].detach()
         s2 = self._global_scales[name].to(weight.device)
-        return torch.cat([nvfp4_fake_quant(rows, s2, SERVED_DTYPE) for rows in _pieces(weight)])
+        return torch.cat([nvfp4_fake_quant(rows, s2, SERVED_DTYPE, self.manifest.rule) for rows in _pieces(weight)])
 
     def _find_global_scales(self) -> dict[str, Tensor]:
         """s2 of each quantized weight, one element on the CPU."""
@@ -60,7 +60,7 @@ class FromMasters(ServedWeights):
                 amaxes.append(nvfp4_block_amax(self._weights[name].detach()).amax().cpu())
                 refuse_unless(bool(amaxes[-1].isfinite()), name)
             if amaxes:
-                s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), self.manifest.rule.is_pow2)
+                s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), self.manifest.rule)
                 scales.update(dict.fromkeys(group, s2))
         return scales
 

@@ -4,6 +4,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.export.masters import FromMasters
+from nvfp4_train.quant.served import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
 
 
@@ -18,9 +19,10 @@ class FromStore(FromMasters):
         super().__init__(model.state_dict(), store.manifest, model.config)
 
     def compute_weight(self, name: str) -> Tensor:
-        return self._store.compute_weight(name)
+        # Where the model computes in fp32, its weights are exact in bf16 all the same.
+        return self._store.compute_weight(name).to(SERVED_DTYPE)
 
     def _find_global_scales(self) -> dict[str, Tensor]:
         self._store.check_finite()
         scales = self._store.global_scale.cpu()
-        return {name: scales[self._store.slot(name)] for name in self.manifest.names}
+        return {name: scales[self._store.slots(name)] for name in self.manifest.names}

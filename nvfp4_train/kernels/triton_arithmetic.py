@@ -109,7 +109,7 @@ def is_simple(scale):
 
 @triton.jit
 def factor_of(scale):
-    """The power of two that moves a global scale, with block scales from 2^-9 to 448 times it, off the ends of fp32.
+    """The power of two that moves a global scale, with block scales from 2^-6 to 448 times it, off the ends of fp32.
 
     A quotient is the same when dividend and divisor have moved; what the dividend loses at the ends no code could tell.
     """
@@ -148,22 +148,76 @@ def block_amax(a, b, c, d):
 
 
 @triton.jit
-def block_scales(amax, s2, IS_SIMPLE: tl.constexpr):
-    """`reference.block_scales`."""
+def block_scales(a, b, c, d, s2, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr):
+    """`reference.block_scales` of quarters, under a rule's factors. IS_NARROW: the quarters were of a 16-bit dtype."""
+    ratio = _block_amax_in_units(block_amax(a, b, c, d), s2, IS_SIMPLE)
+    scales = _candidate(ratio, FACTORS[0])
+    if len(FACTORS) > 1:
+        a, b, c, d = (
+            _in_units(a, s2, IS_SIMPLE),
+            _in_units(b, s2, IS_SIMPLE),
+            _in_units(c, s2, IS_SIMPLE),
+            _in_units(d, s2, IS_SIMPLE),
+        )
+        least = _squared_error(a, b, c, d, scales, IS_SIMPLE and IS_NARROW, IS_NARROW)
+        for index in tl.static_range(1, len(FACTORS)):
+            candidate = _candidate(ratio, FACTORS[index])
+            error = _squared_error(a, b, c, d, candidate, IS_SIMPLE and IS_NARROW, IS_NARROW)
+            is_better = error < least
+            scales = tl.where(is_better, candidate, scales)
+            least = tl.where(is_better, error, least)
+    return scales
+
+
+@triton.jit
+def _candidate(ratio, factor: tl.constexpr):
+    return round_e4m3(smaller(larger(ratio * factor, E4M3_MIN), 448.0))
+
+
+@triton.jit
+def _in_units(x, s2, IS_SIMPLE: tl.constexpr):
+    """x / s2, rounded once."""
+    return x * from_bits(0x7F000000 - to_bits(s2)) if IS_SIMPLE else tl.div_rn(x, s2)
+
+
+@triton.jit
+def _squared_error(a, b, c, d, scales, IS_NARROW: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
+    """`reference.squared_error` of quarters, [TILE]. IS_NARROW: values have at most 11 significant bits."""
+    a_hat, b_hat, c_hat, d_hat = fake_quant(a, b, c, d, scales, scales, 1.0, True, IS_NARROW)
+    a, b, c, d = a_hat - a, b_hat - b, c_hat - c, d_hat - d
+    a, b, c, d = a * a, b * b, c * c, d * d
+    if IS_INTERLEAVED:
+        first, second = _sum_in_pairs(a + b), _sum_in_pairs(c + d)
+    else:
+        first, second = _sum_in_pairs(a) + _sum_in_pairs(b), _sum_in_pairs(c) + _sum_in_pairs(d)
+    return first + second
+
+
+@triton.jit
+def _sum_in_pairs(x):
+    """Sum over the columns of [TILE, 4], (x0 + x1) + (x2 + x3): [TILE]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
+    first, second = tl.split(even + odd)
+    return first + second
+
+
+@triton.jit
+def _block_amax_in_units(amax, s2, IS_SIMPLE: tl.constexpr):
+    """amax / 6 / s2 as `reference.block_scales` rounds it, between 2^-10 and 2^18; beyond, another value that is beyond as well."""
     if IS_SIMPLE:
-        # 4096 * s2 gives a scale above 448 as well, and keeps Inf out of the division.
-        ratio = divide(smaller(amax, 4096.0 * s2), 6.0, 1.0 / 6.0) * from_bits(0x7F000000 - to_bits(s2))
+        # The limit keeps Inf out of the division.
+        ratio = divide(smaller(amax, 2.0**20 * s2), 6.0, 1.0 / 6.0) * from_bits(0x7F000000 - to_bits(s2))
     else:
         factor = factor_of(s2)
         moved = s2 * factor
-        amax = smaller(amax * factor, 4096.0 * moved)
+        amax = smaller(amax * factor, 2.0**20 * moved)
         # A subnormal amax / 6 is rounded to a multiple of 2^-149: of 2^-49 here, as a sum with 2^-26 is. Others are added to 0.
         offset = tl.where(amax < tl.where(factor > 1.0, 6 * 2.0**-26, 0.0), 2.0**-26, 0.0)
         sixth = tl.fma(amax, 1.0 / 6.0, offset)
         # Divided as in `divide`, but that the product is rounded by itself: of a tie it is exactly half a unit then.
         sixth = (tl.fma(sixth - offset, -6.0, amax) * (1.0 / 6.0) + sixth) - offset
         ratio = divide(sixth, moved, reciprocal(moved))
-    return round_e4m3(smaller(larger(ratio, E4M3_MIN), 448.0))
+    return ratio
 
 
 @triton.jit

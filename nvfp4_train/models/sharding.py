@@ -1,4 +1,7 @@
-"""Sharding of a causal LM over devices by FSDP2: fp32 masters, bf16 compute, fp32 reduction."""
+"""Sharding of a causal LM over devices by FSDP2: fp32 masters, served values in the forward, fp32 reduction."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -8,35 +11,89 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
-from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
+from nvfp4_train.quant.served import SERVED_DTYPE
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
-    """Apply `fully_shard` to the decoder layers, the input embedding and the root, in place; `quantize_linears` comes before.
+@dataclass(frozen=True, kw_only=True)
+class FsdpUnit:
+    """Modules that FSDP2 gathers together."""
+
+    modules: list[nn.Module]
+    in_fp32: bool
+    """Masters are gathered, and the forward rounds them. Otherwise they are rounded to bf16 first."""
+    is_layer: bool = False
+    """Freed after its forward, and gathered again in the backward, where the model is told to."""
+
+
+def fsdp_units(
+    model: PreTrainedModel, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
+) -> list[FsdpUnit]:
+    """The decoder layers, the input embedding unless the head has the same weight, and the root with all the rest.
+
+    `kept` are names of parameters that are served in fp32: what holds one is gathered in fp32, since FSDP2 reduces the gradients of
+    what it gathers together in one dtype. Layers that share parameters are gathered together.
+    """
+    layers = _outermost(decoder_layers(model))
+    if not layers:
+        raise ValueError(f"trainer: {type(model).__name__} names no decoder layers to shard (_no_split_modules is empty)")
+    kept_ids = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in kept}
+    computes_in_fp32 = compute_dtype is not SERVED_DTYPE
+
+    def holds_kept(parameters: Sequence[nn.Parameter]) -> bool:
+        return any(id(p) in kept_ids for p in parameters)
+
+    units = [
+        FsdpUnit(
+            modules=together,
+            in_fp32=computes_in_fp32 or holds_kept([p for layer in together for p in layer.parameters()]),
+            is_layer=True,
+        )
+        for together in _joined_by_parameters(layers)
+    ]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    if not is_tied:
+        # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
+        units.append(FsdpUnit(modules=[embedding], in_fp32=True, is_layer=True))
+    gathered = {id(p) for unit in units for module in unit.modules for p in module.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in gathered]
+    units.append(FsdpUnit(modules=[model], in_fp32=computes_in_fp32 or is_tied or holds_kept(rest)))
+    return units
+
+
+def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    inside = {module for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if layer not in inside]
+
+
+def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Layers one by one, or those together that share a parameter."""
+    together: list[tuple[list[nn.Module], set[int]]] = []
+    for layer in layers:
+        own = {id(p) for p in layer.parameters()}
+        joined = [group for group in together if group[1] & own]
+        together = [group for group in together if not group[1] & own]
+        modules = [module for group in joined for module in group[0]]
+        together.append(([*modules, layer], own.union(*(group[1] for group in joined))))
+    return [modules for modules, _ in together]
+
+
+def shard_model(
+    model: PreTrainedModel, mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True
+) -> None:
+    """Apply `fully_shard` to the units in their order, in place; `show_served` comes before.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.
     """
-    layers = decoder_layers(model)
-    if not layers:
-        raise ValueError(f"trainer: {type(model).__name__} names no decoder layers to shard (_no_split_modules is empty)")
-    served = MixedPrecisionPolicy(param_dtype=SERVED_DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
-    as_master = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=served, reshard_after_forward=reshard_after_forward)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
-    if not is_tied:
-        fully_shard(embedding, mesh=mesh, mp_policy=as_master, reshard_after_forward=reshard_after_forward)
-    # One parameter is in one group, with one dtype of gradients: a tied embedding makes the root's that of the masters, and
-    # quantized weights, whose gradients are bf16, cannot stay in it.
-    if is_tied:
-        in_layers = {module for layer in layers for module in layer.modules()}
-        for module in model.modules():
-            if isinstance(module, NVFP4Linear) and module not in in_layers:
-                fully_shard(module, mesh=mesh, mp_policy=served, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=as_master if is_tied else served, reshard_after_forward=False)
+    for unit in units:
+        dtype = None if unit.in_fp32 else SERVED_DTYPE
+        fully_shard(
+            unit.modules if len(unit.modules) > 1 else unit.modules[0],
+            mesh=mesh,
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            reshard_after_forward=unit.is_layer and reshard_after_forward,
+        )
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import AutoConfig, AutoModelForCausalLM
 from whole import whole_tensors
 
 from nvfp4_train.callbacks.export import first_rank_awaited
@@ -27,10 +26,9 @@ from nvfp4_train.checkpoints import read_checkpoint
 from nvfp4_train.export import ExportError, export_compressed_tensors, export_model, gathered, masters, verify
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks, sharded_state
-from nvfp4_train.models.layout import HubLayout
-from nvfp4_train.models.sharding import shard_model
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
-from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.models.build import build_model
+from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.saving import ShardedWriter
 
@@ -50,27 +48,37 @@ CASES: dict[str, dict[str, Any]] = {
     "gathered as bf16": {"gather": "bf16"},
     "exact": {"global_scale": "exact"},
     "qwen2 with biases": {"model_type": "qwen2"},
+    "four over six": {"rule": "four_over_six", "gather": "bf16"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    # A router in fp32, and q, k and v in one matrix on disk.
+    "router in fp32": {"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "joined on disk": {"model_type": "hrm_text", "num_key_value_heads": 4, "head_dim": 16},
 }
 SHARD_BYTES = 12_000
 
 
 def make(
-    *, model_type: str = "llama", gather: str = "packed", global_scale: str = "pow2", replicas: int = 1, **fields: Any
+    *,
+    model_type: str = "llama",
+    gather: str = "packed",
+    global_scale: str = "pow2",
+    rule: str = "max",
+    replicas: int = 1,
+    **fields: Any,
 ) -> tuple[Any, ShardedWeightStore]:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SMALL | fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
-    model.to(device)
-    quant = QuantConfig(gather=gather, global_scale=global_scale)
-    groups = select(model, quant, HubLayout(config)).groups
-    quantize_linears(model, [name for group in groups for name in group])
-    compute_in_served_dtype(model)
+    device = torch.device("cpu" if distributed.get_backend() == "gloo" else "cuda")
     size = distributed.get_world_size() // replicas
     shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
-    shard_model(model, init_device_mesh(device, shape, mesh_dim_names=names))
-    store = ShardedWeightStore(model, groups, power_of_two=quant.power_of_two, gather=gather)
+    built = build_model(
+        ModelConfig(config={"model_type": model_type} | SMALL | fields),
+        QuantConfig(gather=gather, global_scale=global_scale, rule=rule),
+        device,
+        compute_dtype=torch.bfloat16,
+        mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+    )
+    model, store = built.model, built.store
+    assert isinstance(store, ShardedWeightStore)
     store.update()
     return model, store
 

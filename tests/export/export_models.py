@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from nvfp4_train.export import ExportReport, export_compressed_tensors
 from nvfp4_train.kernels import reference
-from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
+from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import plain_model, served_dtypes
 from nvfp4_train.quant.manifest import QuantManifest
@@ -86,8 +86,10 @@ class Trained:
         served = {name: weight.to(dtypes[name]) for name, weight in self.weights.items()}
         for group in self.manifest.groups:
             amax = torch.stack([self.weights[name].abs().amax() for name in group]).amax()
-            s2 = reference.global_scale(amax, self.manifest.rule.is_pow2)
-            served.update({name: reference.fake_quant(self.weights[name], s2, torch.bfloat16) for name in group})
+            s2 = reference.global_scale(amax, self.manifest.rule)
+            served.update(
+                {name: reference.fake_quant(self.weights[name], s2, torch.bfloat16, self.manifest.rule) for name in group}
+            )
         return served
 
     def export(self, folder: Path, **options: Any) -> ExportReport:
@@ -119,8 +121,7 @@ def trained(case: str) -> Trained:
         weight[0, :16] = 0
         weight[1, 16:32] *= 1e-6
         weight[2, :16] *= 50
-    groups = select(model, QuantConfig(), HubLayout(config)).groups
-    manifest = QuantManifest(groups=tuple(tuple(f"{module}.weight" for module in group) for group in groups), rule=MAX_RULE)
+    manifest = select(model, QuantConfig(), HubLayout(config)).manifest
     return Trained(config=config, weights=dict(model.state_dict()), manifest=manifest)
 
 
