@@ -19,7 +19,6 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import AutoConfig, AutoModelForCausalLM
 from whole import whole_tensors
 
 from nvfp4_train.callbacks.export import first_rank_awaited
@@ -48,13 +47,23 @@ CASES: dict[str, dict[str, Any]] = {
     "gathered as bf16": {"gather": "bf16"},
     "exact": {"global_scale": "exact"},
     "qwen2 with biases": {"model_type": "qwen2"},
+    "four over six": {"rule": "four_over_six", "gather": "bf16"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    # A router in fp32, and q, k and v in one matrix on disk.
+    "router in fp32": {"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "joined on disk": {"model_type": "hrm_text", "num_key_value_heads": 4, "head_dim": 16},
 }
 SHARD_BYTES = 12_000
 
 
 def make(
-    *, model_type: str = "llama", gather: str = "packed", global_scale: str = "pow2", replicas: int = 1, **fields: Any
+    *,
+    model_type: str = "llama",
+    gather: str = "packed",
+    global_scale: str = "pow2",
+    rule: str = "max",
+    replicas: int = 1,
+    **fields: Any,
 ) -> tuple[Any, ShardedWeightStore]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **SMALL | fields)

@@ -121,8 +121,7 @@ def trained(case: str) -> Trained:
         weight[0, :16] = 0
         weight[1, 16:32] *= 1e-6
         weight[2, :16] *= 50
-    groups = select(model, QuantConfig(), HubLayout(config)).groups
-    manifest = QuantManifest(groups=tuple(tuple(f"{module}.weight" for module in group) for group in groups), rule=MAX_RULE)
+    manifest = select(model, QuantConfig(), HubLayout(config)).manifest
     return Trained(config=config, weights=dict(model.state_dict()), manifest=manifest)
 
 
