@@ -24,4 +24,4 @@ def find_format(name: str) -> Format:
 
 def find_reader(name: str) -> Reader:
     """The reader of a format that `find_format` finds."""
-    return import_module(f"{readers.__name__}.{find_format(name).reader or name}").READER
+    return import_module(f"{readers.__name__}.{getattr(find_format(name), "reader", None) or name}").READER
