@@ -24,4 +24,5 @@ def find_format(name: str) -> Format:
 
 def find_reader(name: str) -> Reader:
     """The reader of a format that `find_format` finds."""
-    return import_module(f"{readers.__name__}.{getattr(find_format(name), "reader", None) or name}").READER
+    reader = getattr(find_format(name), "reader", None) or name
+    return import_module(f"{readers.__name__}.{reader}").READER
