@@ -163,13 +163,13 @@ class WeightStore(ABC):
 
 
 class ReplicatedWeightStore(WeightStore):
-    """The store of a model that every rank holds whole. `shown` are those who show its parameters, see `served`."""
+    """The store of a model that every rank holds whole. `shown` are the places that show its parameters, see `served`."""
 
     def __init__(
         self,
         model: nn.Module,
         manifest: QuantManifest,
-        shown: Mapping[str, Shown],
+        shown: Mapping[str, Sequence[Shown]],
         *,
         compute_dtype: torch.dtype = SERVED_DTYPE,
     ) -> None:
@@ -225,12 +225,9 @@ class ReplicatedWeightStore(WeightStore):
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized
-        for name, shown in self._shown.items():
-            leaf = name.rpartition(".")[2]
-            if quantized:
-                shown.compute_weights[leaf] = self._compute_weights[self._owners[name]]
-            else:
-                shown.compute_weights.pop(leaf, None)
+        for name, places in self._shown.items():
+            for place in places:
+                place.compute_weight = self._compute_weights[self._owners[name]] if quantized else None
 
 
 def _max_over_ranks(measured: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import nvfp4_train
 from nvfp4_train.quant.policy import QuantConfig
-from nvfp4_train.quant.served import served_units, show_served, units_of
+from nvfp4_train.quant.served import modules_of_unit, served_units, show_served, units_of
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -203,7 +203,7 @@ def test_units_are_layers_and_what_recomputes_and_the_root() -> None:
     units = served_units(model)
     show_served(model, units)
     assert {type(unit).__name__ for unit in units} >= {"Zamba2MambaDecoderLayer", "Zamba2HybridLayer"}
-    shown = [entry.module for _, unit in units_of(model) for entry in unit.shown]
+    shown = [module for _, unit in units_of(model) for module in modules_of_unit(unit)]
     owners = [module for module in model.modules() if any(p is not None for p in module._parameters.values())]
     assert len(shown) == len(set(shown)) == len(owners)
 

@@ -13,21 +13,22 @@ SEPARATE = [["a.weight"], ["b.weight"], ["c.weight"]]
 
 def store_of(
     model: nn.Module, groups: list[list[str]], *, rule: ScaleRule = MAX_RULE, compute_dtype: torch.dtype = torch.bfloat16
-) -> tuple[ReplicatedWeightStore, dict[str, Shown]]:
+) -> tuple[ReplicatedWeightStore, dict[str, list[Shown]]]:
     manifest = QuantManifest(groups=tuple(map(tuple, groups)), rule=rule)
     shown = show_served(model, compute_dtype=compute_dtype)
     return ReplicatedWeightStore(model, manifest, shown, compute_dtype=compute_dtype), shown
 
 
-def make(groups: list[list[str]], **options: object) -> tuple[nn.Module, ReplicatedWeightStore, dict[str, Shown]]:
+def make(groups: list[list[str]], **options: object) -> tuple[nn.Module, ReplicatedWeightStore, dict[str, list[Shown]]]:
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(32, 8 * (i + 1)) for i, name in enumerate("abc")})
     return model, *store_of(model, groups, **options)  # type: ignore[arg-type]
 
 
-def used(shown: dict[str, Shown], name: str) -> Tensor | None:
+def used(shown: dict[str, list[Shown]], name: str) -> Tensor | None:
     """The compute weight that the forward takes."""
-    return shown[name].compute_weights.get(name.rpartition(".")[2])
+    (place,) = shown[name]
+    return place.compute_weight
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32])
