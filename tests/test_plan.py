@@ -9,7 +9,7 @@ import pytest
 import torch
 from running import ROOT
 
-from nvfp4_train.losses import next_token_loss
+from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.build import quantize
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
 from nvfp4_train.plan import RunShape, layer_activation_bytes, make_plan, meta_model

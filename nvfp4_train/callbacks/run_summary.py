@@ -38,7 +38,11 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         assert pl_module.model is not None and pl_module.selection is not None
-        print(f"NVFP4 policy\n{selection_table(pl_module.model, pl_module.selection)}", flush=True)
+        print(
+            f"computes in {str(pl_module.compute_dtype).removeprefix('torch.')}: {pl_module.compute_dtype_reason}\n"
+            f"NVFP4 policy\n{selection_table(pl_module.model, pl_module.selection)}",
+            flush=True,
+        )
         # An export from a checkpoint finds the tokenizer here.
         trainer.datamodule.tokenizer.save_pretrained(self.tokenizer_dir)  # type: ignore[attr-defined]
 

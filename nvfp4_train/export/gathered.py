@@ -88,7 +88,7 @@ class FromRanks(ServedWeights):
     def quantized(self, name: str) -> QuantizedTensor:
         codes, block_scales = self._ask(name)
         s2 = self._global_scale[self._store.slots(name)].to(codes.device)
-        return QuantizedTensor(codes[None], block_scales[None], s2.clone(), None)
+        return QuantizedTensor(codes[None], block_scales[None], s2.reshape(1).clone(), None)
 
     def compute_weight(self, name: str) -> Tensor:
         (codes,), (block_scales,), (s2,), _ = self.quantized(name)

@@ -1,6 +1,6 @@
 """Formats by name: NAME is the file formats/NAME.py, which writes it, and readers/NAME.py, which reads it back.
 
-To add one is to add these two files; nothing lists them.
+To add one is to add these two files; nothing lists them. A format that an existing reader reads names it, and is one file.
 """
 
 from importlib import import_module
@@ -24,4 +24,4 @@ def find_format(name: str) -> Format:
 
 def find_reader(name: str) -> Reader:
     """The reader of a format that `find_format` finds."""
-    return import_module(f"{readers.__name__}.{name}").READER
+    return import_module(f"{readers.__name__}.{find_format(name).reader or name}").READER

@@ -19,7 +19,6 @@ class FromStore(FromMasters):
         super().__init__(model.state_dict(), store.manifest, model.config)
 
     def compute_weight(self, name: str) -> Tensor:
-        # Where the model computes in fp32, its weights are exact in bf16 all the same.
         return self._store.compute_weight(name).to(SERVED_DTYPE)
 
     def _find_global_scales(self) -> dict[str, Tensor]:

@@ -172,10 +172,11 @@ class _Lender:
         for module, shown in served_parameters(self._unit, self._compute_dtype):
             borrower = self._borrowers[module]
             self._own.append((borrower, borrower._parameters))
-            borrower._parameters = {
+            shown_there: Any = {
                 leaf: None if value is None else self._as_read(self._names[module] + leaf, value)
                 for leaf, value in shown.items()
             }
+            borrower._parameters = shown_there
 
     def _as_read(self, name: str, value: Tensor) -> Tensor:
         """In the dtype that a reader has it in; a view where that is the dtype it has already."""

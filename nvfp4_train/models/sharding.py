@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -25,9 +24,7 @@ class FsdpUnit:
     """Freed after its forward, and gathered again in the backward, where the model is told to."""
 
 
-def fsdp_units(
-    model: PreTrainedModel, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
-) -> list[FsdpUnit]:
+def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE) -> list[FsdpUnit]:
     """The decoder layers, the input embedding unless the head has the same weight, and the root with all the rest.
 
     `kept` are names of parameters that are served in fp32: what holds one is gathered in fp32, since FSDP2 reduces the gradients of
@@ -50,7 +47,7 @@ def fsdp_units(
         )
         for together in _joined_by_parameters(layers)
     ]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied:
         # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
@@ -78,10 +75,8 @@ def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     return [modules for modules, _ in together]
 
 
-def shard_model(
-    model: PreTrainedModel, mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True
-) -> None:
-    """Apply `fully_shard` to the units in their order, in place; `show_served` comes before.
+def shard_model(mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True) -> None:
+    """Apply `fully_shard` to the units of a model in their order, in place; `show_served` comes before.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.

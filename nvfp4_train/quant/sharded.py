@@ -280,19 +280,13 @@ class ShardedWeightStore(WeightStore):
         together: dict[int, list[Any]] = {}
         for module in self._fsdp_modules:
             together.setdefault(id(fully_shard.state(module)), []).append(module)  # type: ignore[attr-defined]
-        for modules in together.values():
-            parameters = {names[id(p)]: p for p in _gathered_for(modules)}
-            if not parameters.keys() & first_slots.keys():
-                continue
-            unit = GatherUnit(
-                modules[0],
-                parameters,
-                first_slots,
-                # Decoded rows are of one dtype for the whole model.
-                is_packed=gather == "packed" or bool(gathered_in_fp32),
-                dtype=torch.float32 if modules[0] in gathered_in_fp32 else SERVED_DTYPE,
-                rule=manifest.rule,
-            )
+        groups = [(modules[0], {names[id(p)]: p for p in _gathered_for(modules)}) for modules in together.values()]
+        groups = [(module, parameters) for module, parameters in groups if parameters.keys() & first_slots.keys()]
+        # Decoded rows would have to be of one dtype for the whole model.
+        is_packed = gather == "packed" or any(module in gathered_in_fp32 for module, _ in groups)
+        for module, parameters in groups:
+            dtype = torch.float32 if module in gathered_in_fp32 else SERVED_DTYPE
+            unit = GatherUnit(module, parameters, first_slots, is_packed=is_packed, dtype=dtype, rule=manifest.rule)
             self._units.append(unit)
             self._ways.append(
                 (_ThroughInternals if knows_internals() else _ThroughCustomAllGather)(unit, next(iter(parameters)))

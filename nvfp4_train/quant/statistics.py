@@ -86,14 +86,12 @@ class BlockScales(Statistic):
     )
 
     def local(self, weight: LocalWeight) -> Tensor:
-        scales = weight.block_scales.reshape(-1).view(torch.uint8).long()
-        # The last entry counts blocks below the floor. Unlike scatter_add_, torch.bincount waits for the device.
-        counts = torch.zeros(257, dtype=torch.int64, device=scales.device)
-        counts.scatter_add_(0, scales, counts.new_ones(()).expand(len(scales)))
-        for piece in weight.pieces():
-            unrounded = divide(torch.ops.nvfp4.block_amax(piece.master), FP4_MAX) / piece.global_scale
-            counts[-1] += (unrounded < E4M3_MIN).sum()
-        return counts.double()
+        # torch.bincount would wait for the device, and additions into few counts would wait for each other.
+        scales = weight.block_scales.reshape(-1).view(torch.uint8).sort().values
+        num_up_to = torch.searchsorted(scales, torch.arange(256, dtype=torch.uint8, device=scales.device), right=True)
+        unrounded = divide(torch.ops.nvfp4.block_amax(weight.master), FP4_MAX) / weight.global_scale.view(-1, 1, 1)
+        num_below_floor = (unrounded < E4M3_MIN).sum().reshape(1)
+        return torch.cat((num_up_to.diff(prepend=num_up_to.new_zeros(1)), num_below_floor)).double()
 
     def finish(self, sums: Tensor) -> dict[str, float]:
         counts, num_below_floor = _by_scale(sums), sums[-1]

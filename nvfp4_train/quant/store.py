@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
+from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, num_slots_of, slots_of_groups
 from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
@@ -110,10 +110,12 @@ class WeightStore(ABC):
         s2 = self.global_scale[slots]
         master = rows.reshape(s2.numel(), -1, rows.shape[-1])
         if packed is None:
-            of_slots = [nvfp4_quantize(part, scale, self.manifest.rule) for part, scale in zip(master, s2, strict=True)]
+            # The operator itself, which takes a NaN: a report shows it before the run is stopped by it.
+            quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
+            of_slots = [quantize(part, scale, rule) for part, scale in zip(master, s2, strict=True)]
             codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
         else:
-            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], -1) for part in packed)
+            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
         return LocalWeight(
             name=name,
             slots=range(slots.start, slots.stop),

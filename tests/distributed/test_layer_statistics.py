@@ -113,7 +113,7 @@ def report(how: str, **options: Any) -> dict[str, Any]:
     with Sent() as sent:
         names, tables = sum_over_ranks(module.store.local_weights(), callback.statistics)
     with Sent() as sent_for_a_master:
-        module.store.master(module.store.groups[0][0])
+        module.store.master(module.store.names[0])
     values = {name: value for step, metrics in recorder.logged if step == STEPS for name, value in metrics.items()}
     return {
         "values": values,
@@ -131,7 +131,8 @@ def definitions(module: Any) -> dict[str, float]:
     values: dict[str, float] = {}
     store = module.store
     powers = torch.zeros(2, dtype=torch.float64)
-    for name, _, slot in store.items():
+    for name in store.names:
+        slot = store.slots(name)
         master, s2 = store.master(name), store.global_scale[slot]
         codes, block_scales = reference.quantize(master, s2)
         scales = block_scales.float()
@@ -139,14 +140,15 @@ def definitions(module: Any) -> dict[str, float]:
         power = torch.stack([master.double().square().sum(), (master.double() - decoded).square().sum()])
         powers += power
         of_layer = {
-            "global_amax": store.global_amax[slot],
+            "global_amax": store.global_amax[slot].max(),
             "scale_min": scales.min(),
             "scale_median": scales.median(),
             "scale_max": scales.max(),
             "scale_saturated_share": (scales == 448).double().mean(),
             "sqnr_db": 10 * torch.log10(power[0] / power[1]),
         }
-        values |= {f"quant/{name}/{statistic}": value.item() for statistic, value in of_layer.items()}
+        layer = name.removesuffix(".weight")
+        values |= {f"quant/{layer}/{statistic}": value.item() for statistic, value in of_layer.items()}
     values["quant/sqnr_db"] = (10 * torch.log10(powers[0] / powers[1])).item()
     values["quant/global_amax"] = store.global_amax.max().item()
     return values

@@ -25,6 +25,9 @@ class QuantizedTensor(NamedTuple):
 class Format(Protocol):
     """A format of NVFP4 folders."""
 
+    reader: str | None = None
+    """Name of the reader, where it is another format's."""
+
     def tensors(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Tensors on disk by name, in place of `module.weight`, of a module on disk and its weight of one slot.
 
