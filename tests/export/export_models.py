@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from nvfp4_train.export import ExportReport, export_compressed_tensors
 from nvfp4_train.kernels import reference
-from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
+from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import plain_model, served_dtypes
 from nvfp4_train.quant.manifest import QuantManifest
