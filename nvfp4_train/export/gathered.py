@@ -87,12 +87,11 @@ class FromRanks(ServedWeights):
 
     def quantized(self, name: str) -> QuantizedTensor:
         codes, block_scales = self._ask(name)
-        s2 = self._global_scale[self._store.slots(name)].to(codes.device)
-        return QuantizedTensor(codes[None], block_scales[None], s2.reshape(1).clone(), None)
+        return QuantizedTensor(codes[None], block_scales[None], self._global_scale[self._store.slots(name)].clone(), None)
 
     def compute_weight(self, name: str) -> Tensor:
         (codes,), (block_scales,), (s2,), _ = self.quantized(name)
-        num_rows = rows_at_once(2 * codes.shape[1])
+        s2, num_rows = s2.to(codes.device), rows_at_once(2 * codes.shape[1])
         pieces = zip(codes.split(num_rows), block_scales.split(num_rows), strict=True)
         return torch.cat([fp4_dequantize(*piece, s2, dtype=SERVED_DTYPE) for piece in pieces])
 

@@ -44,7 +44,7 @@ class FromMasters(ServedWeights):
         codes, scales = zip(*(nvfp4_quantize(rows, s2, self.manifest.rule) for rows in _pieces(weight)), strict=True)
         # As bytes: on CUDA, cat knows no float8 in some versions.
         block_scales = torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
-        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], s2.reshape(1).clone(), None)
+        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], self._global_scales[name].reshape(1).clone(), None)
 
     def compute_weight(self, name: str) -> Tensor:
         weight = self._weights[name].detach()

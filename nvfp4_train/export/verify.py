@@ -121,9 +121,9 @@ class _Exported:
     def part(self, module: str, part: str) -> StoredTensor:
         return self.stored[f"{module}.{part}"]
 
-    def global_scale(self, module: str) -> np.float32:
-        """As it is stored."""
-        return self.part(module, self.reader.global_scale).bytes().view(np.float32)[0]
+    def stored_scale(self, module: str) -> np.float32:
+        """The global scale, as the format stores it."""
+        return self.part(module, self.reader.stored_scale).bytes().view(np.float32)[0]
 
 
 def _check_config(folder: Path, reader: Reader) -> Callable[[str], bool]:
@@ -220,10 +220,10 @@ def _check_scales(exported: _Exported) -> None:
         bad = [hex(byte) for byte in np.flatnonzero(counts).tolist() if not E4M3_MIN <= E4M3_TABLE[byte] <= 448]
         message = f"{module} holds the block scales {bad}: not finite, or below {E4M3_MIN}, which some kernels take for zero"
         require("scales", not bad, message)
-        global_scale = exported.global_scale(module)
+        stored_scale = exported.stored_scale(module)
         with np.errstate(divide="ignore", over="ignore"):
-            is_usable = bool(np.isfinite(global_scale) and global_scale > 0 and np.isfinite(np.float32(1) / global_scale))
-        message = f"the global scale of {module} is stored as {global_scale}: it or its inverse is not positive and finite"
+            is_usable = bool(np.isfinite(stored_scale) and stored_scale > 0 and np.isfinite(np.float32(1) / stored_scale))
+        message = f"the global scale of {module} is stored as {stored_scale}: it or its inverse is not positive and finite"
         require("scales", is_usable, message)
 
 
@@ -233,8 +233,8 @@ def _check_siblings(exported: _Exported) -> None:
         for sibling in sibling_set(module):
             if sibling in linears:
                 require("siblings", sibling in exported.quantized, f"{module} is quantized but {sibling} is not")
-                first, second = exported.global_scale(module), exported.global_scale(sibling)
-                require("siblings", first == second, f"{module} has the global scale {first}, {sibling} has {second}")
+                first, second = exported.stored_scale(module), exported.stored_scale(sibling)
+                require("siblings", first == second, f"{module} has the global scale {first} on disk, {sibling} has {second}")
 
 
 def _check_values(exported: _Exported, expected: Mapping[str, Tensor]) -> int:
@@ -261,13 +261,13 @@ def _compare_packed(exported: _Exported, module: str, expected: Tensor) -> None:
     num_rows, num_columns = expected.shape
     want = expected.view(torch.int16).numpy().view(np.uint16)
     codes, block_scales = (exported.part(module, part) for part in (exported.reader.codes, exported.reader.block_scales))
-    global_scale = exported.global_scale(module)
-    is_power_of_two = np.frexp(global_scale)[0] == 0.5
+    stored_scale = exported.stored_scale(module)
+    is_power_of_two = np.frexp(stored_scale)[0] == 0.5
     step = max(1, ELEMENTS_AT_ONCE // num_columns)
     num_wrong = 0
     for row in range(0, num_rows, step):
         count = min(step, num_rows - row)
-        decoded = exported.reader.decode(codes.bytes(row, count), block_scales.bytes(row, count), global_scale)
+        decoded = exported.reader.decode(codes.bytes(row, count), block_scales.bytes(row, count), stored_scale)
         right = to_bf16_bits(decoded) == want[row : row + count]
         if not is_power_of_two:
             for factor in (np.float32(1 - 2.0**-21), np.float32(1 + 2.0**-21)):

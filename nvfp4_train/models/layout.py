@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from nvfp4_train.models.served_dtype import plain_model, served_dtypes
+from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
 
 
 class HubLayout:
@@ -21,7 +21,7 @@ class HubLayout:
     def __init__(self, config: PretrainedConfig):
         self.model = plain_model(config)
         """On the meta device."""
-        dtypes = served_dtypes(self.model)
+        dtypes = dtypes_of_plain(self.model)
         state = {
             name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta")
             for name, tensor in self.model.state_dict().items()

@@ -27,7 +27,8 @@ from nvfp4_train.checkpoints import read_checkpoint
 from nvfp4_train.export import ExportError, export_compressed_tensors, export_model, gathered, masters, verify
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks, sharded_state
-from nvfp4_train.models.build import make_trainable
+from nvfp4_train.models.build import build_model
+from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.saving import ShardedWriter
@@ -67,15 +68,17 @@ def make(
     **fields: Any,
 ) -> tuple[Any, ShardedWeightStore]:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SMALL | fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
-    model.to(device)
-    quant = QuantConfig(gather=gather, global_scale=global_scale)
+    device = torch.device("cpu" if distributed.get_backend() == "gloo" else "cuda")
     size = distributed.get_world_size() // replicas
     shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
-    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    store = make_trainable(model, quant, compute_dtype=torch.bfloat16, mesh=mesh).store
+    built = build_model(
+        ModelConfig(config={"model_type": model_type} | SMALL | fields),
+        QuantConfig(gather=gather, global_scale=global_scale, rule=rule),
+        device,
+        compute_dtype=torch.bfloat16,
+        mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+    )
+    model, store = built.model, built.store
     assert isinstance(store, ShardedWeightStore)
     store.update()
     return model, store

@@ -15,7 +15,9 @@ from nvfp4_train.export.registry import find_format, find_reader, known_formats
 
 # As ModelOpt has it: codes under the name of the weight, a multiplier of shape [], and a config file of its own.
 TOY_FORMAT = """
-class Toy:
+from nvfp4_train.export.formats.base import Format
+
+class Toy(Format):
     def tensors(self, module, weight):
         return {
             f"{module}.weight": weight.codes[0],
@@ -36,7 +38,7 @@ import json
 from nvfp4_train.export.readers.disk import E4M3_TABLE, decode_rows
 
 class ToyReader:
-    marker, codes, block_scales, global_scale = "scales", "weight", "scales", "multiplier"
+    marker, codes, block_scales, stored_scale = "scales", "weight", "scales", "multiplier"
 
     def parts(self, rows, columns):
         return {"weight": ("U8", (rows, columns // 2)), "scales": ("F8_E4M3", (rows, columns // 16)), "multiplier": ("F32", ())}
@@ -45,8 +47,8 @@ class ToyReader:
         modules = json.loads((folder / "toy.json").read_text())["modules"]
         return modules.__contains__
 
-    def decode(self, codes, block_scales, global_scale):
-        return decode_rows(codes, E4M3_TABLE[block_scales] * global_scale)
+    def decode(self, codes, block_scales, stored_scale):
+        return decode_rows(codes, E4M3_TABLE[block_scales] * stored_scale)
 
 READER = ToyReader()
 """

@@ -17,9 +17,9 @@ class QuantizedTensor(NamedTuple):
     block_scales: Tensor
     """float8_e4m3fn [S, N, K / 16]."""
     global_scale: Tensor
-    """s2, float32 [S]: a weight is value(code) * block scale * s2."""
+    """s2, float32 [S], on the CPU: a weight is value(code) * block scale * s2."""
     input_scale: Tensor | None
-    """s2 of the input, float32 [S], or None where inputs are not quantized."""
+    """s2 of the input, float32 [S], on the CPU, or None where inputs are not quantized."""
 
 
 class Format(Protocol):

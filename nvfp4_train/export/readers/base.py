@@ -24,7 +24,8 @@ class Reader(Protocol):
     """The part that quantized modules alone have."""
     codes: str
     block_scales: str
-    global_scale: str
+    stored_scale: str
+    """The global scale, in whatever way the format stores it."""
 
     def parts(self, num_rows: int, num_columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """safetensors dtype and shape of every part of a weight."""
@@ -35,5 +36,5 @@ class Reader(Protocol):
         Raises ExportError under `config` or `scheme`.
         """
 
-    def decode(self, codes: np.ndarray, block_scales: np.ndarray, global_scale: np.float32) -> np.ndarray:
-        """float32 [M, K] of bytes of codes [M, K / 2], bytes of block scales [M, K / 16], and the global scale as it is stored."""
+    def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
+        """float32 [M, K] of bytes of codes [M, K / 2], bytes of block scales [M, K / 16], and the stored scale."""

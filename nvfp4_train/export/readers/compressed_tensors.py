@@ -26,14 +26,14 @@ GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activ
 class CompressedTensorsReader(Reader):
     marker = codes = "weight_packed"
     block_scales = "weight_scale"
-    global_scale = "weight_global_scale"
+    stored_scale = "weight_global_scale"
     """The divisor 1 / s2."""
 
     def parts(self, num_rows: int, num_columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {
             self.codes: ("U8", (num_rows, num_columns // 2)),
             self.block_scales: ("F8_E4M3", (num_rows, num_columns // 16)),
-            self.global_scale: ("F32", (1,)),
+            self.stored_scale: ("F32", (1,)),
         }
 
     def check_config(self, folder: Path, config: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -61,8 +61,8 @@ class CompressedTensorsReader(Reader):
         require("scheme", "lm_head" in ignore, "ignore must hold lm_head")
         return lambda name: ("Linear" in targets or _matches(name, targets)) and not _matches(name, ignore)
 
-    def decode(self, codes: np.ndarray, block_scales: np.ndarray, global_scale: np.float32) -> np.ndarray:
-        return decode_rows(codes, E4M3_TABLE[block_scales] / global_scale)
+    def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
+        return decode_rows(codes, E4M3_TABLE[block_scales] / stored_scale)
 
 
 def _matches(name: str, entries: list[str]) -> bool:
