@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
+from nvfp4_train.kernels import triton_scales as scale_arithmetic
 from nvfp4_train.kernels.multi_tensor import into_chunks, num_slots_of
 from nvfp4_train.kernels.triton_kernels import TILES, launch
 
@@ -27,7 +28,6 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 
 COLUMNS = tl.constexpr(6)
 SHARD_COLUMNS = tl.constexpr(5)
-SMALLEST_GLOBAL_AMAX = tl.constexpr(reference.SMALLEST_GLOBAL_AMAX)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -59,7 +59,7 @@ def _stream(
             largest = arithmetic.larger(largest, arithmetic.block_amax(a, b, c, d))
         if IS_QUANTIZED:
             factor = arithmetic.factor_of(s2)
-            block_scales = arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
+            block_scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
             scales = block_scales * s2
             if IS_PACKED:
                 codes = arithmetic.encode(a, b, c, d, scales, factor, IS_SIMPLE, is_narrow, TILE)
@@ -126,14 +126,7 @@ def update_scales_kernel(
     mask = slots < num_slots
     bits = tl.load(measured_ptr + slots, mask=mask, other=0)
     amax = arithmetic.from_bits(bits)
-    if IS_POW2:
-        divisor_bits = arithmetic.to_bits(tl.full([TILE], DIVISOR, tl.float32))
-        exponent = (bits >> 23) - (divisor_bits >> 23) + 127 + tl.where((bits & 0x7FFFFF) > (divisor_bits & 0x7FFFFF), 1, 0)
-        scales = arithmetic.from_bits(tl.minimum(tl.maximum(exponent, 1), 254) << 23)
-        scales = tl.where(bits < arithmetic.EXPONENT, scales, amax)
-    else:
-        scales = tl.div_rn(amax, tl.full([TILE], DIVISOR, tl.float32))
-    scales = tl.where(amax < SMALLEST_GLOBAL_AMAX, 1.0, scales)
+    scales = scale_arithmetic.global_scales(amax, DIVISOR, IS_POW2)
     last = tl.load(scales_ptr + slots, mask=mask, other=1.0)
     tl.store(is_moved_ptr + slots, (arithmetic.to_bits(scales) != arithmetic.to_bits(last)).to(tl.int32), mask=mask)
     tl.store(scales_ptr + slots, scales, mask=mask)

@@ -76,9 +76,9 @@ def round_to_e4m3(scale: Tensor) -> Tensor:
 def block_scales(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
     """Block scales of x [..., K] under s2 (broadcastable): float32 [..., K // 16], values that E4M3 holds exactly.
 
-    The candidates are E4M3(clamp(factor * ratio, 2^-6, 448)) with ratio = block_amax / 6 / s2: two divisions and a product, each
-    rounded once in fp32. Of several, the one with the least `squared_error` is taken; of equal ones the first, which is the
-    largest. A block that holds NaN has the scale NaN.
+    ratio = block_amax / 6 / s2, two divisions, and for each factor of the rule candidate = E4M3(clamp(ratio * factor, 2^-6, 448)).
+    Each operation is rounded once in fp32. The candidate with the least `squared_error` is taken, the larger one of equals. A
+    block that holds NaN has the scale NaN.
     """
     ratio = divide(block_amax(x), FP4_MAX) / s2
     best, *others = (round_to_e4m3((ratio * factor).clamp(min=E4M3_MIN)) for factor in rule.factors)
@@ -93,10 +93,11 @@ def block_scales(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
 
 
 def squared_error(x: Tensor, scales: Tensor) -> Tensor:
-    """Sum over each block of (x_hat - x)^2, where x_hat is x [..., K] encoded and decoded under scales [..., K // 16].
+    """Sum of (x_hat - x)^2 over each block, x_hat being x [..., K] encoded and decoded under block scales [..., K // 16].
 
-    Both are in units of s2, where squares neither overflow nor underflow that matter. Each difference, square and sum is rounded
-    once in fp32; the 16 squares are added in pairs of neighbours, the 8 sums likewise, and so on.
+    x is in units of s2. There x_hat, code times block scale, is exact, and fp32 is wide enough: where a square overflows every
+    candidate is 448, and where one underflows every candidate makes the element zero. Each difference, square and sum is rounded
+    once in fp32. The 16 squares are added in pairs of neighbours, then the 8 sums likewise, and so on.
     """
     errors = (decode(encode(x, scales), scales) - x).unflatten(-1, (-1, BLOCK_SIZE))
     sums = errors * errors

@@ -15,9 +15,6 @@ stands where one rounding is wanted.
 import triton
 import triton.language as tl
 
-from nvfp4_train.kernels import reference
-
-E4M3_MIN = tl.constexpr(reference.E4M3_MIN)
 SIGN = tl.constexpr(-(2**31))
 EXPONENT = tl.constexpr(0x7F800000)
 
@@ -145,79 +142,6 @@ def divide(a, b, one_over_b):
 def block_amax(a, b, c, d):
     """Largest magnitude of each block, [TILE], or NaN."""
     return tl.reduce(larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d))), 1, larger)
-
-
-@triton.jit
-def block_scales(a, b, c, d, s2, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr):
-    """`reference.block_scales` of quarters, under a rule's factors. IS_NARROW: the quarters were of a 16-bit dtype."""
-    ratio = _block_amax_in_units(block_amax(a, b, c, d), s2, IS_SIMPLE)
-    scales = _candidate(ratio, FACTORS[0])
-    if len(FACTORS) > 1:
-        a, b, c, d = (
-            _in_units(a, s2, IS_SIMPLE),
-            _in_units(b, s2, IS_SIMPLE),
-            _in_units(c, s2, IS_SIMPLE),
-            _in_units(d, s2, IS_SIMPLE),
-        )
-        least = _squared_error(a, b, c, d, scales, IS_SIMPLE and IS_NARROW, IS_NARROW)
-        for index in tl.static_range(1, len(FACTORS)):
-            candidate = _candidate(ratio, FACTORS[index])
-            error = _squared_error(a, b, c, d, candidate, IS_SIMPLE and IS_NARROW, IS_NARROW)
-            is_better = error < least
-            scales = tl.where(is_better, candidate, scales)
-            least = tl.where(is_better, error, least)
-    return scales
-
-
-@triton.jit
-def _candidate(ratio, factor: tl.constexpr):
-    return round_e4m3(smaller(larger(ratio * factor, E4M3_MIN), 448.0))
-
-
-@triton.jit
-def _in_units(x, s2, IS_SIMPLE: tl.constexpr):
-    """x / s2, rounded once."""
-    return x * from_bits(0x7F000000 - to_bits(s2)) if IS_SIMPLE else tl.div_rn(x, s2)
-
-
-@triton.jit
-def _squared_error(a, b, c, d, scales, IS_NARROW: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
-    """`reference.squared_error` of quarters, [TILE]. IS_NARROW: values have at most 11 significant bits."""
-    a_hat, b_hat, c_hat, d_hat = fake_quant(a, b, c, d, scales, scales, 1.0, True, IS_NARROW)
-    a, b, c, d = a_hat - a, b_hat - b, c_hat - c, d_hat - d
-    a, b, c, d = a * a, b * b, c * c, d * d
-    if IS_INTERLEAVED:
-        first, second = _sum_in_pairs(a + b), _sum_in_pairs(c + d)
-    else:
-        first, second = _sum_in_pairs(a) + _sum_in_pairs(b), _sum_in_pairs(c) + _sum_in_pairs(d)
-    return first + second
-
-
-@triton.jit
-def _sum_in_pairs(x):
-    """Sum over the columns of [TILE, 4], (x0 + x1) + (x2 + x3): [TILE]."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
-    first, second = tl.split(even + odd)
-    return first + second
-
-
-@triton.jit
-def _block_amax_in_units(amax, s2, IS_SIMPLE: tl.constexpr):
-    """amax / 6 / s2 as `reference.block_scales` rounds it, between 2^-10 and 2^18; beyond, another value that is beyond as well."""
-    if IS_SIMPLE:
-        # The limit keeps Inf out of the division.
-        ratio = divide(smaller(amax, 2.0**20 * s2), 6.0, 1.0 / 6.0) * from_bits(0x7F000000 - to_bits(s2))
-    else:
-        factor = factor_of(s2)
-        moved = s2 * factor
-        amax = smaller(amax * factor, 2.0**20 * moved)
-        # A subnormal amax / 6 is rounded to a multiple of 2^-149: of 2^-49 here, as a sum with 2^-26 is. Others are added to 0.
-        offset = tl.where(amax < tl.where(factor > 1.0, 6 * 2.0**-26, 0.0), 2.0**-26, 0.0)
-        sixth = tl.fma(amax, 1.0 / 6.0, offset)
-        # Divided as in `divide`, but that the product is rounded by itself: of a tie it is exactly half a unit then.
-        sixth = (tl.fma(sixth - offset, -6.0, amax) * (1.0 / 6.0) + sixth) - offset
-        ratio = divide(sixth, moved, reciprocal(moved))
-    return ratio
 
 
 @triton.jit
@@ -384,20 +308,3 @@ def decode(words, scales):
     # Sign to bit 31, magnitude to bits 24..22, as the arithmetic shift leaves them; 2^126 makes up for the exponent bias.
     bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
     return (from_bits(bits) * 2.0**126) * scales[:, None]
-
-
-@triton.jit
-def _sixth(amax, IS_PRODUCT: tl.constexpr):
-    """amax / 6: by an IEEE division, or by the product with 1 / 6 rounded that torch makes of it on CUDA."""
-    return amax * (1.0 / 6.0) if IS_PRODUCT else tl.div_rn(amax, 6.0)
-
-
-@triton.jit
-def static_scales(amax, global_amax, IS_QUANTIZED: tl.constexpr, IS_PRODUCT: tl.constexpr):
-    """`reference.static_scales`."""
-    scales = _sixth(amax, IS_PRODUCT)
-    if IS_QUANTIZED:
-        sixth = _sixth(global_amax, IS_PRODUCT)
-        multiplier = reciprocal(tl.where(sixth <= 2.0**-24, 1.0, sixth)) * 448.0
-        scales = round_e4m3(smaller(scales * multiplier, 448.0)) * reciprocal(multiplier)
-    return scales

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
+from nvfp4_train.kernels import triton_scales as scale_arithmetic
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
 TILES = {
@@ -88,7 +89,7 @@ def max_kernel(values_ptr, max_ptr, num_values: tl.int64, TILE: tl.constexpr):
 def _fake_quant_tile(
     a, b, c, d, s2, out_ptr, is_row, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr
 ):
-    scales = arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, IS_NARROW) * s2
+    scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, IS_NARROW) * s2
     a, b, c, d = arithmetic.fake_quant(a, b, c, d, scales, scales, arithmetic.factor_of(s2), IS_SIMPLE, IS_NARROW)
     arithmetic.store_quarters(out_ptr, a, b, c, d, is_row, IS_NARROW, TILE)
 
@@ -112,7 +113,7 @@ def _quantize_tile(
     rows = tl.arange(0, TILE)
     is_narrow: tl.constexpr = dtype != tl.float32
     a, b, c, d = arithmetic.widen(a, b, c, d, dtype)
-    scales = arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
+    scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
     words = arithmetic.encode(a, b, c, d, scales * s2, arithmetic.factor_of(s2), IS_SIMPLE, is_narrow, TILE)
     tl.store(words_ptr + start * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :], words, mask=is_row[:, None])
     tl.store(bytes_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
@@ -161,7 +162,7 @@ def static_scales_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     amax = tl.load(amax_ptr + offsets, mask=offsets < num_blocks, other=0.0).to(tl.float32)
-    scales = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    scales = scale_arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
     tl.store(scales_ptr + offsets, scales, mask=offsets < num_blocks)
 
 
@@ -179,7 +180,7 @@ def static_fake_quant_kernel(
     start, rows, is_row = _place(num_blocks, TILE)
     a, b, c, d = _load(x_ptr, start, is_row, TILE)
     amax = tl.load(amax_ptr + start + rows, mask=is_row, other=0.0).to(tl.float32)
-    scales = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    scales = scale_arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
     divisors = tl.where(scales == 0.0, 1.0, scales)
     factor = arithmetic.factor_of(divisors)[:, None]
     a, b, c, d = arithmetic.fake_quant(a, b, c, d, divisors, scales, factor, False, arithmetic.is_narrow(x_ptr))

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import DEVICE, TritonQuantizer, assert_same_bits
+from kernel_cases import DEVICE, QUANTIZERS, TritonQuantizer, assert_same_bits, outputs_of
 from torch import distributed, multiprocessing
 
 from nvfp4_train.kernels import multi_tensor, multi_tensor_kernels, reference
@@ -24,7 +24,6 @@ multi_tensor_kernels.BLOCKS_PER_CHUNK = 256
 
 
 EXACT = ScaleRule(global_scale="exact")
-QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]
 
 
 def _masters(dtype=torch.float32, device=DEVICE):
@@ -32,19 +31,11 @@ def _masters(dtype=torch.float32, device=DEVICE):
     return [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in SHAPES]
 
 
-def _outputs(masters):
-    """Filled with NaN and all ones, so that what is not written shows."""
-    decoded = [torch.full_like(master, torch.nan, dtype=torch.bfloat16) for master in masters]
-    packed = [torch.full((*m.shape[:-1], m.shape[-1] // 2), 255, dtype=torch.uint8, device=m.device) for m in masters]
-    scales = [torch.full((*m.shape[:-1], m.shape[-1] // 16), 255, dtype=torch.uint8, device=m.device) for m in masters]
-    return {"decoded": decoded, "packed": packed, "scales": [s.view(torch.float8_e4m3fn) for s in scales]}
-
-
-def _assert_quantized_one_by_one(quantizer, masters, outputs, rule):
+def _assert_quantized_one_by_one(quantizer, masters, outputs, rule, groups=GROUPS):
     """Against the maximum over siblings, and the operators of `reference`, expert by expert."""
     pieces = [list(master) if master.dim() == 3 else [master] for master in masters]
     for index, master_pieces in enumerate(pieces):
-        siblings = [pieces[i] for i, group in enumerate(GROUPS) if group == GROUPS[index]]
+        siblings = [pieces[i] for i, group in enumerate(groups) if group == groups[index]]
         for expert, piece in enumerate(master_pieces):
             amax = torch.stack([sibling[expert].abs().amax().float() for sibling in siblings]).amax().cpu()
             s2 = reference.global_scale(amax, rule)
@@ -69,7 +60,7 @@ FACTORS = [1.0, 1.01, 3.0, 0.9, 0.2, 0.2, 1e4, 1e-9, 0.0, 1.0, 2.0**-70, 1.0]
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_every_step_equals_quantizing_one_by_one(quantizer_class, wanted, rule):
     masters, first = _masters(), _masters()
-    outputs = {name: tensors for name, tensors in _outputs(masters).items() if name in wanted}
+    outputs = {name: tensors for name, tensors in outputs_of(masters).items() if name in wanted}
     quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), rule=rule, **outputs)
     for step, factor in enumerate(FACTORS if len(wanted) == 1 else FACTORS[:4]):
         for index, master in enumerate(masters):
@@ -79,10 +70,31 @@ def test_every_step_equals_quantizing_one_by_one(quantizer_class, wanted, rule):
         _assert_quantized_one_by_one(quantizer, masters, outputs, rule)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ScaleRule(block_scale="four_over_six"),
+        ScaleRule(block_scale="four_over_six", global_scale="exact"),
+        ScaleRule(block_scale="mse"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_every_step_under_a_rule_that_searches(quantizer_class, rule):
+    masters, groups = _masters()[1:4], [0, 0, 1]
+    outputs = outputs_of(masters)
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, groups), rule=rule, **outputs)
+    for factor in (1.0, 1.01, 8.0):
+        # The group of the first two moves, the experts do not.
+        masters[1].mul_(factor)
+        quantizer.step()
+        _assert_quantized_one_by_one(quantizer, masters, outputs, rule, groups)
+
+
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_bf16_masters_are_quantized_too(quantizer_class):
     masters = _masters(torch.bfloat16)
-    outputs = {"decoded": _outputs(masters)["decoded"]}
+    outputs = {"decoded": outputs_of(masters)["decoded"]}
     quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer.step()
     _assert_quantized_one_by_one(quantizer, masters, outputs, MAX_RULE)
@@ -91,7 +103,7 @@ def test_bf16_masters_are_quantized_too(quantizer_class):
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
     masters = _masters()
-    outputs = {"decoded": _outputs(masters)["decoded"]}
+    outputs = {"decoded": outputs_of(masters)["decoded"]}
     parameters = [torch.nn.Parameter(master) for master in masters]
     quantizer = quantizer_class(parameters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer.step()
@@ -109,7 +121,7 @@ def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_memory_is_free_as_soon_as_the_quantizer_is_gone(quantizer_class):
     masters = _masters()
-    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **_outputs(masters))
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs_of(masters))
     quantizer.step()
     outputs = [weakref.ref(output) for output in quantizer.weights.tensors()[len(masters) :]]
     gc.disable()
@@ -123,7 +135,7 @@ def test_memory_is_free_as_soon_as_the_quantizer_is_gone(quantizer_class):
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_masters_that_change_their_dtype_are_followed(quantizer_class):
     masters = _masters()
-    outputs = _outputs(masters)
+    outputs = outputs_of(masters)
     quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer.step()
     for master in masters:
@@ -147,7 +159,7 @@ def test_a_dtype_that_takes_the_memory_of_another_is_followed(quantizer_class):
 
 def test_a_program_takes_many_chunks_where_all_exponents_moved():
     masters = [master * 1e-4 for master in _masters()]
-    outputs = _outputs(masters)
+    outputs = outputs_of(masters)
     quantizer = TritonQuantizer(masters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer._passes._num_persistent = 2
     quantizer.step()
@@ -164,7 +176,7 @@ def test_scales_of_every_exponent(quantizer_class, rule):
     smallest = torch.tensor(reference.SMALLEST_GLOBAL_AMAX).view(torch.int32).long()
     bits = torch.cat([((torch.arange(256) << 23)[:, None] + mantissas).flatten(), smallest + torch.arange(-3, 4)]).int()
     masters = [torch.zeros(len(bits), 1, 16, device=DEVICE)]
-    quantizer = quantizer_class(masters, [0], len(bits), decoded=_outputs(masters)["decoded"], rule=rule)
+    quantizer = quantizer_class(masters, [0], len(bits), decoded=outputs_of(masters)["decoded"], rule=rule)
     quantizer.measured.copy_(bits)
     quantizer._passes.update_scales()
     amax = bits.view(torch.float32)
@@ -186,7 +198,7 @@ def test_a_master_that_the_kernels_cannot_read_any_longer_is_refused():
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_a_bad_weight_shows_in_the_amax_of_its_group_alone_and_only_while_it_is_there(quantizer_class, value):
     masters = _masters()
-    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), decoded=_outputs(masters)["decoded"])
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), decoded=outputs_of(masters)["decoded"])
     good = masters[3][1, 2, 3].clone()
     masters[3][1, 2, 3] = value
     quantizer.step()
@@ -215,7 +227,7 @@ def test_chunks_at_the_largest_size(shape):
     assert multi_tensor_kernels.BLOCKS_PER_CHUNK == 256
     masters = [torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)]
     on_cpu = [masters[0].cpu()]
-    outputs, expected = _outputs(masters), _outputs(on_cpu)
+    outputs, expected = outputs_of(masters), outputs_of(on_cpu)
     TritonQuantizer(masters, *slots_of_groups(masters, [0]), **outputs).step()
     MultiTensorQuantizer(on_cpu, *slots_of_groups(masters, [0]), **expected).step()
     for name, tensors in outputs.items():
@@ -225,7 +237,7 @@ def test_chunks_at_the_largest_size(shape):
 @pytest.mark.parametrize("rule", [MAX_RULE, EXACT], ids=["pow2", "exact"])
 def test_a_step_is_three_launches_and_one_reduction(monkeypatch, rule):
     masters = _masters()
-    decoded = _outputs(masters)["decoded"]
+    decoded = outputs_of(masters)["decoded"]
     quantizer = TritonQuantizer(
         masters,
         *slots_of_groups(masters, GROUPS),
@@ -243,7 +255,7 @@ def test_a_step_is_three_launches_and_one_reduction(monkeypatch, rule):
 
 def test_the_last_launch_writes_only_what_moved():
     masters = _masters()
-    decoded = _outputs(masters)["decoded"]
+    decoded = outputs_of(masters)["decoded"]
     quantizer = TritonQuantizer(masters, *slots_of_groups(masters, GROUPS), decoded=decoded)
     quantizer.step()
     # The siblings of group 1, and the second expert of group 2.
@@ -334,7 +346,7 @@ def _run_rank(rank: int, port: int) -> None:
             generator = torch.Generator().manual_seed(1)
             whole = [torch.randn(shape, generator=generator) for shape in RANK_SHAPES]
             shards = [_rows(master, rank, size).to(DEVICE).clone() for master in whole]
-            outputs, expected = _outputs(shards), _outputs(whole)
+            outputs, expected = outputs_of(shards), outputs_of(whole)
             slots = slots_of_groups(whole, RANK_GROUPS)
             quantizer = quantizer_class(shards, *slots, **outputs)
             alone = MultiTensorQuantizer(whole, *slots, **expected)
