@@ -82,6 +82,12 @@ class QATModule(L.LightningModule):
                 f"trainer.precision must be 32-true or bf16-mixed, got {precision}: masters are fp32, the model computes as "
                 "model.compute_dtype says, and neither needs a loss scale"
             )
+        dtype, reason = choose_compute_dtype(self.model_config.compute_dtype, self.trainer.strategy.root_device)
+        if dtype is torch.float32 and precision == "bf16-mixed":
+            raise ValueError(
+                f"trainer.precision must be 32-true where the model computes in float32, got bf16-mixed; {reason}: set "
+                "trainer.precision=32-true, or model.compute_dtype=bfloat16"
+            )
 
     def on_train_start(self) -> None:
         self.has_started = True
@@ -98,11 +104,6 @@ class QATModule(L.LightningModule):
             )
         device = self.device if strategy is None else strategy.root_device
         self.compute_dtype, self.compute_dtype_reason = choose_compute_dtype(self.model_config.compute_dtype, device)
-        if self.compute_dtype is torch.float32 and self._trainer is not None and self.trainer.precision == "bf16-mixed":
-            raise ValueError(
-                "trainer.precision must be 32-true where the model computes in float32, got bf16-mixed; "
-                f"{self.compute_dtype_reason}: set trainer.precision=32-true, or model.compute_dtype=bfloat16"
-            )
         sharding: dict[str, Any] = {}
         if isinstance(strategy, FullyShardedStrategy):
             sharding = {"mesh": strategy.shard_mesh, "reshard_after_forward": strategy.reshard_after_forward}
@@ -145,6 +146,7 @@ class QATModule(L.LightningModule):
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss over batches in the current state of the weights, over all ranks; the clock stands still meanwhile."""
         with self.clock.paused():
+            assert self.model is not None
             was_training = self.training
             self.eval()
             total = torch.zeros(2, dtype=torch.float64, device=self.device)

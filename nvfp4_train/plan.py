@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nvfp4_train.models.build import kept_in_fp32
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.policy import QuantConfig, select
 
@@ -85,7 +86,9 @@ class Plan:
 class _Unit:
     """The sizes of what FSDP2 gathers together."""
 
-    def __init__(self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float) -> None:
+    def __init__(
+        self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float
+    ) -> None:
         """Parameters in `gathered`, by id, are those of other units; this one adds its own."""
         parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
         gathered |= parameters.keys()
@@ -156,7 +159,7 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
     """Count everything. `model` may lie on the meta device."""
     config, width = model.config, shape.shard_size
-    names = select(model, quant).manifest.names if quant.enabled else []
+    names = select(model, quant, HubLayout(config)).manifest.names if quant.enabled else []
     parameters = dict(model.named_parameters(remove_duplicate=False))
     quantized = {id(parameters[name]) for name in names}
     quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0
@@ -228,9 +231,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row(
             "at the end of the backward",
             "head, embedding, their gradients and fp32 reductions",
-            lambda _: (
-                sum(2 * unit.unsharded + 4 * width * unit.shard for unit in (head_unit, *embedding_units))
-            ),
+            lambda _: sum(2 * unit.unsharded + 4 * width * unit.shard for unit in (head_unit, *embedding_units)),
         ),
     ]
     peak = Row(

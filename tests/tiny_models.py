@@ -125,4 +125,6 @@ def tiny_config(family: str, **options: Any) -> ModelConfig:
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     """A family's small model as transformers makes it."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL | FAMILIES.get(family, {}) | fields), dtype=dtype)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **SMALL | FAMILIES.get(family, {}) | fields), dtype=dtype
+    )

@@ -16,6 +16,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import distributed
 
+from nvfp4_train.lightning_quirks import drop_sigterm_agreement
 from nvfp4_train.module import QATModule
 from nvfp4_train.saving import remove
 from nvfp4_train.strategy import FullyShardedStrategy
@@ -77,8 +78,7 @@ class Preemption(Callback):
             self.marker.unlink(missing_ok=True)
         if distributed.is_available() and distributed.is_initialized() and trainer.world_size > 1:
             self._group = distributed.new_group(backend="gloo")
-            # Lightning's own agreement: a broadcast and a wait for the device before every micro-batch.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            drop_sigterm_agreement(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Lightning has put its handlers before ours by now; when training has ended, it puts ours back.

@@ -26,4 +26,7 @@ class ServedCheck(Callback):
         with pl_module.clock.paused():
             num_modules = check_served(pl_module.model, ids.to(pl_module.device), pl_module.compute_dtype)
         if trainer.is_global_zero:
-            print(f"the training forward is that of the plain {type(pl_module.model).__name__}: {num_modules} modules compared", flush=True)
+            print(
+                f"the training forward is that of the plain {type(pl_module.model).__name__}: {num_modules} modules compared",
+                flush=True,
+            )

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from nvfp4_train.data.packing import pack_and_split
 from nvfp4_train.data.sources import PYTHON_STDLIB, load_documents
 from nvfp4_train.data.tokenizer import load_tokenizer
+from nvfp4_train.lightning_quirks import rewind_to_last_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ class TextDataModule(L.LightningDataModule):
         """Starts after the optimizer steps done so far, which Lightning has restored by now."""
         assert self._train is not None, "setup comes first"
         if self.trainer:
-            _rewind_to_last_step(self.trainer)
+            rewind_to_last_step(self.trainer)
         rank, world_size = self._rank_and_world_size()
         sampler = StreamSampler(
             len(self._train),
@@ -230,19 +231,3 @@ class TextDataModule(L.LightningDataModule):
 def _ignore_interrupt(worker: int) -> None:
     # Ctrl-C reaches the workers as well, and the run has a step to finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _rewind_to_last_step(trainer: L.Trainer) -> None:
-    """Set the trainer's count of micro-batches to those that the optimizer steps so far took.
-
-    A checkpoint of the middle of an accumulation window lacks the gradients so far. Lightning 2.6.6 would finish the window
-    with its remaining micro-batches alone; with the count set back, it does the whole window again.
-    """
-    done = trainer.global_step * trainer.accumulate_grad_batches
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    unfinished = progress.total.ready - done
-    if unfinished:
-        for count in (progress.total, progress.current):
-            target = count.ready - unfinished
-            for stage in ("ready", "started", "processed", "completed"):
-                setattr(count, stage, target)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_frozen, load_model
 from nvfp4_train.models.folder import open_folder
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, shard_model
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
@@ -18,9 +19,7 @@ from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
 
 
-def quantize(
-    model: nn.Module, config: QuantConfig | None = None, *, compute_dtype: torch.dtype | None = None
-) -> ReplicatedWeightStore:
+def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dtype: torch.dtype | None = None) -> WeightStore:
     """Let a model compute with NVFP4 weights, in place: any `nn.Module` with linears, on one device. Parameters stay masters.
 
     The returned store holds what was quantized (`manifest`), and follows the masters by `update()`, to be called after every optimizer
@@ -37,13 +36,55 @@ def quantize(
         ValueError: Nothing is left to quantize, or a pattern of config matches nothing; see `select`.
     """
     config = config or QuantConfig()
-    selection = select(model, config)
-    compute_dtype = compute_dtype or next(model.parameters()).dtype
-    shown = show_served(model, served_units(model), kept=kept_in_fp32(model), compute_dtype=compute_dtype)
-    store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
+    store = make_trainable(model, config, compute_dtype=compute_dtype or next(model.parameters()).dtype).store
     if config.enabled and config.start_step == 0:
         store.update()
     return store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """A model that shows its served values, and what refreshes them."""
+
+    selection: Selection
+    store: WeightStore
+
+
+def make_trainable(
+    model: nn.Module,
+    quant: QuantConfig,
+    *,
+    compute_dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool = True,
+    compile_layers: bool = False,
+    fill: Callable[[], None] | None = None,
+) -> Trainable:
+    """Choose what is quantized, let the model show served values, and shard it over the mesh if there is one, in place.
+
+    `fill` is called when the model is sharded, to give it its weights. The store's first update is the caller's.
+    """
+    selection = select(model, quant, HubLayout(model.config) if isinstance(model, PreTrainedModel) else None)
+    kept = kept_in_fp32(model)
+    sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
+    units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
+    shown = show_served(model, list(dict.fromkeys(units)), kept=kept, compute_dtype=compute_dtype)
+    for layer in decoder_layers(model) if compile_layers else ():
+        layer.compile()
+    if mesh is None:
+        store: WeightStore = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
+        return Trainable(selection=selection, store=store)
+    shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
+    if fill is not None:
+        fill()
+    store = ShardedWeightStore(
+        model,
+        selection.manifest,
+        gather=quant.gather,
+        gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
+        compute_dtype=compute_dtype,
+    )
+    return Trainable(selection=selection, store=store)
 
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
@@ -55,12 +96,10 @@ def kept_in_fp32(model: nn.Module) -> set[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuiltModel:
+class BuiltModel(Trainable):
     """A model that is ready to train."""
 
     model: PreTrainedModel
-    selection: Selection
-    store: WeightStore
 
 
 def build_model(
@@ -72,37 +111,29 @@ def build_model(
     mesh: DeviceMesh | None = None,
     reshard_after_forward: bool = True,
 ) -> BuiltModel:
-    """Load or make the model; shard it over the mesh if there is one. The store's first update is the caller's.
+    """Load or make the model of a config, and make it trainable; sharded over the mesh if there is one.
 
     A sharded model is filled with its weights here, on the device; another one is still on the CPU.
     """
     # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
     opened = None if mesh is None else open_folder(config, compute_dtype)
     model = load_model(config, compute_dtype) if opened is None else opened[0]
-    selection = select(model, quant)
-    kept = kept_in_fp32(model)
-    sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
-    units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
-    shown = show_served(model, list(dict.fromkeys(units)), kept=kept, compute_dtype=compute_dtype)
-    if config.compile:
-        for layer in decoder_layers(model):
-            layer.compile()
-    store: WeightStore
-    if mesh is None:
-        store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
-    else:
-        shard_model(model, mesh, sharded_units, reshard_after_forward=reshard_after_forward)
+
+    def read_rows() -> None:
         if opened is not None:
             allocate(model, device)
             opened[1].read_into(model)
-        store = ShardedWeightStore(
-            model,
-            selection.manifest,
-            gather=quant.gather,
-            gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
-            compute_dtype=compute_dtype,
-        )
-    return BuiltModel(model=model, selection=selection, store=store)
+
+    made = make_trainable(
+        model,
+        quant,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
+        reshard_after_forward=reshard_after_forward,
+        compile_layers=config.compile,
+        fill=read_rows,
+    )
+    return BuiltModel(model=model, selection=made.selection, store=made.store)
 
 
 ModelBuilder = Callable[[ModelConfig | None], nn.Module]
@@ -115,9 +146,8 @@ def frozen_builder(student: ModelConfig, device: torch.device, mesh: DeviceMesh 
     def build(config: ModelConfig | None = None) -> nn.Module:
         model = load_frozen(config or student)
         if mesh is None:
-            return model.to(device)
-        shard_model(model, mesh, fsdp_units(model))
+            return model.to(device)  # type: ignore[arg-type]
+        shard_model(mesh, fsdp_units(model))
         return model
 
     return build
-

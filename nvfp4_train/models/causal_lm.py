@@ -177,9 +177,9 @@ def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids, use_cache=False).logits
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model: the modules that transformers never splits over devices."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    return [module for module in model.modules() if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())]
 
 
 def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:

@@ -51,7 +51,9 @@ class _Piece:
     target: Tensor
 
 
-def open_folder(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -> "tuple[PreTrainedModel, FolderWeights] | None":
+def open_folder(
+    config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE
+) -> "tuple[PreTrainedModel, FolderWeights] | None":
     """The model of `model.path` without memory for its parameters, and the weights to fill it with once it is sharded.
 
     None where they cannot be read by rows: see the module's docstring. Raises ValueError where a tensor is missing, unexpected or

@@ -41,7 +41,9 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
         again = _outputs_of(model, input_ids)
     name, difference = first
     if not _same(trained[name], again[name]):
-        warnings.warn(f"{name} gives another output each time, so it could not be compared with the model that is served", stacklevel=2)
+        warnings.warn(
+            f"{name} gives another output each time, so it could not be compared with the model that is served", stacklevel=2
+        )
         return len(trained)
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
@@ -57,7 +59,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     was_training = [module.training for module in modules]
     compiled = [module._compiled_call_impl for module in modules]
-    is_deterministic, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    is_deterministic, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     try:
         for module in modules:
             module.training, module._compiled_call_impl = False, None
@@ -167,9 +172,11 @@ class _Lender:
         for module, shown in served_parameters(self._unit, self._compute_dtype):
             borrower = self._borrowers[module]
             self._own.append((borrower, borrower._parameters))
-            borrower._parameters = {  # type: ignore[assignment]
-                leaf: None if value is None else self._as_read(self._names[module] + leaf, value) for leaf, value in shown.items()
+            shown_there: Any = {
+                leaf: None if value is None else self._as_read(self._names[module] + leaf, value)
+                for leaf, value in shown.items()
             }
+            borrower._parameters = shown_there
 
     def _as_read(self, name: str, value: Tensor) -> Tensor:
         """In the dtype that a reader has it in; a view where that is the dtype it has already."""

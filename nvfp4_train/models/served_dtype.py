@@ -23,7 +23,11 @@ def served_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
 
     Reads the model's config alone, so the model may be in any dtype, sharded, or have modules of ours.
     """
-    plain = plain_model(model.config)
+    return dtypes_of_plain(plain_model(model.config))
+
+
+def dtypes_of_plain(plain: PreTrainedModel) -> dict[str, torch.dtype]:
+    """`served_dtypes` of what `plain_model` returns."""
     dtypes = {name: tensor.dtype for name, tensor in plain.named_parameters(remove_duplicate=False)}
     dtypes |= {name: tensor.dtype for name, tensor in plain.named_buffers(remove_duplicate=False)}
     # As from_pretrained does: patterns are searched in the names of what is saved, `*` stands for anything.

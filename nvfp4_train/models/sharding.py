@@ -1,14 +1,13 @@
 """Sharding of a causal LM over devices by FSDP2: fp32 masters, served values in the forward, fp32 reduction."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -25,9 +24,7 @@ class FsdpUnit:
     """Freed after its forward, and gathered again in the backward, where the model is told to."""
 
 
-def fsdp_units(
-    model: PreTrainedModel, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
-) -> list[FsdpUnit]:
+def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE) -> list[FsdpUnit]:
     """The decoder layers, the input embedding unless the head has the same weight, and the root with all the rest.
 
     `kept` are names of parameters that are served in fp32: what holds one is gathered in fp32, since FSDP2 reduces the gradients of
@@ -50,7 +47,7 @@ def fsdp_units(
         )
         for together in _joined_by_parameters(layers)
     ]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied:
         # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
@@ -78,10 +75,8 @@ def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     return [modules for modules, _ in together]
 
 
-def shard_model(
-    model: PreTrainedModel, mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True
-) -> None:
-    """Apply `fully_shard` to the units in their order, in place; `show_served` comes before.
+def shard_model(mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True) -> None:
+    """Apply `fully_shard` to the units of a model in their order, in place; `show_served` comes before.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.
@@ -111,39 +106,3 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
     first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
     return tensor.to_local().detach(), min(first, tensor.shape[0])
-
-
-def sharded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.state_dict()
-
-
-GATHERED_AT_ONCE = 1 << 26
-"""Bytes of a rank. Gloo gathers into memory of its own before it fills ours, which would be a second copy of a whole tensor."""
-
-
-def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
-    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
-    # Ranks send equally many bytes, whatever they mean.
-    sent = rows.contiguous()
-    if len(rows) < (most := -(-num_rows // group.size())):
-        sent = rows.new_zeros((most, *rows.shape[1:]))
-        sent[: len(rows)] = rows
-    flat = sent.view(-1).view(torch.uint8)
-    is_first = group.rank() == 0
-    received = flat.new_empty((group.size(), len(flat))) if is_first else None
-    for start in range(0, len(flat), GATHERED_AT_ONCE):
-        piece = slice(start, start + GATHERED_AT_ONCE)
-        destinations = None if received is None else [part[piece] for part in received]
-        distributed.gather(flat[piece], destinations, dst=distributed.get_global_rank(group, 0), group=group)
-    return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]
-
-
-@torch.no_grad()
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
-    for name, tensor in sharded_state(model).items():
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

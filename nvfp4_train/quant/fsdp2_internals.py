@@ -6,8 +6,8 @@ is sent as it lies ready between the steps, and decoded into one tensor, of whic
 quantization is off they are FSDP2's own, and gather the masters.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,16 @@ from torch.distributed.distributed_c10d import Work
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage, free_storage
+from torch.distributed.fsdp._fully_shard._fsdp_param import alloc_storage, free_storage
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import AllGatherState, FSDPParamGroup
 
 
 class Gathered(Protocol):
     """What a `PackedParamGroup` asks for."""
 
-    sent: Tensor
-    """What this rank sends."""
+    @property
+    def sent(self) -> Tensor:
+        """What this rank sends."""
 
     def unpack(self, received: Tensor) -> None:
         """Fill the unsharded parameters from what all ranks sent."""
@@ -73,11 +74,6 @@ class PackedParamGroup(FSDPParamGroup):
 def param_group(module: FSDPModule) -> FSDPParamGroup | None:
     """The parameters that FSDP2 gathers for a module; None where others gather all of them."""
     return module._get_fsdp_state()._fsdp_param_group
-
-
-def parameters_of(group: FSDPParamGroup) -> list[nn.Parameter]:
-    """The sharded parameters, in the order in which FSDP2 gathers them."""
-    return [fsdp_param.sharded_param for fsdp_param in group.fsdp_params]
 
 
 def gather(group: FSDPParamGroup, sent: Tensor, async_op: bool = False) -> tuple[Tensor, Work | None]:
@@ -129,7 +125,7 @@ def _wait_for(group: FSDPParamGroup, gathered: AllGatherResult) -> None:
         gathered.all_gather_work.wait()
 
 
-def write_unsharded(whole: Tensor, write: Any) -> None:
+def write_unsharded(whole: Tensor, write: Callable[[Tensor], None]) -> None:
     """Run `write` on freed memory that is allocated anew. Autograd has saved views of it, for which the values are gathered again."""
     alloc_storage(whole)
     with torch.autograd._unsafe_preserve_version_counter(whole):
@@ -140,9 +136,3 @@ def follow_replaced(group: FSDPParamGroup) -> None:
     """Let FSDP2 look at local tensors that a load with `assign` or a move to another device has replaced."""
     for fsdp_param in group.fsdp_params:
         fsdp_param.reset_sharded_param()
-
-
-__all__ = [
-    "FSDPParam", "FSDPParamGroup", "PackedParamGroup", "attach", "detach", "drop_gather", "follow_replaced", "gather", "param_group",
-    "parameters_of", "write_unsharded",
-]  # fmt: skip

@@ -7,6 +7,7 @@ embedding and layers whose input dimension is no multiple of 16 stay in bf16 and
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import nn
 
@@ -71,13 +72,46 @@ class Selection:
     """Linears that stay in bf16, by module name, with the reason."""
 
 
-def select(model: nn.Module, config: QuantConfig) -> Selection:
-    """Apply the policy to every `nn.Linear` of a Hugging Face causal LM.
+class Layout(Protocol):
+    """What a folder of the model can hold: `models.layout.HubLayout`, which imports this room."""
+
+    def reason_to_keep(self, name: str) -> str | None:
+        """Why no folder can hold a parameter in NVFP4; None where one can."""
+
+
+def unfit(model: nn.Module, layout: Layout | None) -> dict[str, str]:
+    """Every `nn.Linear` that no option can quantize, with the reason: the one rule of the policy and of the export."""
+    get_output_embedding = getattr(model, "get_output_embeddings", None)
+    output_embedding = get_output_embedding() if callable(get_output_embedding) else None
+    embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    reasons: dict[str, str] = {}
+    for name, module in linears_of(model).items():
+        if module is output_embedding or name.rpartition(".")[2] == "lm_head":
+            reasons[name] = "output embedding"
+        elif id(module.weight) in embedding_weights:
+            reasons[name] = "shares its weight with an embedding"
+        elif layout is not None and (reason := layout.reason_to_keep(f"{name}.weight")):
+            reasons[name] = reason
+        elif module.in_features % BLOCK_SIZE:
+            reasons[name] = f"{module.in_features} inputs are no multiple of {BLOCK_SIZE}"
+        elif type(module) is not nn.Linear:
+            reasons[name] = f"a {type(module).__name__} computes in its own way"
+    return reasons
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) -> Selection:
+    """Apply the policy to every `nn.Linear` of a Hugging Face causal LM, before any module of it is replaced.
+
+    Without a `layout` weights may be selected that no export can write.
 
     Raises ValueError where a pattern matches no linear, nothing is left to quantize, or only some of a set of siblings are
     selected (a serving engine fuses siblings, so they are quantized all or none).
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linears_of(model)
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in linears):
@@ -86,26 +120,18 @@ def select(model: nn.Module, config: QuantConfig) -> Selection:
                     f"quant.{option}: pattern {pattern!r} matches no nn.Linear of the model; names look like {examples}"
                 )
 
-    get_output_embedding = getattr(model, "get_output_embeddings", None)
-    output_embedding = get_output_embedding() if callable(get_output_embedding) else None
-    embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    reasons = unfit(model, layout)
     chosen: list[str] = []
     kept: dict[str, str] = {}
-    for name, module in linears.items():
-        if module is output_embedding or name.rpartition(".")[2] == "lm_head":
-            kept[name] = "output embedding"
-        elif id(module.weight) in embedding_weights:
-            kept[name] = "shares its weight with an embedding"
+    for name in linears:
+        if name in reasons:
+            kept[name] = reasons[name]
         elif name.rpartition(".")[2] in ROUTERS:
             kept[name] = "router"
         elif not any(fnmatchcase(name, pattern) for pattern in config.include):
             kept[name] = "not in quant.include"
         elif any(fnmatchcase(name, pattern) for pattern in config.exclude):
             kept[name] = "in quant.exclude"
-        elif module.in_features % BLOCK_SIZE:
-            kept[name] = f"{module.in_features} inputs are no multiple of {BLOCK_SIZE}"
-        elif type(module) is not nn.Linear:
-            kept[name] = f"a {type(module).__name__} computes in its own way"
         else:
             chosen.append(name)
     if not chosen:

@@ -44,23 +44,23 @@ class _Rounded(torch.autograd.Function):
 
 
 class Shown:
-    """How one module shows its parameters."""
+    """One place where a unit shows a quantized parameter: the store puts there what is shown instead of the master."""
 
-    def __init__(self, module: nn.Module, kept: Collection[str], compute_dtype: torch.dtype) -> None:
-        self.module = module
-        self.kept = frozenset(kept)
-        """Names of parameters that are served in fp32."""
-        self.compute_dtype = compute_dtype
-        self.compute_weights: dict[str, Tensor] = {}
-        """Served values that the weight store refreshes once per optimizer step, by parameter name in the module."""
+    def __init__(self, compute_weights: dict[str, Tensor], key: str) -> None:
+        self._compute_weights = compute_weights
+        self._key = key
 
-    def served(self, name: str, parameter: Tensor | None) -> Tensor | None:
-        """What a reader of the parameter sees. One that FSDP2 has gathered in the dtype of the computation is served already."""
-        if parameter is None or name in self.kept or not parameter.is_floating_point():
-            return parameter
-        if name in self.compute_weights:
-            return _StraightThrough.apply(parameter, self.compute_weights[name])
-        return to_served(parameter, self.compute_dtype)
+    @property
+    def compute_weight(self) -> Tensor | None:
+        """None where the master is shown, rounded."""
+        return self._compute_weights.get(self._key)
+
+    @compute_weight.setter
+    def compute_weight(self, weight: Tensor | None) -> None:
+        if weight is None:
+            self._compute_weights.pop(self._key, None)
+        else:
+            self._compute_weights[self._key] = weight
 
 
 def to_served(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
@@ -71,16 +71,16 @@ def to_served(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
 class _ServedWhenRead(dict[str, Any]):
     """Parameters of an embedding as the rest of its unit sees them: the table is rounded, whole, if somebody does read it."""
 
-    def __init__(self, shown: Shown, masters: dict[str, Any]) -> None:
+    def __init__(self, masters: dict[str, Any], compute_dtype: torch.dtype) -> None:
         super().__init__(masters)
         self.masters = masters
-        self._shown = shown
+        self._compute_dtype = compute_dtype
         self._unread = set(masters)
 
     def __getitem__(self, name: str) -> Any:
         if name in self._unread:
             self._unread.remove(name)
-            self[name] = self._shown.served(name, super().__getitem__(name))
+            self[name] = to_served(super().__getitem__(name), self._compute_dtype)
         return super().__getitem__(name)
 
     def items(self) -> Any:
@@ -104,24 +104,60 @@ class _ServedEmbedding(nn.Embedding):
             self._parameters = shown
 
 
-class _ServedUnit:
-    """Mixin before the class of a unit."""
+def set_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Exchange the dictionary of a module. Not by `nn.Module.__setattr__`, whose steps torch.compile would check in every call."""
+    object.__setattr__(module, "_parameters", parameters)
 
-    shown: tuple[Shown, ...]
-    """Of the modules of the unit that have parameters."""
+
+class _ServedUnit:
+    """Mixin before the class of a unit.
+
+    torch.compile checks what it has read in every call of a layer, so the unit holds in one place what it needs of its modules.
+    """
+
+    served_modules: tuple[nn.Module, ...]
+    """Its modules that have parameters."""
+    served_paths: tuple[str, ...]
+    """Their names in the unit, with a dot behind."""
+    served_names: tuple[tuple[str, ...], ...]
+    """Names of the parameters of each."""
+    served_in_fp32: frozenset[str]
+    """Names in the unit of its parameters that are served in fp32."""
+    compute_weights: dict[str, Tensor]
+    """Served values that the store refreshes once per optimizer step, by name in the unit."""
+    compute_dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        masters = [shown.module._parameters for shown in self.shown]
+        # What is compiled finds its modules where the forward does, and checks each of them once.
+        modules = self._find_modules() if torch.compiler.is_compiling() else self.served_modules
+        masters = [module._parameters for module in modules]
         try:
-            for shown, held in zip(self.shown, masters, strict=True):
-                if isinstance(shown.module, _ServedEmbedding):
-                    shown.module._parameters = _ServedWhenRead(shown, held)  # type: ignore[assignment]
+            for module, path, names, held in zip(modules, self.served_paths, self.served_names, masters, strict=True):
+                if isinstance(module, _ServedEmbedding):
+                    set_parameters(module, _ServedWhenRead(held, self.compute_dtype))
                 else:
-                    shown.module._parameters = {name: shown.served(name, p) for name, p in held.items()}  # type: ignore[misc]
+                    set_parameters(module, {name: self.served(path + name, held[name]) for name in names})
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for shown, held in zip(self.shown, masters, strict=True):
-                shown.module._parameters = held
+            for module, held in zip(modules, masters, strict=True):
+                set_parameters(module, held)
+
+    def served(self, name: str, parameter: Tensor | None) -> Tensor | None:
+        """What a reader of a parameter sees. One that FSDP2 has gathered in the dtype of the computation is served already."""
+        if parameter is None or name in self.served_in_fp32 or not parameter.is_floating_point():
+            return parameter
+        if name in self.compute_weights:
+            return _StraightThrough.apply(parameter, self.compute_weights[name])
+        return to_served(parameter, self.compute_dtype)
+
+    def _find_modules(self) -> list[nn.Module]:
+        modules = []
+        for path in self.served_paths:
+            module: Any = self
+            for name in path.split(".")[:-1]:
+                module = module._modules[name]
+            modules.append(module)
+        return modules
 
 
 def served_units(model: nn.Module) -> list[nn.Module]:
@@ -139,46 +175,60 @@ def served_units(model: nn.Module) -> list[nn.Module]:
 
 def show_served(
     model: nn.Module, units: Sequence[nn.Module] = (), *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
-) -> dict[str, Shown]:
+) -> dict[str, list[Shown]]:
     """Let the forwards of a model and of its `units` compute with served values, in place.
 
     `kept` are names of parameters that are served in fp32. Units may lie within one another; a module belongs to the innermost.
-    Returns who shows a parameter, by every name of it (`named_parameters(remove_duplicate=False)`).
+    Returns the places that show a parameter, by every name of it (`named_parameters(remove_duplicate=False)`).
     """
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(f"{prefix}." if prefix else "")
-    shown_by: dict[str, Shown] = {}
+    shown: dict[str, list[Shown]] = {}
     for unit in (model, *units):
-        shown = []
-        for module in _modules_of(unit, units):
+        paths, modules, in_fp32 = [], [], []
+        weights: dict[str, Tensor] = {}
+        for path, module in _modules_of(unit, units):
             leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
             if not leaves:
                 continue
-            in_fp32 = [leaf for leaf in leaves if any(prefix + leaf in kept for prefix in names[module])]
-            shown.append(Shown(module, in_fp32, compute_dtype))
-            shown_by |= {prefix + leaf: shown[-1] for prefix in names[module] for leaf in leaves}
-            if type(module) is nn.Embedding and module.max_norm is None and unit in (model, module) and not in_fp32:
+            paths.append(path)
+            modules.append(module)
+            for leaf in leaves:
+                known_as = [prefix + leaf for prefix in names[module]]
+                if any(name in kept for name in known_as):
+                    in_fp32.append(path + leaf)
+                for name in known_as:
+                    shown.setdefault(name, []).append(Shown(weights, path + leaf))
+            if (
+                type(module) is nn.Embedding
+                and module.max_norm is None
+                and unit in (model, module)
+                and path + "weight" not in in_fp32
+            ):
                 module.__class__ = _ServedEmbedding
                 module.compute_dtype = compute_dtype  # type: ignore[assignment]
         # An embedding that is a unit by itself rounds what it looks up, and nobody else reads it.
         if not isinstance(unit, _ServedEmbedding):
             _mix_in(unit)
-            unit.shown = tuple(shown)  # type: ignore[assignment]
-    return shown_by
+            unit.served_paths, unit.served_modules = tuple(paths), tuple(modules)  # type: ignore[assignment]
+            unit.served_names = tuple(tuple(module._parameters) for module in modules)  # type: ignore[assignment]
+            unit.served_in_fp32, unit.compute_weights = frozenset(in_fp32), weights  # type: ignore[assignment]
+            unit.compute_dtype = compute_dtype  # type: ignore[assignment]
+    return shown
 
 
 def units_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every unit of a model to which `show_served` has been applied, the root first."""
-    names = [name for name, module in model.named_modules() if isinstance(module, _ServedUnit)]
-    shown = {entry.module for name in names for entry in model.get_submodule(name).shown}  # type: ignore[union-attr]
-    names += [name for name, module in model.named_modules() if isinstance(module, _ServedEmbedding) and module not in shown]
-    return [(name, model.get_submodule(name)) for name in names]
+    units: list[tuple[str, nn.Module]] = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedUnit)]
+    inside = {module for _, unit in units for module in modules_of_unit(unit)}
+    alone = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedEmbedding) and m not in inside]
+    return units + alone
 
 
-def modules_of_unit(unit: nn.Module) -> list[nn.Module]:
+def modules_of_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
     """The modules of a unit that have parameters."""
-    return [shown.module for shown in unit.shown] if isinstance(unit, _ServedUnit) else [unit]
+    return unit.served_modules if isinstance(unit, _ServedUnit) else (unit,)
 
 
 def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
@@ -186,16 +236,16 @@ def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple
     if not isinstance(unit, _ServedUnit):
         return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
     return [
-        (shown.module, {name: shown.served(name, p) for name, p in shown.module._parameters.items()}) for shown in unit.shown
+        (module, {name: unit.served(path + name, p) for name, p in module._parameters.items()})
+        for path, module in zip(unit.served_paths, unit.served_modules, strict=True)
     ]
 
 
-def _modules_of(unit: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules of a unit, itself first, without those of other units inside it."""
-    modules = list(unit.modules())
-    inside = set(modules) & set(units) - {unit}
+def _modules_of(unit: nn.Module, units: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The modules of a unit, itself first, without those of other units inside it, by their names there with a dot behind."""
+    inside = set(unit.modules()) & set(units) - {unit}
     skipped = {module for other in inside for module in other.modules()}
-    return [module for module in modules if module not in skipped]
+    return [(f"{path}." if path else "", module) for path, module in unit.named_modules() if module not in skipped]
 
 
 _classes: dict[type, type] = {}

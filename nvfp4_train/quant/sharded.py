@@ -8,7 +8,7 @@ There are two ways to hand FSDP2 that tensor. `fsdp2_internals` replaces FSDP2's
 that it knows. In others the documented `set_custom_all_gather` decodes into the buffer that FSDP2 then copies its parameters from.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.packed_shards import PackedShards
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -87,7 +88,10 @@ class GatherUnit:
         self.table = self.shards.table(self.slots if self.is_packed else []).to(device)
         views = self.shards.rows(self.sent)
         if self.is_packed:
-            self.outputs = {"packed": self._own(self.shards.codes(self.sent)), "scales": self._own(self.shards.scales(self.sent))}
+            self.outputs = {
+                "packed": self._own(self.shards.codes(self.sent)),
+                "scales": self._own(self.shards.scales(self.sent)),
+            }
         else:
             self.outputs = {"decoded": self._own(views)}
             views = views[len(self.quantized) :]
@@ -273,24 +277,20 @@ class ShardedWeightStore(WeightStore):
         self._unit_of: dict[str, GatherUnit] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         first_slots = {name: self.slots(name).start for name in self.names}
-        together: dict[int, list[FSDPModule]] = {}
+        together: dict[int, list[Any]] = {}
         for module in self._fsdp_modules:
             together.setdefault(id(fully_shard.state(module)), []).append(module)  # type: ignore[attr-defined]
-        for modules in together.values():
-            parameters = {names[id(p)]: p for p in _gathered_for(modules)}
-            if not parameters.keys() & first_slots.keys():
-                continue
-            unit = GatherUnit(
-                modules[0],
-                parameters,
-                first_slots,
-                # Decoded rows are of one dtype for the whole model.
-                is_packed=gather == "packed" or bool(gathered_in_fp32),
-                dtype=torch.float32 if modules[0] in gathered_in_fp32 else SERVED_DTYPE,
-                rule=manifest.rule,
-            )
+        groups = [(modules[0], {names[id(p)]: p for p in _gathered_for(modules)}) for modules in together.values()]
+        groups = [(module, parameters) for module, parameters in groups if parameters.keys() & first_slots.keys()]
+        # Decoded rows would have to be of one dtype for the whole model.
+        is_packed = gather == "packed" or any(module in gathered_in_fp32 for module, _ in groups)
+        for module, parameters in groups:
+            dtype = torch.float32 if module in gathered_in_fp32 else SERVED_DTYPE
+            unit = GatherUnit(module, parameters, first_slots, is_packed=is_packed, dtype=dtype, rule=manifest.rule)
             self._units.append(unit)
-            self._ways.append((_ThroughInternals if knows_internals() else _ThroughCustomAllGather)(unit, next(iter(parameters))))
+            self._ways.append(
+                (_ThroughInternals if knows_internals() else _ThroughCustomAllGather)(unit, next(iter(parameters)))
+            )
             self._unit_of |= dict.fromkeys(unit.quantized, unit)
         for name in self.names:
             if name not in self._unit_of:
@@ -326,6 +326,18 @@ class ShardedWeightStore(WeightStore):
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a weight, of the last update."""
         owner = self._owners[name]
         return self._unit_of[owner].local_packed(owner)
+
+    @torch.no_grad()
+    def local_weights(self) -> Iterator[LocalWeight]:
+        for name in self.names:
+            unit = self._unit_of[name]
+            mesh = unit.in_order[name].device_mesh
+            # Replicas hold the same shards, so each owns a part of the rows of its shards.
+            replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+            rows = unit.rows(name)
+            own = own_rows(len(rows), replica, num_replicas)
+            packed = [part[own] for part in unit.local_packed(name)] if unit.is_packed else None
+            yield self._local_weight(name, rows[own], packed)
 
     def _current_local_tensors(self) -> list[Tensor]:
         return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]

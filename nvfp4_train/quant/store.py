@@ -6,7 +6,7 @@ share their slots, and with them amax and global scale.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, num_slots_of, slots_of_groups
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.served import SERVED_DTYPE, Shown
 
@@ -30,7 +32,9 @@ class WeightStore(ABC):
         self.compute_dtype = compute_dtype
         self.is_enabled = False
         """Whether the forward computes with quantized weights."""
-        self._holders = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in manifest.names}
+        self._holders = {
+            name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in manifest.names
+        }
         """The module that has a parameter, and the parameter's name there."""
         self._owners = self._find_owners()
         """The first name of every parameter, by each of its names."""
@@ -96,6 +100,32 @@ class WeightStore(ABC):
     def compute_weight(self, name: str) -> Tensor:
         """The whole weight, shaped like the master, as the forward computes with it since the last update. Call it on every rank."""
 
+    @abstractmethod
+    def local_weights(self) -> Iterator[LocalWeight]:
+        """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective."""
+
+    def _local_weight(self, name: str, rows: Tensor, packed: Sequence[Tensor] | None = None) -> LocalWeight:
+        """Rows of one slot [n, K], or of all slots [S, n, K], with the codes and scales that the store has of them."""
+        slots = self._slots[name]
+        s2 = self.global_scale[slots]
+        master = rows.reshape(s2.numel(), -1, rows.shape[-1])
+        if packed is None:
+            # The operator itself, which takes a NaN: a report shows it before the run is stopped by it.
+            quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
+            of_slots = [quantize(part, scale, rule) for part, scale in zip(master, s2, strict=True)]
+            codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+        else:
+            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
+        return LocalWeight(
+            name=name,
+            slots=range(slots.start, slots.stop),
+            master=master,
+            codes=codes,
+            block_scales=scales.view(torch.float8_e4m3fn),
+            global_amax=self.global_amax[slots],
+            global_scale=s2,
+        )
+
     def _parameter(self, name: str) -> Tensor:
         module, leaf = self._holders[name]
         parameter = module._parameters[leaf]
@@ -133,10 +163,15 @@ class WeightStore(ABC):
 
 
 class ReplicatedWeightStore(WeightStore):
-    """The store of a model that every rank holds whole. `shown` are those who show its parameters, see `served`."""
+    """The store of a model that every rank holds whole. `shown` are the places that show its parameters, see `served`."""
 
     def __init__(
-        self, model: nn.Module, manifest: QuantManifest, shown: Mapping[str, Shown], *, compute_dtype: torch.dtype = SERVED_DTYPE
+        self,
+        model: nn.Module,
+        manifest: QuantManifest,
+        shown: Mapping[str, Sequence[Shown]],
+        *,
+        compute_dtype: torch.dtype = SERVED_DTYPE,
     ) -> None:
         super().__init__(model, manifest, compute_dtype=compute_dtype)
         self._shown = {name: shown[name] for name in manifest.names}
@@ -156,6 +191,16 @@ class ReplicatedWeightStore(WeightStore):
 
     def compute_weight(self, name: str) -> Tensor:
         return self._compute_weights[self._owners[name]]
+
+    @torch.no_grad()
+    def local_weights(self) -> Iterator[LocalWeight]:
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        # All ranks hold all masters, so each owns a part of their rows.
+        rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+        for name in self.names:
+            master = self.master(name)
+            own = own_rows(master.shape[-2], rank, num_ranks)
+            yield self._local_weight(name, master[..., own, :])
 
     def _is_replaced(self) -> bool:
         assert self._quantizer is not None
@@ -180,12 +225,9 @@ class ReplicatedWeightStore(WeightStore):
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized
-        for name, shown in self._shown.items():
-            leaf = name.rpartition(".")[2]
-            if quantized:
-                shown.compute_weights[leaf] = self._compute_weights[self._owners[name]]
-            else:
-                shown.compute_weights.pop(leaf, None)
+        for name, places in self._shown.items():
+            for place in places:
+                place.compute_weight = self._compute_weights[self._owners[name]] if quantized else None
 
 
 def _max_over_ranks(measured: Tensor) -> None:

@@ -21,8 +21,6 @@ from nvfp4_train.models.causal_lm import compute_logits
 from nvfp4_train.models.served_check import check_served
 from nvfp4_train.quant.policy import QuantConfig
 
-FIRST, SECOND = list(FAMILIES)[::2], list(FAMILIES)[1::2]
-
 
 def device() -> torch.device:
     return torch.device("cpu" if distributed.get_backend() == "gloo" else "cuda")
@@ -91,7 +89,7 @@ def differences_of(family: str) -> dict[str, Any]:
     sharded.store.update()
     found["compared, sharded"] = check_served(sharded.model, ids)
     with torch.enable_grad():
-        norm = sum(p.to_local().float().square().sum() for p in map(lambda g: g, gradients(sharded, ids).values()))
+        norm = sum(p.to_local().float().square().sum() for p in gradients(sharded, ids).values())
     found["sharded gradients are finite"] = bool(torch.as_tensor(norm).isfinite())
     return found
 

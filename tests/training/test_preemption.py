@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from running import assert_same, exit_codes, launch, load_checkpoint, metrics
 
 from nvfp4_train.callbacks.preemption import EXIT_CODE, INTERRUPTED_EXIT_CODE
@@ -98,7 +97,3 @@ def test_a_killed_run_continues_from_its_newest_whole_checkpoint(ranks: int, tra
     assert f"ckpt_path=auto: {newest} was cut short and is not used" in resumed.stdout
     assert f"ckpt_path=auto: {run_dir}/checkpoints/step-0000002.ckpt" in resumed.stdout
     assert_same_end(whole, run_dir)
-
-
-def test_lightning_has_the_agreement_that_ours_replaces() -> None:
-    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)

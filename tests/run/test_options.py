@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from nvfp4_train.options import check_options
+from nvfp4_train.run.options import check_options, check_trainer
 
 
 class Target:
@@ -40,3 +40,11 @@ def test_values_that_fit_are_accepted() -> None:
 def test_slips_are_refused_with_their_location(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_options(Target, options, "target")
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_devices_are_the_ranks_that_torchrun_started(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_trainer({"devices": 2, "num_nodes": 1})
+    with pytest.raises(ValueError, match=f"must be the 2 ranks that this run was started with, got {devices} times 1"):
+        check_trainer({"devices": devices, "num_nodes": 1})

@@ -1,4 +1,4 @@
-"""Checks options against the annotations of what they are handed to, before anything is built.
+"""Checks options before anything is built: against the annotations of what they are handed to, and against each other.
 
 A YAML file or a command line turns a slip of the keyboard into a string (`max_steps=1o0`, `enable_progress_bar=flase`), and Python
 takes it without a word until much later.
@@ -6,10 +6,63 @@ takes it without a word until much later.
 
 import difflib
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+
+from nvfp4_train.run.compose import target_class
+
+
+def check_targets(options: Any, where: str = "") -> None:
+    """Check every `_target_` of a config against the signature of its class. Raises ValueError with the location of a slip."""
+    if not isinstance(options, dict):
+        return
+    for name, value in options.items():
+        check_targets(value, f"{where}.{name}" if where else name)
+    if "_target_" in options:
+        # Nested targets are objects by the time the class sees them.
+        plain = {name: value for name, value in options.items() if name != "_target_" and not _is_target(value)}
+        target = target_class(options, where)
+        check_options(target, plain, where)
+        if target is WandbLogger:
+            import wandb
+
+            # It hands what it does not know to wandb.init.
+            own = inspect.signature(WandbLogger).parameters
+            check_options(wandb.init, {name: value for name, value in plain.items() if name not in own}, where)
+
+
+def check_trainer(options: dict[str, Any]) -> None:
+    """Raise ValueError for values that Lightning takes and that no run can use."""
+    for name, least in (("max_steps", 1), ("accumulate_grad_batches", 1), ("log_every_n_steps", 1), ("val_check_interval", 1)):
+        if name in options and options[name] < least:
+            raise ValueError(f"trainer.{name} must be at least {least}, got {options[name]}")
+    if (clip := options.get("gradient_clip_val")) is not None and clip < 0:
+        raise ValueError(f"trainer.gradient_clip_val must be at least 0, or null, got {clip}")
+    world_size, devices = os.environ.get("WORLD_SIZE"), options.get("devices")
+    if world_size and isinstance(devices, int) and devices * options.get("num_nodes", 1) != int(world_size):
+        raise ValueError(
+            f"trainer.devices times trainer.num_nodes must be the {world_size} ranks that this run was started with, got "
+            f"{devices} times {options.get('num_nodes', 1)}; see trainer=ddp"
+        )
+
+
+def check_parts(options: dict[str, Any]) -> None:
+    """Raise ValueError where a callback or logger is no object, or quantization has no callback to do it."""
+    for group in ("callbacks", "logger"):
+        for name, node in (options[group] or {}).items():
+            if node is not None and not _is_target(node):
+                raise ValueError(f"{group}.{name} must be null or have a _target_, got {node!r}")
+    if options["quant"].get("enabled") and not (options["callbacks"] or {}).get("fake_quant"):
+        raise ValueError("callbacks.fake_quant quantizes the weights and must not be null; to train without, choose quant=none")
+
+
+def _is_target(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
 def check_options(target: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
@@ -20,7 +73,7 @@ def check_options(target: Callable[..., Any], options: Mapping[str, Any], where:
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:
-        # Of a builtin, as datetime.timedelta, which refuses what it does not take.
+        # A builtin such as datetime.timedelta; it refuses what it does not take.
         return
     takes_any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name, value in options.items():

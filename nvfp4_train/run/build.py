@@ -1,0 +1,45 @@
+"""Builds what a run needs from its options."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+
+from nvfp4_train.data.module import TextDataModule
+from nvfp4_train.models.causal_lm import load_config
+from nvfp4_train.module import QATModule
+from nvfp4_train.run.compose import groups, make
+from nvfp4_train.run.options import check_parts, check_targets, check_trainer
+from nvfp4_train.run.resume import check_checkpoint, keep_earlier_metrics
+
+
+def build(options: dict[str, Any]) -> tuple[L.Trainer, QATModule, TextDataModule]:
+    """Check the options and build everything that a run needs. Raises ValueError for what the user can correct.
+
+    Every group but those of the data and the trainer is an argument of QATModule by the group's name.
+    """
+    check_targets(options)
+    check_trainer(options["trainer"])
+    check_parts(options)
+    check_checkpoint(options["ckpt_path"])
+    nodes = groups(options)
+    parts = {
+        group: {name: node for name, node in (nodes.pop(group) or {}).items() if node} for group in ("callbacks", "logger")
+    }
+    trainer_options = nodes.pop("trainer")
+
+    configs = {name: make(node, name) for name, node in nodes.items()}
+    data = TextDataModule(configs.pop("data"), seed=options["seed"], model_path=configs["model"].path)
+    hf_config = load_config(configs["model"])
+    data.check_model(hf_config.vocab_size, getattr(hf_config, "max_position_embeddings", None))
+    module = QATModule(**configs, seed=options["seed"])
+
+    callbacks = [make(node, f"callbacks.{name}") for name, node in parts["callbacks"].items()]
+    keep_earlier_metrics(Path(options["run_dir"]))
+    loggers = [make(node, f"logger.{name}") for name, node in parts["logger"].items()]
+    trainer = make(trainer_options, "trainer", callbacks=callbacks, logger=loggers)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(options)
+    return trainer, module, data

@@ -1,0 +1,53 @@
+"""What names a run: one run folder on all ranks, and one wandb run per folder."""
+
+import hashlib
+import os
+import re
+import time
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+
+def is_rank_zero() -> bool:
+    """By the environment of the process, before there is a process group."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def choose_run_id() -> str:
+    """What names the run folder, the same on every rank: RUN_ID, or the id that torchrun was given, or the time.
+
+    Raises ValueError where the ranks have no way to agree on one.
+    """
+    now = time.strftime("%Y%m%d-%H%M%S")
+    run_id = os.environ.get("RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID", "none"))
+    if run_id != "none":
+        return run_id
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return now
+    if not _has_agent_store():
+        raise ValueError("set RUN_ID to one value on all ranks: this launcher gives them none, and they share a run folder")
+    # "none" is the id of every run to which none was given.
+    return of_rank_zero("run_id", now)
+
+
+def of_rank_zero(name: str, value: str) -> str:
+    """The value of rank 0 on every rank that torchrun started; without torchrun, the rank's own."""
+    if not _has_agent_store():
+        return value
+    # torchrun's own store, which outlives a restart of the ranks.
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"nvfp4_train/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if is_rank_zero():
+        store.set(key, value)
+    return store.get(key).decode()
+
+
+def wandb_id(run_dir: str) -> str:
+    """A run that is started again in its folder continues its wandb run, and shares it with no other folder."""
+    path = Path(run_dir).resolve()
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _has_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

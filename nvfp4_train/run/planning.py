@@ -1,0 +1,58 @@
+"""The plan of a recipe under FSDP2: what launch/plan.py prints."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
+from nvfp4_train.run.compose import compose_options, make, target_class
+from nvfp4_train.run.options import check_targets, check_trainer
+from nvfp4_train.strategy import FullyShardedStrategy
+
+
+def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
+    """The table of a command line of launch/train.py on `world_size` GPUs. Raises ValueError for what the user can correct."""
+    options, written = compose_options(root, overrides)
+    check_targets(options)
+    check_strategy(written["trainer"])
+    check_devices(written["trainer"], world_size)
+    check_trainer(options["trainer"])
+    model, quant, data = (make(options[name], name) for name in ("model", "quant", "data"))
+    strategy = options["trainer"]["strategy"]
+    shape = RunShape(
+        world_size=world_size,
+        replicate_size=strategy.get("replicate_size", 1),
+        reshard_after_forward=strategy.get("reshard_after_forward", True),
+        micro_batches=options["trainer"]["accumulate_grad_batches"],
+        batch_size=data.batch_size,
+        seq_len=data.seq_len,
+        gradient_checkpointing=model.gradient_checkpointing,
+    )
+    meta = meta_model(model)
+    data.check_positions(getattr(meta.config, "max_position_embeddings", None))
+    return plan_table(make_plan(meta, quant, shape), shape)
+
+
+def check_strategy(trainer: dict[str, Any]) -> None:
+    """Raise ValueError for a trainer that does not shard as the plan counts, or whose number of replicas is not known here.
+
+    `trainer` are its options as they are written: torchrun gives a run what the environment of a plan lacks.
+    """
+    strategy: Any = trainer.get("strategy")
+    target = strategy.get("_target_") if isinstance(strategy, dict) else None
+    if target is None or not issubclass(target_class(strategy, "trainer.strategy"), FullyShardedStrategy):
+        raise ValueError(f"a plan is of trainer=fsdp2 or trainer=hsdp, got trainer.strategy {target or strategy!r}")
+    if "GROUP_WORLD_SIZE" in str(strategy.get("replicate_size")) and "GROUP_WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "set trainer.strategy.replicate_size=R, the number of nodes: a run takes it from torchrun, a plan cannot"
+        )
+
+
+def check_devices(trainer: dict[str, Any], world_size: int) -> None:
+    """Raise ValueError where the config itself says how many devices there are, and the plan is of another number."""
+    devices, num_nodes = trainer.get("devices"), trainer.get("num_nodes")
+    if isinstance(devices, int) and isinstance(num_nodes, int) and devices * num_nodes != world_size:
+        raise ValueError(
+            f"world_size must be trainer.devices times trainer.num_nodes, {devices} times {num_nodes}, got {world_size}"
+        )
