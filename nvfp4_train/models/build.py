@@ -12,7 +12,7 @@ from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_froze
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import served_dtypes
-from nvfp4_train.models.sharding import allocate, fsdp_units, shard_model
+from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, shard_model
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.served import served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -68,7 +68,13 @@ def make_trainable(
     kept = kept_in_fp32(model)
     sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
     units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
-    shown = show_served(model, list(dict.fromkeys(units)), kept=kept, compute_dtype=compute_dtype)
+    shown = show_served(
+        model,
+        list(dict.fromkeys(units)),
+        kept=kept,
+        gathered_as_served=gathered_as_served(sharded_units),
+        compute_dtype=compute_dtype,
+    )
     for layer in decoder_layers(model) if compile_layers else ():
         layer.compile()
     if mesh is None:

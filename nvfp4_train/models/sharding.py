@@ -1,6 +1,6 @@
 """Sharding of a causal LM over devices by FSDP2: fp32 masters, served values in the forward, fp32 reduction."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,19 @@ def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: t
     rest = [p for p in model.parameters() if id(p) not in gathered]
     units.append(FsdpUnit(modules=[model], in_fp32=computes_in_fp32 or is_tied or holds_kept(rest)))
     return units
+
+
+def gathered_as_served(units: Sequence[FsdpUnit]) -> set[nn.Module]:
+    """The modules whose parameters FSDP2 rounds to bf16 before it gathers them, so that nobody has to round them after that."""
+    tops = {module for unit in units for module in unit.modules}
+
+    def inside(module: nn.Module) -> Iterator[nn.Module]:
+        yield module
+        for child in module.children():
+            if child not in tops:
+                yield from inside(child)
+
+    return {module for unit in units if not unit.in_fp32 for top in unit.modules for module in inside(top)}
 
 
 def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:

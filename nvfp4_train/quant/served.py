@@ -10,7 +10,7 @@ computes in float32, with the same served values.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,55 +109,80 @@ def set_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
     object.__setattr__(module, "_parameters", parameters)
 
 
+class _ServedModule(NamedTuple):
+    """A module of a unit whose parameters are shown otherwise than they are held."""
+
+    module: nn.Module
+    path: tuple[str, ...]
+    """Names that lead to it from the unit."""
+    names: tuple[tuple[str, str | None], ...]
+    """Each parameter's name in the module, and in the unit; None instead of the latter where it is shown as it is held."""
+
+
 class _ServedUnit:
     """Mixin before the class of a unit.
 
     torch.compile checks what it has read in every call of a layer, so the unit holds in one place what it needs of its modules.
     """
 
-    served_modules: tuple[nn.Module, ...]
-    """Its modules that have parameters."""
-    served_paths: tuple[str, ...]
-    """Their names in the unit, with a dot behind."""
-    served_names: tuple[tuple[str, ...], ...]
-    """Names of the parameters of each."""
-    served_in_fp32: frozenset[str]
-    """Names in the unit of its parameters that are served in fp32."""
+    served_modules: tuple[_ServedModule, ...]
     compute_weights: dict[str, Tensor]
     """Served values that the store refreshes once per optimizer step, by name in the unit."""
     compute_dtype: torch.dtype
+    modules_with_parameters: tuple[nn.Module, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # What is compiled finds its modules where the forward does, and checks each of them once.
-        modules = self._find_modules() if torch.compiler.is_compiling() else self.served_modules
+        if not self.served_modules:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        modules = self._modules_to_serve()
         masters = [module._parameters for module in modules]
+        weights, dtype = self.compute_weights, self.compute_dtype
         try:
-            for module, path, names, held in zip(modules, self.served_paths, self.served_names, masters, strict=True):
+            for module, (_, _, names), held in zip(modules, self.served_modules, masters, strict=True):
                 if isinstance(module, _ServedEmbedding):
-                    set_parameters(module, _ServedWhenRead(held, self.compute_dtype))
-                else:
-                    set_parameters(module, {name: self.served(path + name, held[name]) for name in names})
+                    set_parameters(module, _ServedWhenRead(held, dtype))
+                    continue
+                shown: dict[str, Any] = {}
+                for name, key in names:
+                    parameter = held[name]
+                    if key is None:
+                        shown[name] = parameter
+                    elif key in weights:
+                        shown[name] = _StraightThrough.apply(parameter, weights[key])
+                    else:
+                        shown[name] = to_served(parameter, dtype)
+                set_parameters(module, shown)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             for module, held in zip(modules, masters, strict=True):
                 set_parameters(module, held)
 
-    def served(self, name: str, parameter: Tensor | None) -> Tensor | None:
-        """What a reader of a parameter sees. One that FSDP2 has gathered in the dtype of the computation is served already."""
-        if parameter is None or name in self.served_in_fp32 or not parameter.is_floating_point():
-            return parameter
-        if name in self.compute_weights:
-            return _StraightThrough.apply(parameter, self.compute_weights[name])
-        return to_served(parameter, self.compute_dtype)
-
-    def _find_modules(self) -> list[nn.Module]:
+    def _modules_to_serve(self) -> list[Any]:
+        if not torch.compiler.is_compiling():
+            return [served.module for served in self.served_modules]
+        # What is compiled finds its modules where the forward does, and checks each of them once.
         modules = []
-        for path in self.served_paths:
+        for _, path, _ in self.served_modules:
             module: Any = self
-            for name in path.split(".")[:-1]:
+            for name in path:
                 module = module._modules[name]
             modules.append(module)
         return modules
+
+    def served(self) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
+        """What is shown now, by module and by name there; of a sharded unit while it is unsharded."""
+        names = {served.module: dict(served.names) for served in self.served_modules}
+        found = []
+        for module in self.modules_with_parameters:
+            shown: dict[str, Tensor | None] = {}
+            for name, parameter in module._parameters.items():
+                key = names.get(module, {}).get(name)
+                if parameter is None or key is None:
+                    shown[name] = parameter
+                else:
+                    shown[name] = self.compute_weights.get(key, to_served(parameter, self.compute_dtype))
+            found.append((module, shown))
+        return found
 
 
 def served_units(model: nn.Module) -> list[nn.Module]:
@@ -174,11 +199,17 @@ def served_units(model: nn.Module) -> list[nn.Module]:
 
 
 def show_served(
-    model: nn.Module, units: Sequence[nn.Module] = (), *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
+    model: nn.Module,
+    units: Sequence[nn.Module] = (),
+    *,
+    kept: Collection[str] = (),
+    gathered_as_served: Collection[nn.Module] = (),
+    compute_dtype: torch.dtype = SERVED_DTYPE,
 ) -> dict[str, list[Shown]]:
     """Let the forwards of a model and of its `units` compute with served values, in place.
 
-    `kept` are names of parameters that are served in fp32. Units may lie within one another; a module belongs to the innermost.
+    `kept` are names of parameters that are served in fp32; of the modules `gathered_as_served`, FSDP2 gathers served values. Units
+    may lie within one another; a module belongs to the innermost.
     Returns the places that show a parameter, by every name of it (`named_parameters(remove_duplicate=False)`).
     """
     names: dict[nn.Module, list[str]] = {}
@@ -186,66 +217,65 @@ def show_served(
         names.setdefault(module, []).append(f"{prefix}." if prefix else "")
     shown: dict[str, list[Shown]] = {}
     for unit in (model, *units):
-        paths, modules, in_fp32 = [], [], []
         weights: dict[str, Tensor] = {}
+        modules, served = [], []
         for path, module in _modules_of(unit, units):
-            leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
-            if not leaves:
-                continue
-            paths.append(path)
-            modules.append(module)
-            for leaf in leaves:
+            leaves: list[tuple[str, str | None]] = []
+            for leaf, parameter in module._parameters.items():
                 known_as = [prefix + leaf for prefix in names[module]]
-                if any(name in kept for name in known_as):
-                    in_fp32.append(path + leaf)
-                for name in known_as:
-                    shown.setdefault(name, []).append(Shown(weights, path + leaf))
-            if (
-                type(module) is nn.Embedding
-                and module.max_norm is None
-                and unit in (model, module)
-                and path + "weight" not in in_fp32
-            ):
+                is_shown_as_held = (
+                    parameter is None or not parameter.is_floating_point() or any(name in kept for name in known_as)
+                )
+                key = f"{path}.{leaf}".removeprefix(".")
+                leaves.append((leaf, None if is_shown_as_held else key))
+                for name in known_as if parameter is not None else ():
+                    shown.setdefault(name, []).append(Shown(weights, key))
+            if all(parameter is None for parameter in module._parameters.values()):
+                continue
+            modules.append(module)
+            if module in gathered_as_served or all(key is None for _, key in leaves):
+                continue
+            served.append(_ServedModule(module, tuple(path.split(".")) if path else (), tuple(leaves)))
+            if type(module) is nn.Embedding and module.max_norm is None and unit in (model, module):
                 module.__class__ = _ServedEmbedding
                 module.compute_dtype = compute_dtype  # type: ignore[assignment]
         # An embedding that is a unit by itself rounds what it looks up, and nobody else reads it.
         if not isinstance(unit, _ServedEmbedding):
             _mix_in(unit)
-            unit.served_paths, unit.served_modules = tuple(paths), tuple(modules)  # type: ignore[assignment]
-            unit.served_names = tuple(tuple(module._parameters) for module in modules)  # type: ignore[assignment]
-            unit.served_in_fp32, unit.compute_weights = frozenset(in_fp32), weights  # type: ignore[assignment]
-            unit.compute_dtype = compute_dtype  # type: ignore[assignment]
+            unit.served_modules, unit.modules_with_parameters = tuple(served), tuple(modules)  # type: ignore[assignment]
+            unit.compute_weights, unit.compute_dtype = weights, compute_dtype  # type: ignore[assignment]
     return shown
 
 
 def units_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every unit of a model to which `show_served` has been applied, the root first."""
-    units: list[tuple[str, nn.Module]] = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedUnit)]
-    inside = {module for _, unit in units for module in modules_of_unit(unit)}
-    alone = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedEmbedding) and m not in inside]
-    return units + alone
+    units: list[tuple[str, nn.Module]] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, _ServedUnit):
+            units.append((name, module))  # type: ignore[arg-type]
+            inside.update(module.modules_with_parameters)
+    embeddings = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedEmbedding) and m not in inside]
+    return [*units, *embeddings]
 
 
 def modules_of_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
     """The modules of a unit that have parameters."""
-    return unit.served_modules if isinstance(unit, _ServedUnit) else (unit,)
+    return unit.modules_with_parameters if isinstance(unit, _ServedUnit) else (unit,)
 
 
 def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
     """What a unit shows now, by module and by name there; outside of its forward, and of a sharded one while it is unsharded."""
-    if not isinstance(unit, _ServedUnit):
-        return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
-    return [
-        (module, {name: unit.served(path + name, p) for name, p in module._parameters.items()})
-        for path, module in zip(unit.served_paths, unit.served_modules, strict=True)
-    ]
+    if isinstance(unit, _ServedUnit):
+        return unit.served()
+    return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
 
 
 def _modules_of(unit: nn.Module, units: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules of a unit, itself first, without those of other units inside it, by their names there with a dot behind."""
+    """The modules of a unit by name there, itself first, without those of other units inside it."""
     inside = set(unit.modules()) & set(units) - {unit}
     skipped = {module for other in inside for module in other.modules()}
-    return [(f"{path}." if path else "", module) for path, module in unit.named_modules() if module not in skipped]
+    return [(path, module) for path, module in unit.named_modules() if module not in skipped]
 
 
 _classes: dict[type, type] = {}

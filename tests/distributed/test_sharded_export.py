@@ -19,7 +19,6 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import AutoConfig, AutoModelForCausalLM
 from whole import whole_tensors
 
 from nvfp4_train.callbacks.export import first_rank_awaited
