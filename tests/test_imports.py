@@ -88,6 +88,7 @@ def test_triton_is_imported_by_triton_files_only() -> None:
     assert {Path(name).name for name in users("triton")} == {
         "triton_arithmetic.py",
         "triton_kernels.py",
+        "triton_scales.py",
         "multi_tensor_kernels.py",
     }
 

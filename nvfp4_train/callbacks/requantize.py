@@ -9,7 +9,7 @@ from nvfp4_train.metrics import VAL_LOSS_MASTER, VAL_LOSS_MASTER_AT_SWITCH, VAL_
 from nvfp4_train.module import QATModule
 
 
-class FakeQuant(Callback):
+class Requantize(Callback):
     """Owns the moment of quantization.
 
     At the switch it reports the validation loss of the masters and of the quantized weights (that is PTQ), at the end of training
