@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference, triton_arithmetic
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, BF16, torch.float16)
+RULES = ScaleRule(global_scale="exact"), MAX_RULE
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -106,7 +108,7 @@ class RandomInput:
         is_pow2 = bool(self.integers(0, 2, 1))
         if self.integers(0, 2, 1):
             kind = "of the largest amax"
-            s2 = reference.global_scale(reference.block_amax(x).amax(), is_pow2)
+            s2 = reference.global_scale(reference.block_amax(x).amax(), RULES[is_pow2])
         else:
             kind = "of its own"
             mantissa = 1.0 if is_pow2 else 1 + int(self.integers(1, 2**23, 1)) / 2**23
@@ -130,7 +132,7 @@ def check_random(num_elements: float = 1e9, chunk: int = 2**22, device: str = "c
             check_static_ops(ops, x, amax * factor, amax.amax() * factor, index % 2 == 0, f"{what}, amax times {factor}")
         is_subnormal = x.abs().float() < torch.finfo(x.dtype).smallest_normal
         num_subnormal += (is_subnormal & (reference.unpack(packed) & 7 > 0)).sum()
-        num_subnormal_sixths += ((amax < 6 * 2.0**-126) & (scales.float().flatten() > 2.0**-9).view_as(amax)).sum()
+        num_subnormal_sixths += ((amax < 6 * 2.0**-126) & (scales.float().flatten() > reference.E4M3_MIN).view_as(amax)).sum()
         value = float(s2)
         if 2.0**-60 < value < 2.0**60 and value.hex().startswith("0x1.0000000000000p"):
             branches["a power of two amid the range"] += 1
@@ -157,7 +159,7 @@ def check_subnormal_sixths(num_significands: int = 64, device: str = "cuda", ops
             units = (midpoints * s2.double() * 6 / 2.0**-149).round().unsqueeze(-1) + torch.arange(-64, 65, device=device)
             amax = (units[units < 2**26] * 2.0**-149).float().unsqueeze(-1)
             x = torch.nn.functional.pad(amax, (3, 12))
-            expected = reference.block_scales(amax, s2).to(torch.float8_e4m3fn)
+            expected = reference.block_scales(x, s2).to(torch.float8_e4m3fn)
             assert_same(ops.quantize(x, s2)[1], expected, f"scales of subnormal amax / 6 under s2 {float(s2)}")
             count += amax.numel()
     return f"{count:.1e} scales next to a tie of E4M3 with amax / 6 subnormal or little above"
@@ -174,7 +176,7 @@ def check_every_bf16(
     values = values[values.isfinite()]
     # Neighbours in magnitude share a block, whose last element gives the block its scale where the others are smaller.
     values = values[values.abs().argsort(stable=True)][::stride].view(-1, 15)
-    bytes_of_scales = torch.arange(1, 127, dtype=torch.uint8, device=device)
+    bytes_of_scales = torch.arange(8, 127, dtype=torch.uint8, device=device)
     tops = 6 * bytes_of_scales.view(torch.float8_e4m3fn).float()
     for s2 in scales:
         s2_on_device = torch.tensor(s2, device=device)
@@ -267,7 +269,7 @@ def check_scales(quantizer: multi_tensor.MultiTensorQuantizer) -> None:
         for expert, piece in enumerate(master if master.dim() == 3 else [master]):
             amax[first_slot + expert].clamp_(min=piece.abs().max())
     assert_same(quantizer.global_amax, amax, "global amax of the whole-model pass")
-    assert_same(quantizer.global_scales, reference.global_scale(amax, quantizer.power_of_two), "s2 of the whole-model pass")
+    assert_same(quantizer.global_scales, reference.global_scale(amax, quantizer.rule), "s2 of the whole-model pass")
 
 
 def _check_whole_model(dtype: torch.dtype, is_pow2: bool, device: str, quantizer_class) -> None:
@@ -279,7 +281,7 @@ def _check_whole_model(dtype: torch.dtype, is_pow2: bool, device: str, quantizer
     scales = [master.new_empty((*master.shape[:-1], master.shape[-1] // 16), dtype=torch.float8_e4m3fn) for master in masters]
     slots = multi_tensor.slots_of_groups(masters, [0, 0, 1, 2])
     for outputs in ({"decoded": decoded}, {"packed": packed, "scales": scales, "decoded": decoded}):
-        quantizer = quantizer_class(masters, *slots, power_of_two=is_pow2, **outputs)
+        quantizer = quantizer_class(masters, *slots, rule=RULES[is_pow2], **outputs)
         for factor in (1.0, 1.0, 8.0, 2.0**-6):
             masters[1].mul_(factor)
             quantizer.step()

@@ -32,6 +32,7 @@ from nvfp4_train.kernels.fp4_kernel import (
     nvfp4_quantize,
     static_blockwise_fp4_fake_quant,
 )
+from nvfp4_train.kernels.scale_rules import ScaleRule
 
 BF16 = torch.bfloat16
 L2_BYTES = 128 * 2**20
@@ -127,7 +128,7 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
     xs = [torch.randn(shape, device="cuda", dtype=BF16) * 0.02 for _ in range(num_sets)]
     masters = [torch.randn(shape, device="cuda") * 0.02 for _ in range(num_sets)]
     block_amax, global_amax = nvfp4_amax(xs[0])
-    pow2, exact = (nvfp4_global_scale(global_amax, is_pow2) for is_pow2 in (True, False))
+    pow2, exact = (nvfp4_global_scale(global_amax, ScaleRule(global_scale=name)) for name in ("pow2", "exact"))
     packed = [nvfp4_quantize(x, pow2) for x in xs]
     amaxes = [block_amax.clone() for _ in xs]
     rows: list[tuple[str, float, float | None, Callable, tuple]] = [

@@ -28,15 +28,18 @@ import torch
 import triton
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model, parameters_on_meta
-from nvfp4_train.models.sharding import shard_model
+from nvfp4_train.losses.next_token import next_token_loss
+from nvfp4_train.models.build import make_trainable
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model
+from nvfp4_train.models.quirks import parameters_on_meta
 from nvfp4_train.optim import OptimConfig, build_optimizer
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
-from nvfp4_train.quant.policy import QuantConfig, Selection, select
+from nvfp4_train.quant import fsdp2_internals, sharded
+from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
 CASES = {
@@ -47,29 +50,32 @@ CASES = {
     "tiny": ("tiny", 1, 128, False),
 }
 MICRO_BATCHES = 2
-SIDES = ("off", "packed", "bf16")
+SIDES = ("off", "packed", "documented", "bf16")
+"""`documented` is packed through FSDP2's documented all-gather, as in a version of PyTorch whose internals are not known."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_model(name: str) -> tuple[PreTrainedModel, Selection]:
+def build_model(name: str) -> tuple[PreTrainedModel, QuantManifest]:
     """A sharded model with random weights; no rank ever holds all of it."""
     with parameters_on_meta():
         model = load_model(ModelConfig(config=random_models.config_of(name)))
-    selection = select(model, QuantConfig())
-    quantize_linears(model, [name for group in selection.groups for name in group])
-    compute_in_served_dtype(model)
-    shard_model(model, init_device_mesh(DEVICE, (distributed.get_world_size(),)))
-    random_models.fill(model, DEVICE, seed=distributed.get_rank())
-    return model, selection
+    mesh = init_device_mesh(DEVICE, (distributed.get_world_size(),))
+
+    def fill() -> None:
+        random_models.fill(model, DEVICE, seed=distributed.get_rank())
+
+    made = make_trainable(model, QuantConfig(), compute_dtype=torch.bfloat16, mesh=mesh, fill=fill)
+    return model, made.store.manifest
 
 
 class Side:
     """One way to compute with the weights of a model that all sides share."""
 
-    def __init__(self, name: str, model: PreTrainedModel, selection: Selection) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, manifest: QuantManifest) -> None:
         self.name = name
         self.store: ShardedWeightStore | None = None
-        self._make = lambda: ShardedWeightStore(model, selection.groups, power_of_two=True, gather=name)
+        self._groups = [fsdp2_internals.param_group(module) for module in model.modules() if isinstance(module, FSDPModule)]
+        self._make = lambda: ShardedWeightStore(model, manifest, gather="bf16" if name == "bf16" else "packed")
 
     @contextlib.contextmanager
     def turn(self):
@@ -77,11 +83,19 @@ class Side:
         if self.name == "off":
             yield
             return
-        self.store = self._make()
+        comms = [group._all_gather_comm for group in self._groups if group is not None]
+        knows_internals = sharded.knows_internals
+        sharded.knows_internals = lambda: self.name != "documented"
+        try:
+            self.store = self._make()
+        finally:
+            sharded.knows_internals = knows_internals
         self.store.update()
         yield
         self.store._use(False)
         self.store = None
+        for group, comm in zip((group for group in self._groups if group is not None), comms, strict=True):
+            group._all_gather_comm = comm
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, side: Side, input_ids: torch.Tensor) -> None:
@@ -141,7 +155,7 @@ def slowest(values: list[float]) -> list[float]:
 
 def measure(case: str, steps: int, rounds: int, show_profile: bool) -> None:
     name, batch, tokens, checkpointed = CASES[case]
-    model, selection = build_model(name)
+    model, manifest = build_model(name)
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=10_000)
@@ -153,7 +167,7 @@ def measure(case: str, steps: int, rounds: int, show_profile: bool) -> None:
     tables: dict[str, str] = {}
     for round_number in range(rounds):
         first = round_number % len(SIDES)
-        for side in (Side(side_name, model, selection) for side_name in SIDES[first:] + SIDES[:first]):
+        for side in (Side(side_name, model, manifest) for side_name in SIDES[first:] + SIDES[:first]):
             with side.turn():
                 run = lambda side=side: step(model, optimizer, side, input_ids)  # noqa: E731
                 for _ in range(4 if round_number == 0 else 2):
@@ -177,12 +191,12 @@ def measure(case: str, steps: int, rounds: int, show_profile: bool) -> None:
                             averages.table(sort_by=key, row_limit=22, max_name_column_width=70)
                             for key in ("self_cuda_time_total", "self_cpu_time_total")
                         )
-    report(case, selection, times, hosts, memory, traffic, tables)
+    report(case, manifest, times, hosts, memory, traffic, tables)
 
 
 def report(
     case: str,
-    selection: Selection,
+    manifest: QuantManifest,
     times: dict[str, list[float]],
     hosts: dict[str, list[float]],
     memory: dict[str, float],
@@ -199,12 +213,14 @@ def report(
         rows[side] = (step_ms, host_ms, peak, sum(size * count for size, count in traffic[side].items()), layer)
     if distributed.get_rank() != 0:
         return
-    print(f"\n{case}, {sum(len(group) for group in selection.groups)} quantized linears")
-    print(f"{'side':<8}{'ms':>9}{'/off':>7}{'host ms':>9}{'GiB':>8}{'gathered MB':>13}{'/off':>7}{'a layer MB':>12}{'/off':>7}")
+    print(f"\n{case}, {len(manifest.names)} quantized linears")
+    print(
+        f"{'side':<12}{'ms':>9}{'/off':>7}{'host ms':>9}{'GiB':>8}{'gathered MB':>13}{'/off':>7}{'a layer MB':>12}{'/off':>7}"
+    )
     off = rows["off"]
     for side, (ms, host, peak, total, layer) in rows.items():
         print(
-            f"{side:<8}{ms:>9.1f}{ms / off[0]:>7.3f}{host:>9.1f}{peak:>8.2f}{total / 1e6:>13.1f}{total / (off[3] or 1):>7.3f}"
+            f"{side:<12}{ms:>9.1f}{ms / off[0]:>7.3f}{host:>9.1f}{peak:>8.2f}{total / 1e6:>13.1f}{total / (off[3] or 1):>7.3f}"
             f"{layer / 1e6:>12.2f}{layer / (off[4] or 1):>7.3f}",
             flush=True,
         )

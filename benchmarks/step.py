@@ -25,8 +25,10 @@ import triton
 from torch import nn
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_fake_quant
-from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model, parameters_on_meta
+from nvfp4_train.losses.next_token import next_token_loss
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model
+from nvfp4_train.models.quirks import parameters_on_meta
+from nvfp4_train.models.served_check import check_served
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.policy import QuantConfig
@@ -40,7 +42,8 @@ class Run:
 
     def __init__(self, name: str, *, quantized: bool, compiled: bool) -> None:
         config = random_models.config_of(name)
-        self.module = QATModule(model=ModelConfig(config=config, compile=compiled), quant=QuantConfig(), optim=OptimConfig())
+        model = ModelConfig(config=config, compile=compiled, compute_dtype="bfloat16")
+        self.module = QATModule(model=model, quant=QuantConfig(), optim=OptimConfig())
         with parameters_on_meta():
             self.module.configure_model()
         self.store = self.module.store if quantized else None
@@ -57,12 +60,12 @@ class Run:
     def check(self) -> None:
         """The forward computes with the quantized weights, or with none of them."""
         assert self.module.store is not None
-        for name, linear, group in self.module.store.items():
-            if self.store is None:
-                assert linear.compute_weight is None, name
-            else:
-                expected = nvfp4_fake_quant(linear.weight, self.store.global_scale[group], torch.bfloat16)
-                assert torch.equal(linear.compute_weight, expected), name
+        store, parameters = self.module.store, dict(self.model.named_parameters())
+        assert store.is_enabled == (self.store is not None)
+        for name in store.names if store.is_enabled else ():
+            expected = nvfp4_fake_quant(parameters[name].detach(), store.global_scale[store.slots(name)], torch.bfloat16)
+            assert torch.equal(store.compute_weight(name), expected), name
+        check_served(self.model, self.input_ids[:1, :64])
 
     def loss(self) -> torch.Tensor:
         return next_token_loss(compute_logits(self.model, self.input_ids), self.input_ids)

@@ -9,8 +9,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nvfp4_train.export import export_compressed_tensors
+from nvfp4_train.export import export_model
 from nvfp4_train.export.checkpoint import load_checkpoint
+from nvfp4_train.export.folder import check_target
+from nvfp4_train.export.masters import FromMasters
+from nvfp4_train.export.registry import known_formats
+from nvfp4_train.export.writer import MAX_SHARD_BYTES
 
 
 def main() -> None:
@@ -18,24 +22,25 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file that training wrote, or the folder of a sharded run")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is verified")
+    parser.add_argument("--format", choices=known_formats(), default="compressed_tensors", help="default: compressed_tensors")
     parser.add_argument(
-        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="split larger weights (default: 5 GB)"
+        "--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="split larger weights (default: 5 GB)"
     )
     parser.add_argument(
         "--tokenizer", metavar="DIR_OR_NAME", help="default: the folder tokenizer/ beside the checkpoint, if there is one"
     )
     args = parser.parse_args()
     try:
+        # Before the weights are read, which may take long.
+        check_target(args.out, args.overwrite)
         checkpoint = load_checkpoint(args.checkpoint)
         tokenizer = args.tokenizer or checkpoint.tokenizer
-        report = export_compressed_tensors(
+        report = export_model(
             args.out,
-            weights=checkpoint.weights,
-            groups=checkpoint.groups,
-            config=checkpoint.config,
+            FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config),
+            format=args.format,
             tokenizer=AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None,
             generation_config=checkpoint.generation_config,
-            power_of_two=checkpoint.power_of_two,
             max_shard_bytes=args.max_shard_bytes,
             overwrite=args.overwrite,
         )

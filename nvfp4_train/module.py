@@ -17,19 +17,17 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.checkpoints import check_same_weights, shapes
-from nvfp4_train.losses import next_token_loss
-from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_model
-from nvfp4_train.models.folder import open_folder
-from nvfp4_train.models.sharding import allocate, shard_model
+from nvfp4_train.losses.base import Batch, Loss
+from nvfp4_train.losses.next_token import NextTokenLoss
+from nvfp4_train.models.build import build_model, frozen_builder
+from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
 from nvfp4_train.optim import OptimConfig, build_optimizer
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
-from nvfp4_train.quant.policy import QuantConfig, Selection, select
-from nvfp4_train.quant.sharded import ShardedWeightStore
+from nvfp4_train.quant.policy import QuantConfig, Selection
 from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
 
 SHARDING_STRATEGIES = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
-"""Of Lightning. Under them a module that does not shard itself as they expect trains every rank by itself."""
+"""Strategies of Lightning under which a module that does not shard itself as they expect trains every rank by itself."""
 
 
 class TrainClock:
@@ -55,17 +53,22 @@ class TrainClock:
 
 
 class QATModule(L.LightningModule):
-    """Batches are {"input_ids": int64 [B, T]}; the loss is the mean cross-entropy of the next token in nats."""
+    """Batches are {"input_ids": int64 [B, T], ...}. `loss` is what training minimizes, by default the next token's cross-entropy."""
 
-    def __init__(self, *, model: ModelConfig, quant: QuantConfig, optim: OptimConfig, seed: int = 0) -> None:
+    def __init__(
+        self, *, model: ModelConfig, quant: QuantConfig, optim: OptimConfig, loss: Loss | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         self.model_config = model
         self.quant_config = quant
         self.optim_config = optim
+        self.loss = loss or NextTokenLoss()
         self.seed = seed
         self.model: PreTrainedModel | None = None
         self.selection: Selection | None = None
         self.store: WeightStore | None = None
+        self.compute_dtype = torch.bfloat16
+        self.compute_dtype_reason = ""
         self.clock = TrainClock()
         self.has_started = False
         """Whether training has begun: what raises before is the user's to correct."""
@@ -76,8 +79,14 @@ class QATModule(L.LightningModule):
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
             raise ValueError(
-                f"trainer.precision must be 32-true or bf16-mixed, got {precision}: masters are fp32, the model computes in bf16, "
-                "and neither needs a loss scale"
+                f"trainer.precision must be 32-true or bf16-mixed, got {precision}: masters are fp32, the model computes as "
+                "model.compute_dtype says, and neither needs a loss scale"
+            )
+        dtype, reason = choose_compute_dtype(self.model_config.compute_dtype, self.trainer.strategy.root_device)
+        if dtype is torch.float32 and precision == "bf16-mixed":
+            raise ValueError(
+                f"trainer.precision must be 32-true where the model computes in float32, got bf16-mixed; {reason}: set "
+                "trainer.precision=32-true, or model.compute_dtype=bfloat16"
             )
 
     def on_train_start(self) -> None:
@@ -88,34 +97,22 @@ class QATModule(L.LightningModule):
         if self.model is not None:
             return
         strategy = None if self._trainer is None else self._trainer.strategy
-        is_sharded = isinstance(strategy, FullyShardedStrategy)
-        if isinstance(strategy, SHARDING_STRATEGIES) and not is_sharded:
+        if isinstance(strategy, SHARDING_STRATEGIES) and not isinstance(strategy, FullyShardedStrategy):
             raise ValueError(
                 "trainer.strategy must be nvfp4_train.strategy.FullyShardedStrategy to shard a model (trainer=fsdp2 or hsdp), "
                 f"got {type(strategy).__name__}"
             )
-        # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
-        opened = open_folder(self.model_config) if is_sharded else None
-        model = load_model(self.model_config) if opened is None else opened[0]
-        self.selection = select(model, self.quant_config)
-        quantize_linears(model, [name for group in self.selection.groups for name in group])
-        compute_in_served_dtype(model)
-        if self.model_config.compile:
-            for layer in decoder_layers(model):
-                layer.compile()
-        groups, power_of_two = self.selection.groups, self.quant_config.power_of_two
+        device = self.device if strategy is None else strategy.root_device
+        self.compute_dtype, self.compute_dtype_reason = choose_compute_dtype(self.model_config.compute_dtype, device)
+        sharding: dict[str, Any] = {}
         if isinstance(strategy, FullyShardedStrategy):
-            shard_model(model, strategy.shard_mesh, reshard_after_forward=strategy.reshard_after_forward)
-            if opened is not None:
-                allocate(model, strategy.root_device)
-                opened[1].read_into(model)
-            self.store = ShardedWeightStore(model, groups, power_of_two=power_of_two, gather=self.quant_config.gather)
-        else:
-            self.store = WeightStore(model, groups, power_of_two=power_of_two)
-        self.model = model
+            sharding = {"mesh": strategy.shard_mesh, "reshard_after_forward": strategy.reshard_after_forward}
+        built = build_model(self.model_config, self.quant_config, device, compute_dtype=self.compute_dtype, **sharding)
+        self.loss.prepare(frozen_builder(self.model_config, device, sharding.get("mesh")))
+        self.model, self.selection, self.store = built.model, built.selection, built.store
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits [B, T, V] in bf16 of token ids [B, T]."""
+        """Logits [B, T, V], in the dtype of the computation, of token ids [B, T]."""
         assert self.model is not None, "configure_model has not run"
         return compute_logits(self.model, input_ids)
 
@@ -128,29 +125,37 @@ class QATModule(L.LightningModule):
             is_last = micro_batch + 1 == self.trainer.accumulate_grad_batches or self.trainer.is_last_batch
             self.model.set_requires_gradient_sync(is_last)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = next_token_loss(self(batch["input_ids"]), batch["input_ids"])
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._loss(batch, "train")
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        input_ids = batch["input_ids"]
-        loss = next_token_loss(self(input_ids), input_ids)
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(input_ids))
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        loss = self._loss(batch, "val")
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+
+    def _loss(self, batch: Batch, stage: str) -> Tensor:
+        assert self.model is not None, "configure_model has not run"
+        loss, metrics = self.loss(self.model, batch)
+        for name, value in metrics.items():
+            self.log(f"{stage}/{name}", value, sync_dist=stage == "val", batch_size=len(batch["input_ids"]))
+        return loss
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[dict[str, Tensor]]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss over batches in the current state of the weights, over all ranks; the clock stands still meanwhile."""
         with self.clock.paused():
+            assert self.model is not None
             was_training = self.training
             self.eval()
             total = torch.zeros(2, dtype=torch.float64, device=self.device)
             for batch in batches:
-                input_ids = batch["input_ids"].to(self.device)
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 with self.trainer.precision_plugin.forward_context():
-                    loss = next_token_loss(self(input_ids), input_ids)
-                total += torch.stack((loss.double() * len(input_ids), total.new_tensor(len(input_ids))))
+                    loss, _ = self.loss(self.model, batch)
+                num_sequences = len(batch["input_ids"])
+                total += torch.stack((loss.double() * num_sequences, total.new_tensor(num_sequences)))
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(total)
             self.train(was_training)
@@ -198,7 +203,6 @@ class QATModule(L.LightningModule):
             "export": {
                 "config": self.model.config.to_dict(),
                 "generation_config": None if generation_config is None else generation_config.to_dict(),
-                "groups": [list(group) for group in self.selection.groups],
-                "global_scale": self.quant_config.global_scale,
+                "manifest": self.selection.manifest.to_dict(),
             }
         }

@@ -8,13 +8,15 @@ in no layer and no embedding. The peak is within 2 % of what two GPUs measured (
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_config
+from nvfp4_train.models.build import kept_in_fp32
+from nvfp4_train.models.causal_lm import ModelConfig, load_config
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.policy import QuantConfig, select
 
 PACKED_BYTES = 0.5625
@@ -82,27 +84,24 @@ class Plan:
 
 
 class _Unit:
-    """Parameters that FSDP2 gathers together."""
+    """The sizes of what FSDP2 gathers together."""
 
     def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        quantized: set[int],
-        shard_size: int,
-        *,
-        quantized_bytes: float = PACKED_BYTES,
-        served_bytes: int = 2,
+        self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float
     ) -> None:
+        """Parameters in `gathered`, by id, are those of other units; this one adds its own."""
+        parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
+        gathered |= parameters.keys()
         self.quantized_bytes = quantized_bytes
-        """Of a quantized element, gathered."""
-        self.served_bytes = served_bytes
-        """Of an element that is not quantized, gathered."""
-        self.elements = sum(p.numel() for p in parameters)
-        shards = [(p, -(-p.shape[0] // shard_size) * p[0].numel()) for p in parameters]
+        """Bytes of a quantized element, gathered."""
+        self.served_bytes = 4 if unit.in_fp32 else 2
+        """Bytes of an element that is not quantized, gathered."""
+        self.elements = sum(p.numel() for p in parameters.values())
+        shards = [(p, -(-p.shape[0] // shard_size) * p[0].numel()) for p in parameters.values()]
         self.shard = sum(size for _, size in shards)
         """Elements of this rank, padded."""
         self.quantized_shard = sum(size for p, size in shards if id(p) in quantized)
-        self.unsharded = served_bytes * self.shard * shard_size
+        self.unsharded = self.served_bytes * self.shard * shard_size
         """Bytes of the gathered unit."""
 
     def sent(self, packed: bool) -> float:
@@ -145,14 +144,6 @@ def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module) -> int:
     return num_bytes + config.num_experts_per_tok * (4 * hidden + 8 * width + 44) + 4 * num_experts
 
 
-def _weight(model: nn.Module, name: str) -> nn.Parameter:
-    """Of a quantized module, or a quantized parameter that is in no module of its own."""
-    *_, last = name.split(".")
-    parent = model.get_submodule(name.removesuffix(last).removesuffix("."))
-    found = getattr(parent, last)
-    return found if isinstance(found, nn.Parameter) else found.weight
-
-
 NOTES = """\
 N elements of the model; n of this GPU's shards, rows padded to a multiple of W; q of those quantized; V words; h hidden size
 A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a layer in eager bf16 with flash attention: two
@@ -167,20 +158,19 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
     """Count everything. `model` may lie on the meta device."""
-    config, layers, width = model.config, decoder_layers(model), shape.shard_size
-    groups = select(model, quant).groups if quant.enabled else ()
+    config, width = model.config, shape.shard_size
+    names = select(model, quant, HubLayout(config)).manifest.names if quant.enabled else []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    quantized = {id(parameters[name]) for name in names}
     quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0
-    quantized = {id(_weight(model, name)) for group in groups for name in group}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
-    # A tied embedding is gathered with the head, both as fp32 masters.
-    embedding_parameters = [] if is_tied else list(embedding.parameters())
-    inside = {id(p) for module in layers for p in module.parameters()} | {id(p) for p in embedding_parameters}
-    make_unit = partial(_Unit, quantized=quantized, shard_size=width, quantized_bytes=quantized_bytes)
-    layer_units = [make_unit(list(module.parameters())) for module in layers]
-    embedding_unit = make_unit(embedding_parameters, served_bytes=4)
-    head_unit = make_unit([p for p in model.parameters() if id(p) not in inside], served_bytes=4 if is_tied else 2)
-    units = [*layer_units, embedding_unit, head_unit]
+    units_of_fsdp = fsdp_units(model, kept=kept_in_fp32(model))
+    gathered_ids: set[int] = set()
+    units = [_Unit(unit, gathered_ids, quantized, width, quantized_bytes) for unit in units_of_fsdp]
+    embedding = model.get_input_embeddings()
+    layers = [module for unit in units_of_fsdp for module in unit.modules if unit.is_layer and module is not embedding]
+    layer_units = [unit for unit, of_fsdp in zip(units, units_of_fsdp, strict=True) if of_fsdp.modules[0] in layers]
+    head_unit = units[-1]
+    embedding_units = [unit for unit, of_fsdp in zip(units, units_of_fsdp, strict=True) if of_fsdp.modules == [embedding]]
     layer = max(layer_units, key=lambda unit: unit.unsharded)
 
     elements, shard = sum(unit.elements for unit in units), sum(unit.shard for unit in units)
@@ -241,9 +231,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row(
             "at the end of the backward",
             "head, embedding, their gradients and fp32 reductions",
-            lambda _: (
-                2 * (head_unit.unsharded + embedding_unit.unsharded) + 4 * width * (head_unit.shard + embedding_unit.shard)
-            ),
+            lambda _: sum(2 * unit.unsharded + 4 * width * unit.shard for unit in (head_unit, *embedding_units)),
         ),
     ]
     peak = Row(

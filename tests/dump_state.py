@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from whole import whole_tensors
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
-from nvfp4_train.models.sharding import whole_tensors
 
 
 class DumpState(Callback):
@@ -42,13 +42,13 @@ class DumpState(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         store = pl_module.store
-        packed = {name: nvfp4_quantize(store.master(name), store.global_scale[group]) for name, _, group in store.items()}
+        packed = {name: nvfp4_quantize(store.master(name), store.global_scale[store.slots(name)]) for name in store.names}
         state = {
             "masters": {name: tensor.clone() for name, tensor in whole_tensors(pl_module.model)},
             "codes": {name: codes for name, (codes, _) in packed.items()},
             "scales": {name: scales.view(torch.uint8) for name, (_, scales) in packed.items()},
             "global_scale": store.global_scale,
-            "compute_weights": {name: store.compute_weight(name).clone() for name, _ in store.modules()},
+            "compute_weights": {name: store.compute_weight(name).clone() for name in store.manifest.names},
             "all_reduces": self.all_reduces[1:],
         }
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Imports go down only: kernels <- quant <- (models, export) <- module <- callbacks <- run <- launch."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,22 +12,35 @@ PACKAGE = Path(__file__).parent.parent / "nvfp4_train"
 FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "datasets"}
 ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
-    "__init__": (set(), set()),
-    "losses": (set(), set()),
+    # What a REPL asks for by name, imported then.
+    "__init__": ({"models", "quant"}, set()),
+    "metrics": (set(), set()),
+    "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
     "checkpoints": (set(), set()),
     "saving": ({"checkpoints"}, set()),
     "plan": ({"quant", "models"}, {"transformers"}),
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
-    "quant": ({"kernels", "quant"}, set()),
+    "quant": ({"kernels", "quant", "metrics"}, set()),
     "models": ({"kernels", "quant", "models"}, {"transformers"}),
     "data": ({"lightning_quirks", "data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "saving"}, {"lightning"}),
     "module": ({"kernels", "quant", "models", "losses", "optim", "checkpoints", "strategy"}, {"lightning", "transformers"}),
     "callbacks": (
-        {"kernels", "quant", "models", "export", "saving", "strategy", "lightning_quirks", "module", "callbacks"},
+        {
+            "kernels",
+            "quant",
+            "models",
+            "export",
+            "saving",
+            "strategy",
+            "lightning_quirks",
+            "module",
+            "metrics",
+            "callbacks",
+        },
         {"lightning", "transformers", "wandb"},
     ),
     "run": (
@@ -74,5 +88,27 @@ def test_triton_is_imported_by_triton_files_only() -> None:
     assert {Path(name).name for name in users("triton")} == {
         "triton_arithmetic.py",
         "triton_kernels.py",
+        "triton_scales.py",
         "multi_tensor_kernels.py",
     }
+
+
+# Inside export/: (modules of ours, packages) that a room may import; torch and the standard library are open to formats alone.
+EXPORT_ROOMS = {
+    "formats": ({"nvfp4_train.export.formats", "nvfp4_train.models", "nvfp4_train.quant"}, {"torch"}),
+    # compressed_tensors checks the config that it reads, where it is installed.
+    "readers": ({"nvfp4_train.export.readers"}, {"numpy", "compressed_tensors"}),
+}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for room in EXPORT_ROOMS for file in sorted((PACKAGE / "export" / room).rglob("*.py"))],
+    ids=lambda file: f"{file.parent.name}/{file.name}",
+)
+def test_readers_share_nothing_with_writers(file: Path) -> None:
+    ours, packages = EXPORT_ROOMS[file.parent.name]
+    for name in imported_modules(file):
+        top = name.split(".")[0]
+        is_own = any(name == room or name.startswith(f"{room}.") for room in ours)
+        assert is_own or top in packages | sys.stdlib_module_names, f"export/{file.parent.name} must not import {name}"

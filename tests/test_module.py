@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from nvfp4_train.callbacks.fake_quant import FakeQuant
-from nvfp4_train.losses import next_token_loss
+from nvfp4_train.callbacks.requantize import Requantize
+from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule, TrainClock
 from nvfp4_train.optim import OptimConfig
@@ -27,7 +27,11 @@ LLAMA = {
 
 
 def make(cls: type[QATModule] = QATModule, /, **options: object) -> QATModule:
-    model = ModelConfig(config=LLAMA | dict(options.pop("config", {})), compile=bool(options.pop("compile", False)))
+    model = ModelConfig(
+        config=LLAMA | dict(options.pop("config", {})),
+        compile=bool(options.pop("compile", False)),
+        compute_dtype=str(options.pop("compute_dtype", "auto")),
+    )
     torch.manual_seed(0)
     module = cls(model=model, quant=QuantConfig(**options), optim=OptimConfig(lr=1e-2))
     module.configure_model()
@@ -59,7 +63,7 @@ def fit(module: QATModule, **options: object) -> L.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
-        "callbacks": [FakeQuant()],
+        "callbacks": [Requantize()],
     }
     trainer = L.Trainer(**(defaults | options))
     trainer.fit(module, Tokens())
@@ -78,7 +82,7 @@ def test_evaluation_weights_every_sequence_alike() -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_clipping_works_with_the_fused_optimizer_in_every_precision(precision: str) -> None:
-    module = make()
+    module = make(compute_dtype="bfloat16")
     norms = []
     module.on_before_zero_grad = lambda optimizer: norms.append(  # type: ignore[method-assign]
         math.sqrt(sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None))
@@ -133,7 +137,7 @@ class SaveEarlier(L.Callback):
 def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str, tmp_path: Path) -> None:
     module = make(Evaluated)
     earlier = SaveEarlier(tmp_path / "earlier.ckpt")
-    trainer = fit(module, callbacks=[FakeQuant(), earlier], limit_val_batches=1.0)
+    trainer = fit(module, callbacks=[Requantize(), earlier], limit_val_batches=1.0)
     loader = Tokens().val_dataloader()
 
     def evaluate(**options: object) -> float:

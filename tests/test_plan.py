@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from nvfp4_train.losses import next_token_loss
+from nvfp4_train.losses.next_token import next_token_loss
+from nvfp4_train.models.build import quantize
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
 from nvfp4_train.plan import RunShape, layer_activation_bytes, make_plan, meta_model
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
-from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.quant.policy import QuantConfig
 
 TINY = ModelConfig(
     config={
@@ -129,8 +129,7 @@ QWEN3_MOE = {
 def test_activations_are_what_autograd_saves(fields: dict[str, Any], checkpointing: bool) -> None:
     """Counted on a real step; masters, tables shared by all layers and the head are left out of the count."""
     model = load_model(ModelConfig(config=fields, gradient_checkpointing=checkpointing))
-    quantize_linears(model, [name for group in select(model, QuantConfig()).groups for name in group])
-    compute_in_served_dtype(model)
+    quantize(model, QuantConfig(enabled=False), compute_dtype=torch.bfloat16)
     tokens, saved, inside = 96, {}, []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Writes the NVFP4 checkpoint when training has ended and its last checkpoint is saved."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -9,20 +9,32 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from torch import Tensor, distributed
-from transformers import PreTrainedModel
+from torch import distributed
 
-from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
-from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, GatheredWeights
+from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks
+from nvfp4_train.export.registry import find_format
+from nvfp4_train.export.replicated import FromStore
+from nvfp4_train.export.writer import MAX_SHARD_BYTES, export_model
 from nvfp4_train.module import QATModule
-from nvfp4_train.quant.linear import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
 
 class Export(Callback):
-    """Exports to `folder`, and proves that the folder decodes to the weights that the last forward used."""
+    """Exports to `folder`, and proves that the folder decodes to the weights that the last forward used.
 
-    def __init__(self, *, folder: str, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
+    `format` is the name of a file in export/formats/.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        format: str = "compressed_tensors",
+        overwrite: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        # An unknown name ends the run before it begins.
+        find_format(format)
         if max_shard_bytes < 1:
             raise ValueError(f"callbacks.export.max_shard_bytes must be at least 1, got {max_shard_bytes}")
         if Path(folder).exists() and not overwrite:
@@ -31,6 +43,7 @@ class Export(Callback):
                 "callbacks.export.overwrite=true"
             )
         self.folder = Path(folder)
+        self.format = format
         self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
 
@@ -41,6 +54,7 @@ class Export(Callback):
         if not store.is_enabled:
             store.update()
         options: dict[str, Any] = {
+            "format": self.format,
             "tokenizer": trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
             "generation_config": model.generation_config,
             "max_shard_bytes": self.max_shard_bytes,
@@ -50,23 +64,15 @@ class Export(Callback):
         with first_rank_awaited():
             if isinstance(store, ShardedWeightStore):
                 # What the last forward decoded is decoded again, to be compared with the folder.
-                served = GatheredWeights(model, store)
-                with served.answered() as is_writer:
+                ranks = FromRanks(model, store)
+                with ranks.answered() as is_writer:
                     if is_writer:
-                        report = write_compressed_tensors(self.folder, served=served, **options)
+                        report = export_model(self.folder, ranks, **options)
             elif trainer.is_global_zero:
-                weights = model.state_dict()
-                compute_weights = {f"{name}.weight": store.compute_weight(name) for name, _ in store.modules()}
-                report = export_compressed_tensors(
-                    self.folder,
-                    weights=weights,
-                    groups=store.groups,
-                    config=model.config,
-                    power_of_two=store.power_of_two,
-                    expected=_ComputeWeights(model, weights, compute_weights),
-                    **options,
-                )
+                report = export_model(self.folder, FromStore(model, store), **options)
         if report is not None:
+            if report.note is not None:
+                print(f"{self.folder}: {report.note}", flush=True)
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
                 {
@@ -75,7 +81,7 @@ class Export(Callback):
                     "export/bits_per_quantized_weight": report.verified.bits_per_weight,
                 }
             )
-        # The first rank may host what the others have waited by.
+        # Rank 0's process may host the TCP store that the other ranks poll, so it must not exit before they are done.
         trainer.strategy.barrier("export")
 
 
@@ -106,23 +112,3 @@ def first_rank_awaited() -> Iterator[None]:
             time.sleep(0.2)
         if store.get(key) != b"done":
             raise RuntimeError(FAILED_ON_FIRST_RANK)
-
-
-class _ComputeWeights(Mapping[str, Tensor]):
-    """What the last forward computed with, by `state_dict` name; rounded one tensor at a time, as it is asked for."""
-
-    def __init__(self, model: PreTrainedModel, weights: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> None:
-        self._weights = weights
-        self._quantized = quantized
-        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._quantized:
-            return self._quantized[name]
-        return self._weights[name].to(SERVED_DTYPE) if name in self._parameters else self._weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)

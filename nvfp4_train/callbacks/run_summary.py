@@ -9,6 +9,17 @@ import torch
 from lightning import Callback, Trainer
 from torch import distributed
 
+from nvfp4_train.metrics import (
+    EXPORT_BITS_PER_WEIGHT,
+    EXPORT_BYTES,
+    PEAK_GIB,
+    SQNR_DB,
+    TOKENS_PER_S,
+    VAL_LOSS_MASTER,
+    VAL_LOSS_MASTER_AT_SWITCH,
+    VAL_LOSS_PTQ,
+    VAL_LOSS_QUANTIZED,
+)
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.policy import selection_table
 
@@ -27,7 +38,11 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         assert pl_module.model is not None and pl_module.selection is not None
-        print(f"NVFP4 policy\n{selection_table(pl_module.model, pl_module.selection)}", flush=True)
+        print(
+            f"computes in {str(pl_module.compute_dtype).removeprefix('torch.')}: {pl_module.compute_dtype_reason}\n"
+            f"NVFP4 policy\n{selection_table(pl_module.model, pl_module.selection)}",
+            flush=True,
+        )
         # An export from a checkpoint finds the tokenizer here.
         trainer.datamodule.tokenizer.save_pretrained(self.tokenizer_dir)  # type: ignore[attr-defined]
 
@@ -58,12 +73,12 @@ class RunSummary(Callback):
         ]
         print(
             "\nRun summary\n"
-            + row("at the switch", ("master", "val/loss_master_at_switch", ".4f"), ("quantized (PTQ)", "val/loss_ptq", ".4f"))
-            + row("at the end", ("master", "val/loss_master", ".4f"), ("quantized (QAT)", "val/loss_quantized", ".4f"))
-            + row("quantization", ("SQNR dB", "quant/sqnr_db", ".2f"), ("bits per weight", "export/bits_per_weight", ".3f"))
-            + row("speed", ("tokens/s", "train/tokens_per_s", ",.0f"))
-            + row("memory", ("peak GiB of a GPU", "memory/peak_gib", ".3f"))
-            + row("export", ("bytes", "export/bytes", ",.0f"))
+            + row("at the switch", ("master", VAL_LOSS_MASTER_AT_SWITCH, ".4f"), ("quantized (PTQ)", VAL_LOSS_PTQ, ".4f"))
+            + row("at the end", ("master", VAL_LOSS_MASTER, ".4f"), ("quantized (QAT)", VAL_LOSS_QUANTIZED, ".4f"))
+            + row("quantization", ("SQNR dB", SQNR_DB, ".2f"), ("bits per weight", EXPORT_BITS_PER_WEIGHT, ".3f"))
+            + row("speed", ("tokens/s", TOKENS_PER_S, ",.0f"))
+            + row("memory", ("peak GiB of a GPU", PEAK_GIB, ".3f"))
+            + row("export", ("bytes", EXPORT_BYTES, ",.0f"))
             + f"  {'files':<16}{self.run_dir}/{{{','.join(folders)}}}",
             flush=True,
         )

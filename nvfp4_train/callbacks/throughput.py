@@ -7,6 +7,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from nvfp4_train.metrics import PEAK_GIB, TOKENS_PER_S
 from nvfp4_train.module import QATModule
 
 
@@ -44,7 +45,7 @@ class Throughput(Callback):
             self._tokens = self._interval_tokens = 0
         elif step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             now = pl_module.clock.now()
-            pl_module.log("train/tokens_per_s", self._interval_tokens / (now - self._interval_start), prog_bar=True)
+            pl_module.log(TOKENS_PER_S, self._interval_tokens / (now - self._interval_start), prog_bar=True)
             self._interval_start, self._interval_tokens = now, 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -56,7 +57,7 @@ class Throughput(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         elapsed = pl_module.clock.now() - self._start
         if self._tokens:
-            pl_module.report({"train/tokens_per_s": self._tokens / elapsed})
+            pl_module.report({TOKENS_PER_S: self._tokens / elapsed})
         if pl_module.device.type == "cuda":
             peak = torch.tensor(torch.cuda.max_memory_allocated(pl_module.device) / 2**30, device=pl_module.device)
-            pl_module.report({"memory/peak_gib": trainer.strategy.reduce(peak, reduce_op="max").item()})  # type: ignore[union-attr]
+            pl_module.report({PEAK_GIB: trainer.strategy.reduce(peak, reduce_op="max").item()})  # type: ignore[union-attr]

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
 from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
+from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.manifest import QuantManifest
 
 STATE_PREFIX = "model."
 
@@ -18,10 +20,9 @@ class ExportableCheckpoint:
     """Master weights and what belongs to them."""
 
     weights: Mapping[str, Tensor]
-    groups: list[list[str]]
+    manifest: QuantManifest
     config: PretrainedConfig
     generation_config: GenerationConfig | None
-    power_of_two: bool
     tokenizer: Path | None
     """Folder of the tokenizer beside the checkpoint, if there is one."""
 
@@ -39,27 +40,32 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
         raise ValueError(f"{path} is no checkpoint that torch.load reads with weights_only=True: {error}") from error
     try:
         saved = checkpoint["hyper_parameters"]["export"]
-        groups, settings = saved["groups"], saved["config"]
-        model_type, generation, global_scale = settings["model_type"], saved["generation_config"], saved["global_scale"]
+        settings, generation = saved["config"], saved["generation_config"]
+        model_type, manifest = settings["model_type"], _manifest(saved)
         weights = _weights(path, checkpoint)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} must hold a state_dict and hyper_parameters['export'] with config, generation_config, groups and "
-            f"global_scale, as training with a quantized model saves them; missing: {error}"
+            f"{path} must hold a state_dict and hyper_parameters['export'] with config, generation_config and manifest, as "
+            f"training with a quantized model saves them; wrong or missing: {error}"
         ) from error
-    if global_scale not in ("pow2", "exact"):
-        raise ValueError(f"global_scale in {path} must be 'pow2' or 'exact', got {global_scale!r}")
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"this version of transformers knows no model_type {model_type!r}, which {path} was trained with")
     tokenizer = path.parent / "tokenizer"
     return ExportableCheckpoint(
         weights=weights,
-        groups=groups,
+        manifest=manifest,
         config=CONFIG_MAPPING[model_type].from_dict(settings),
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
-        power_of_two=global_scale == "pow2",
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
+
+
+def _manifest(saved: Mapping[str, Any]) -> QuantManifest:
+    if "manifest" in saved:
+        return QuantManifest.from_dict(saved["manifest"])
+    # An older checkpoint holds module names, and knows one rule for block scales.
+    groups = tuple(tuple(f"{module}.weight" for module in group) for group in saved["groups"])
+    return QuantManifest(groups=groups, rule=ScaleRule(global_scale=saved["global_scale"]))
 
 
 def _weights(path: Path, checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:

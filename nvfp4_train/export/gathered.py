@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from nvfp4_train.export.layout import HubLayout
-from nvfp4_train.export.masters import ServedWeights, check_groups, own_tensors, refuse_unless, rows_at_once, to_served
+from nvfp4_train.export.formats.base import QuantizedTensor
+from nvfp4_train.export.masters import check_tensors, rows_at_once
+from nvfp4_train.export.served import ServedWeights, refuse_unless, to_served
 from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
-from nvfp4_train.models.sharding import gather_rows, own_rows, sharded_state
-from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.sharding import own_rows
+from nvfp4_train.quant.served import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
 FAILED_ON_FIRST_RANK = "the export failed on the first rank, whose error says why"
@@ -26,27 +29,30 @@ _DONE, _FAILED = -1, -2
 """Requests that are no number of a tensor."""
 
 
-class GatheredWeights(ServedWeights):
+GATHERED_AT_ONCE = 1 << 26
+"""Bytes of a rank. Gloo gathers into memory of its own before it fills ours, which would be a second copy of a whole tensor."""
+
+
+class FromRanks(ServedWeights):
     """Weights of a model to which `fully_shard` has been applied, as the last update of its store left them.
 
     Make it on every rank. It is read on the writer alone, in the context of `answered`. Raises ValueError, on every rank, as
-    `export_compressed_tensors` does.
+    `FromMasters` does.
     """
 
     def __init__(self, model: PreTrainedModel, store: ShardedWeightStore) -> None:
         layout = HubLayout(model.config)
-        state = {name: tensor for name, tensor in sharded_state(model).items() if name not in layout.aliases}
-        weights = own_tensors(state, layout)
-        check_groups(store.groups, layout)
+        self._shards = {name: tensor for name, tensor in sharded_state(model).items() if name not in layout.aliases}
+        check_tensors(self._shards, layout)
+        super().__init__(layout, store.manifest)
         store.check_finite()
-        scales = store.global_scale.cpu()
-        super().__init__(weights, layout, {f"{name}.weight": scales[group] for name, _, group in store.items()})
         self._store = store
-        self._names = list(weights)
-        mesh = next(weight for weight in weights.values() if isinstance(weight, DTensor)).device_mesh
+        self._global_scale = store.global_scale.cpu()
+        self._names = list(self)
+        mesh = next(tensor for tensor in self._shards.values() if isinstance(tensor, DTensor)).device_mesh
         self._group = mesh.get_group(mesh.ndim - 1)
         self._has_part = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-        self._device = own_rows(weights[self._names[0]])[0].device
+        self._device = own_rows(self._shards[self._names[0]])[0].device
         self._is_gathering = False
         self._check_finite()
 
@@ -75,17 +81,18 @@ class GatheredWeights(ServedWeights):
                 if not self._is_gathering:
                     self._request(outcome)
 
-    def packed(self, name: str) -> tuple[Tensor, Tensor]:
-        codes, scales = self._ask(name)
-        return codes, scales
+    def plain(self, name: str) -> Tensor:
+        (tensor,) = self._ask(name)
+        return tensor
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.global_scales:
-            (tensor,) = self._ask(name)
-            return tensor
-        codes, scales = self.packed(name)
-        s2, num_rows = self.global_scales[name].to(codes.device), rows_at_once(2 * codes.shape[1])
-        pieces = zip(codes.split(num_rows), scales.split(num_rows), strict=True)
+    def quantized(self, name: str) -> QuantizedTensor:
+        codes, block_scales = self._ask(name)
+        return QuantizedTensor(codes[None], block_scales[None], self._global_scale[self._store.slots(name)].clone(), None)
+
+    def compute_weight(self, name: str) -> Tensor:
+        (codes,), (block_scales,), (s2,), _ = self.quantized(name)
+        s2, num_rows = s2.to(codes.device), rows_at_once(2 * codes.shape[1])
+        pieces = zip(codes.split(num_rows), block_scales.split(num_rows), strict=True)
         return torch.cat([fp4_dequantize(*piece, s2, dtype=SERVED_DTYPE) for piece in pieces])
 
     def _ask(self, name: str) -> tuple[Tensor, ...]:
@@ -104,21 +111,45 @@ class GatheredWeights(ServedWeights):
     @torch.no_grad()
     def _gather(self, name: str) -> tuple[Tensor, ...]:
         """A whole tensor on the first rank, nothing on the others."""
-        weight = self.weights[name]
+        weight = self._shards[name]
         if not isinstance(weight, DTensor):
             return (to_served(name, weight, self.layout),)
-        is_packed = name in self.global_scales
-        parts = self._store.local_packed(name.removesuffix(".weight")) if is_packed else (self._served_rows(name),)
+        parts = self._store.local_packed(name) if self.is_quantized(name) else (self._served_rows(name),)
         gathered = (gather_rows(part, weight.shape[0], self._group) for part in parts)
         return tuple(tensor for tensor in gathered if tensor is not None)
 
     def _served_rows(self, name: str) -> Tensor:
-        return to_served(name, own_rows(self.weights[name])[0], self.layout)
+        return to_served(name, own_rows(self._shards[name])[0], self.layout)
 
     def _check_finite(self) -> None:
         """Of everything that the store does not check; one collective."""
-        names = [name for name in self._names if name not in self.global_scales]
+        names = [name for name in self._names if not self.is_quantized(name)]
         is_finite = torch.stack([self._served_rows(name).isfinite().all() for name in names]).int()
         distributed.all_reduce(is_finite, distributed.ReduceOp.MIN, group=self._group)
         for name, ok in zip(names, is_finite.tolist(), strict=True):
             refuse_unless(bool(ok), name)
+
+
+def sharded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.state_dict()
+
+
+def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
+    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
+    # Ranks send equally many bytes, whatever they mean.
+    sent = rows.contiguous()
+    if len(rows) < (most := -(-num_rows // group.size())):
+        sent = rows.new_zeros((most, *rows.shape[1:]))
+        sent[: len(rows)] = rows
+    flat = sent.view(-1).view(torch.uint8)
+    is_first = group.rank() == 0
+    received = flat.new_empty((group.size(), len(flat))) if is_first else None
+    for start in range(0, len(flat), GATHERED_AT_ONCE):
+        piece = slice(start, start + GATHERED_AT_ONCE)
+        destinations = None if received is None else [part[piece] for part in received]
+        distributed.gather(flat[piece], destinations, dst=distributed.get_global_rank(group, 0), group=group)
+    return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]

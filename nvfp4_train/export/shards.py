@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Module:
+class FileGroup:
     """Tensors that belong into one file: how many bytes they have is known before they are in memory."""
 
     num_bytes: int
@@ -18,10 +18,10 @@ class Module:
     """The tensors by their names on disk, on the CPU and contiguous."""
 
 
-def write_shards(folder: Path, modules: Iterable[Module], max_shard_bytes: int) -> int:
-    """Write modules into as many files as needed, with an index if that is more than one. Returns the number of files.
+def write_shards(folder: Path, groups: Iterable[FileGroup], max_shard_bytes: int) -> int:
+    """Write groups into as many files as needed, with an index if that is more than one. Returns the number of files.
 
-    Holds the tensors of one file: a module is loaded when those before it are written, or when it fits beside them.
+    Holds the tensors of one file: a group is loaded when those before it are written, or when it fits beside them.
     """
     keys_of: list[list[str]] = []
     total_bytes = 0
@@ -34,13 +34,13 @@ def write_shards(folder: Path, modules: Iterable[Module], max_shard_bytes: int) 
 
     shard: dict[str, Tensor] = {}
     shard_bytes = 0
-    for module in modules:
-        if shard and shard_bytes + module.num_bytes > max_shard_bytes:
+    for group in groups:
+        if shard and shard_bytes + group.num_bytes > max_shard_bytes:
             flush(shard)
             shard_bytes = 0
-        shard |= module.load()
-        shard_bytes += module.num_bytes
-        total_bytes += module.num_bytes
+        shard |= group.load()
+        shard_bytes += group.num_bytes
+        total_bytes += group.num_bytes
     flush(shard)
 
     num_shards = len(keys_of)

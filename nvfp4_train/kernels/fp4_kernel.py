@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-128, 2.0**119
@@ -113,22 +114,24 @@ def nvfp4_amax(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.nvfp4.amax(x)
 
 
-def nvfp4_global_scale(global_amax: Tensor, power_of_two: bool = True) -> Tensor:
-    """s2 of each global amax, same shape, float32: global_amax / 2688, with power_of_two raised to the next power of two."""
+def nvfp4_global_scale(global_amax: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
+    """s2 of each global amax, same shape, float32: global_amax / (6 * rule.largest), as pow2 raised to the next power of two."""
     _check_float(global_amax=global_amax)
     _check_finite("global_amax", global_amax)
-    return reference.global_scale(global_amax.detach(), power_of_two)
+    return reference.global_scale(global_amax.detach(), rule)
 
 
-def nvfp4_quantize(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+def nvfp4_quantize(x: Tensor, global_scale: Tensor, rule: ScaleRule = MAX_RULE) -> tuple[Tensor, Tensor]:
     """x [..., K] under its s2 -> packed codes uint8 [..., K // 2] and block scales float8_e4m3fn [..., K // 16]."""
-    return torch.ops.nvfp4.quantize(x, _checked_global_scale(x, global_scale))
+    return torch.ops.nvfp4.quantize(x, _checked_global_scale(x, global_scale), rule.block_scale)
 
 
-def nvfp4_fake_quant(x: Tensor, global_scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """`fp4_dequantize(*nvfp4_quantize(x, s2), s2)` in one pass: shaped like x, in out_dtype (that of x if None)."""
+def nvfp4_fake_quant(
+    x: Tensor, global_scale: Tensor, out_dtype: torch.dtype | None = None, rule: ScaleRule = MAX_RULE
+) -> Tensor:
+    """`fp4_dequantize(*nvfp4_quantize(x, s2, rule), s2)` in one pass: shaped like x, in out_dtype (that of x if None)."""
     out_dtype = _checked_out_dtype(x, out_dtype)
-    return torch.ops.nvfp4.fake_quant(x, _checked_global_scale(x, global_scale), out_dtype)
+    return torch.ops.nvfp4.fake_quant(x, _checked_global_scale(x, global_scale), out_dtype, rule.block_scale)
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
-"""NVFP4 quantization of all weights of a model at once, with the global amax of siblings and ranks reduced in the same step.
+"""NVFP4 quantization of all weights of a model at once, with the global amax of siblings found in the same step.
 
-A step measures every master, takes the maximum per slot (a slot is what shares one s2) and over ranks by one all_reduce, derives
-s2, and quantizes every master: into decoded weights, into packed codes and scales, or into both. It launches three kernels, waits
-for nothing, and after the first step allocates nothing. Pointers and sizes sit in a table on the device.
+A step measures every master, takes the maximum per slot (a slot is what shares one s2), lets the caller take it over ranks too,
+derives s2, and quantizes every master: into decoded weights, into packed codes and scales, or into both. It launches three kernels,
+waits for nothing, and after the first step allocates nothing. Pointers and sizes sit in a table on the device.
 
 With a power-of-two s2 the masters are read once: they are measured and quantized under the last s2 in one pass, and only slots
 whose s2 moved are quantized again, which the device decides. The result is that of two passes, bit for bit.
@@ -12,14 +12,15 @@ CUDA tensors take the kernels of `multi_tensor_kernels`, CPU tensors the plain P
 
 import importlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 
 def slots_of_groups(masters: Sequence[Tensor], groups: Sequence[int]) -> tuple[list[int], int]:
@@ -123,9 +124,7 @@ class MultiTensorQuantizer:
     """Quantizes many masters by `step()`; see the module's docstring.
 
     Give `first_slots` and `num_slots` as `slots_of_groups` returns them; with experts sharded over ranks, the slots of the local
-    ones. `process_groups` are those over which masters are sharded or replicated, one all_reduce(MAX) each: one in all but
-    several-dimensional meshes. Memory of a tensor may move between steps, and the dtype of all masters may change; shapes and
-    strides may not.
+    ones. Memory of a tensor may move between steps, and the dtype of all masters may change; shapes and strides may not.
     """
 
     def __init__(
@@ -137,8 +136,7 @@ class MultiTensorQuantizer:
         decoded: Sequence[Tensor] = (),
         packed: Sequence[Tensor] = (),
         scales: Sequence[Tensor] = (),
-        power_of_two: bool = True,
-        process_groups: Sequence[distributed.ProcessGroup] = (),
+        rule: ScaleRule = MAX_RULE,
     ) -> None:
         if not masters:
             raise ValueError("masters must not be empty, got no tensor")
@@ -156,8 +154,7 @@ class MultiTensorQuantizer:
             if slot < 0 or last > num_slots:
                 raise ValueError(f"slots of a master must lie within num_slots={num_slots}, got {slot} to {last - 1}")
         device = masters[0].device
-        self.power_of_two = power_of_two
-        self.process_groups = tuple(process_groups)
+        self.rule = rule
         self.measured = torch.zeros(num_slots, dtype=torch.int32, device=device)
         """Bits of the largest magnitude per slot of the step under way, whose integer order is theirs, with NaN on top."""
         self.global_amax = torch.zeros(num_slots, device=device)
@@ -174,16 +171,18 @@ class MultiTensorQuantizer:
         return ReferencePasses
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """Quantize every master into its outputs and update `global_amax` and `global_scales`.
 
+        `reduce` is called on `measured` once the local masters are measured. Where masters are sharded or replicated over ranks,
+        it is to replace it, in place, by its maximum over them: an all_reduce(MAX).
         NaN and Inf end up in both. The codes of such a slot mean nothing then, and a NaN may have either sign bit: these bits
         differ between CPU and CUDA.
         """
         with torch.cuda.device_of(self.measured):
             self._passes.measure()
-            for process_group in self.process_groups:
-                distributed.all_reduce(self.measured, distributed.ReduceOp.MAX, group=process_group)
+            if reduce is not None:
+                reduce(self.measured)
             self._passes.update_scales()
             self._passes.quantize()
 
@@ -204,20 +203,20 @@ class ReferencePasses:
     def update_scales(self) -> None:
         quantizer = self.quantizer
         quantizer.global_amax.copy_(quantizer.measured.view(torch.float32))
-        quantizer.global_scales.copy_(reference.global_scale(quantizer.global_amax, quantizer.power_of_two))
+        quantizer.global_scales.copy_(reference.global_scale(quantizer.global_amax, quantizer.rule))
         quantizer.measured.zero_()
 
     def quantize(self) -> None:
-        weights = self.quantizer.weights
+        weights, rule = self.quantizer.weights, self.quantizer.rule
         for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
             if master.numel() == 0:
                 continue
             num_slots = num_slots_of(master)
             s2 = self.quantizer.global_scales[slot : slot + num_slots].reshape(-1, *[1] * (master.dim() - 1))
             if weights.decoded:
-                weights.decoded[index].copy_(reference.fake_quant(master, s2, weights.decoded[index].dtype))
+                weights.decoded[index].copy_(reference.fake_quant(master, s2, weights.decoded[index].dtype, rule))
             if weights.packed:
-                packed, scales = reference.quantize(master, s2)
+                packed, scales = reference.quantize(master, s2, rule)
                 weights.packed[index].copy_(packed)
                 weights.scales[index].copy_(scales)
 

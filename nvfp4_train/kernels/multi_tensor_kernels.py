@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
+from nvfp4_train.kernels import triton_scales as scale_arithmetic
 from nvfp4_train.kernels.multi_tensor import into_chunks, num_slots_of
 from nvfp4_train.kernels.triton_kernels import TILES, launch
 
@@ -27,7 +28,6 @@ PROGRAMS_PER_MULTIPROCESSOR = 16
 
 COLUMNS = tl.constexpr(6)
 SHARD_COLUMNS = tl.constexpr(5)
-SMALLEST_GLOBAL_AMAX = tl.constexpr(reference.SMALLEST_GLOBAL_AMAX)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -39,6 +39,7 @@ def _stream(
     bytes_ptr,
     num_blocks,
     s2,
+    FACTORS: tl.constexpr,
     IS_SIMPLE: tl.constexpr,
     IS_PACKED: tl.constexpr,
     IS_MEASURED: tl.constexpr,
@@ -54,12 +55,11 @@ def _stream(
         is_row = rows < num_blocks - start
         a, b, c, d = arithmetic.load_quarters(source + start * 16, is_row, TILE)
         a, b, c, d = arithmetic.widen(a, b, c, d, dtype)
-        amax = arithmetic.block_amax(a, b, c, d)
         if IS_MEASURED:
-            largest = arithmetic.larger(largest, amax)
+            largest = arithmetic.larger(largest, arithmetic.block_amax(a, b, c, d))
         if IS_QUANTIZED:
             factor = arithmetic.factor_of(s2)
-            block_scales = arithmetic.block_scales(amax, s2, IS_SIMPLE)
+            block_scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
             scales = block_scales * s2
             if IS_PACKED:
                 codes = arithmetic.encode(a, b, c, d, scales, factor, IS_SIMPLE, is_narrow, TILE)
@@ -82,6 +82,7 @@ def pass_kernel(
     SOURCE: tl.constexpr,
     DECODED: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    FACTORS: tl.constexpr,
     IS_MEASURED: tl.constexpr,
     IS_QUANTIZED: tl.constexpr,
     ONLY_MOVED: tl.constexpr,
@@ -104,11 +105,11 @@ def pass_kernel(
         # A loop for each kind of s2: one loop with a branch inside would keep the registers of both.
         if arithmetic.is_simple(s2):
             largest = _stream(
-                source, decoded, words, bytes_ptr, num_blocks, s2, True, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
+                source, decoded, words, bytes_ptr, num_blocks, s2, FACTORS, True, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
             )
         else:
             largest = _stream(
-                source, decoded, words, bytes_ptr, num_blocks, s2, False, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
+                source, decoded, words, bytes_ptr, num_blocks, s2, FACTORS, False, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
             )
         if IS_MEASURED:
             bits = arithmetic.to_bits(tl.reduce(largest, 0, arithmetic.larger))
@@ -117,21 +118,15 @@ def pass_kernel(
 
 @triton.jit(do_not_specialize=["num_slots"])
 def update_scales_kernel(
-    measured_ptr, amax_ptr, scales_ptr, is_moved_ptr, num_slots: tl.int32, POWER_OF_TWO: tl.constexpr, TILE: tl.constexpr
-):
+    measured_ptr, amax_ptr, scales_ptr, is_moved_ptr, num_slots: tl.int32,
+    DIVISOR: tl.constexpr, IS_POW2: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """`reference.global_scale` of each slot, whether its bits changed, and 0 to measure the next step from."""
     slots = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = slots < num_slots
     bits = tl.load(measured_ptr + slots, mask=mask, other=0)
     amax = arithmetic.from_bits(bits)
-    if POWER_OF_TWO:
-        # 2688 is 1.3125 * 2^11, and 0x280000 the mantissa of 1.3125.
-        exponent = (bits >> 23) - 11 + tl.where((bits & 0x7FFFFF) > 0x280000, 1, 0)
-        scales = arithmetic.from_bits(tl.minimum(tl.maximum(exponent, 1), 254) << 23)
-        scales = tl.where(bits < arithmetic.EXPONENT, scales, amax)
-    else:
-        scales = tl.div_rn(amax, 2688.0)
-    scales = tl.where(amax < SMALLEST_GLOBAL_AMAX, 1.0, scales)
+    scales = scale_arithmetic.global_scales(amax, DIVISOR, IS_POW2)
     last = tl.load(scales_ptr + slots, mask=mask, other=1.0)
     tl.store(is_moved_ptr + slots, (arithmetic.to_bits(scales) != arithmetic.to_bits(last)).to(tl.int32), mask=mask)
     tl.store(scales_ptr + slots, scales, mask=mask)
@@ -185,18 +180,20 @@ class TritonPasses:
                 "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
                 "DECODED": TRITON_DTYPES[weights.decoded[0].dtype] if weights.decoded else None,
                 "IS_PACKED": bool(weights.packed),
+                "FACTORS": self.quantizer.rule.factors,
             }
-        self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=self.quantizer.power_of_two, ONLY_MOVED=False)
+        self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=self.quantizer.rule.is_pow2, ONLY_MOVED=False)
 
     def update_scales(self) -> None:
         quantizer = self.quantizer
         num_slots = quantizer.measured.numel()
         args = quantizer.measured, quantizer.global_amax, quantizer.global_scales, self._is_moved, num_slots
-        constants = {"POWER_OF_TWO": quantizer.power_of_two, "TILE": 256}
+        rule = quantizer.rule
+        constants = {"DIVISOR": reference.FP4_MAX * rule.largest, "IS_POW2": rule.is_pow2, "TILE": 256}
         launch("update_scales", update_scales_kernel, -(-num_slots // 256), 4, quantizer.measured, args, constants)
 
     def quantize(self) -> None:
-        is_pow2 = self.quantizer.power_of_two
+        is_pow2 = self.quantizer.rule.is_pow2
         num_programs = min(self._num_persistent, self._table.shape[0]) if is_pow2 else self._table.shape[0]
         self._pass(num_programs, IS_MEASURED=False, IS_QUANTIZED=True, ONLY_MOVED=is_pow2)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.scale_rules import ScaleRule
 
 _library = torch.library.Library("nvfp4", "DEF")
 
@@ -72,7 +73,15 @@ def _fake_block_amax(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // reference.BLOCK_SIZE), dtype=torch.float32)
 
 
-def _fake_quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, Tensor]:
+    return reference.quantize(x, s2, ScaleRule(block_scale=block_scale))
+
+
+def _fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max") -> Tensor:
+    return reference.fake_quant(x, s2, dtype, ScaleRule(block_scale=block_scale))
+
+
+def _fake_quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, Tensor]:
     packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     return packed, _fake_block_amax(x).to(torch.float8_e4m3fn)
 
@@ -89,11 +98,11 @@ _register(
     _static_fake_quant,
     lambda x, amax, global_amax, quantize_block_scales, dtype: x.new_empty(x.shape, dtype=dtype),
 )
-_register("quantize(Tensor x, Tensor s2) -> (Tensor, Tensor)", reference.quantize, _fake_quantize)
+_register('quantize(Tensor x, Tensor s2, str block_scale="max") -> (Tensor, Tensor)', _quantize, _fake_quantize)
 _register(
-    "fake_quant(Tensor x, Tensor s2, ScalarType dtype) -> Tensor",
-    reference.fake_quant,
-    lambda x, s2, dtype: x.new_empty(x.shape, dtype=dtype),
+    'fake_quant(Tensor x, Tensor s2, ScalarType dtype, str block_scale="max") -> Tensor',
+    _fake_quant,
+    lambda x, s2, dtype, block_scale="max": x.new_empty(x.shape, dtype=dtype),
 )
 _register(
     "dequantize(Tensor packed, Tensor scales, Tensor s2, ScalarType dtype) -> Tensor",

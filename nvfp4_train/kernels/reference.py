@@ -4,7 +4,7 @@ An NVFP4 tensor is E2M1 codes (4 bit), one E4M3 scale per block of 16 consecutiv
 fp32 global scale `s2` per tensor:
 
     s2      = global_amax / (6 * 448), by default raised to the next power of two
-    s_block = E4M3(clamp(block_amax / 6 / s2, 2^-9, 448))
+    s_block = E4M3(clamp(block_amax / 6 / s2, 2^-6, 448))
     s       = float(s_block) * s2
     code    = E2M1(|x| / s) with the sign of x, nearest, ties to the even code, saturating at 6
     x_hat   = value(code) * s
@@ -12,6 +12,8 @@ fp32 global scale `s2` per tensor:
 Every operation is rounded once in fp32, in the order written, and divisions are IEEE divisions. What looks simpler but changes
 bits: a reciprocal in place of a division, `block_amax / (6 * s2)`, and skipping the rounding of the block scale before the codes
 are taken. A value that is exactly zero, of either sign, has code 0; a negative value that rounds to zero keeps its sign (code 8).
+
+That is the default rule. `scale_rules` has others: they divide global_amax by another number, and choose among several s_block.
 
 s2 lies in 2^-128 to 2^119, and from `global_scale` it does. Under another one scales or values leave fp32: the result means
 nothing, and kernels may give another.
@@ -22,11 +24,13 @@ The documented functions of `fp4_kernel` follow a second scale chain, the one th
 import torch
 from torch import Tensor
 
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
+
 BLOCK_SIZE = 16
 FP4_MAX = 6.0
 E4M3_MAX = 448.0
-E4M3_MIN = 2.0**-9
-"""Smallest E4M3 subnormal: the floor of a block scale, so that no block decodes to zero by underflow of its scale."""
+E4M3_MIN = 2.0**-6
+"""The floor of a block scale: the smallest normal E4M3 value. Some readers take subnormal block scales for zero."""
 
 SMALLEST_GLOBAL_AMAX = 7.9e-36
 """Below it 1 / s2 leaves fp32: the tensor counts as all zero, with s2 = 1."""
@@ -44,22 +48,23 @@ def block_amax(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(-1).float()
 
 
-def global_scale(global_amax: Tensor, power_of_two: bool = True) -> Tensor:
+def global_scale(global_amax: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
     """s2 of each global amax, same shape, float32. NaN and Inf give NaN and Inf.
 
-    With power_of_two, the smallest power of two that is not below global_amax / 2688 (at least 2^-126); then every order in
-    which readers multiply or divide by s2 is exact, and a decoded value has at most 6 significant bits: it is exact in bf16.
-    Otherwise global_amax / 2688, rounded once.
+    Under `pow2`, the smallest power of two that is not below global_amax / (6 * rule.largest) (at least 2^-126); then every order
+    in which readers multiply or divide by s2 is exact, and a decoded value has at most 6 significant bits: it is exact in bf16.
+    Otherwise global_amax / (6 * rule.largest), rounded once.
     """
     amax = global_amax.float()
-    if power_of_two:
-        # 2688 = 1.3125 * 2^11, and 0x280000 is the mantissa of 1.3125: no division, so no rounding to argue about.
-        bits = amax.view(torch.int32)
-        exponent = (bits >> 23) - 11 + ((bits & 0x7FFFFF) > 0x280000).int()
+    divisor = FP4_MAX * rule.largest
+    if rule.is_pow2:
+        # The exponents' difference, and one more where amax has the larger mantissa: no division, so no rounding to argue about.
+        bits, divisor_bits = amax.view(torch.int32), torch.full_like(amax, divisor).view(torch.int32)
+        exponent = (bits >> 23) - (divisor_bits >> 23) + 127 + ((bits & 0x7FFFFF) > (divisor_bits & 0x7FFFFF)).int()
         scale = (exponent.clamp(1, 254) << 23).view(torch.float32)
         scale = torch.where(amax.isfinite(), scale, amax)
     else:
-        scale = divide(amax, FP4_MAX * E4M3_MAX)
+        scale = divide(amax, divisor)
     return torch.where(amax < SMALLEST_GLOBAL_AMAX, torch.ones_like(scale), scale)
 
 
@@ -68,9 +73,37 @@ def round_to_e4m3(scale: Tensor) -> Tensor:
     return scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
-def block_scales(amax: Tensor, s2: Tensor) -> Tensor:
-    """Block scales by the contract: float32 block amax and s2 (broadcastable) -> float32 values that E4M3 holds exactly."""
-    return round_to_e4m3((divide(amax, FP4_MAX) / s2).clamp(min=E4M3_MIN))
+def block_scales(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
+    """Block scales of x [..., K] under s2 (broadcastable): float32 [..., K // 16], values that E4M3 holds exactly.
+
+    ratio = block_amax / 6 / s2, two divisions, and for each factor of the rule candidate = E4M3(clamp(ratio * factor, 2^-6, 448)).
+    Each operation is rounded once in fp32. The candidate with the least `squared_error` is taken, the larger one of equals. A
+    block that holds NaN has the scale NaN.
+    """
+    ratio = divide(block_amax(x), FP4_MAX) / s2
+    best, *others = (round_to_e4m3((ratio * factor).clamp(min=E4M3_MIN)) for factor in rule.factors)
+    if others:
+        in_units_of_s2 = x.float() / s2
+        least = squared_error(in_units_of_s2, best)
+        for scales in others:
+            error = squared_error(in_units_of_s2, scales)
+            is_better = error < least
+            best, least = torch.where(is_better, scales, best), torch.where(is_better, error, least)
+    return best
+
+
+def squared_error(x: Tensor, scales: Tensor) -> Tensor:
+    """Sum of (x_hat - x)^2 over each block, x_hat being x [..., K] encoded and decoded under block scales [..., K // 16].
+
+    x is in units of s2. There x_hat, code times block scale, is exact, and fp32 is wide enough: where a square overflows every
+    candidate is 448, and where one underflows every candidate makes the element zero. Each difference, square and sum is rounded
+    once in fp32. The 16 squares are added in pairs of neighbours, then the 8 sums likewise, and so on.
+    """
+    errors = (decode(encode(x, scales), scales) - x).unflatten(-1, (-1, BLOCK_SIZE))
+    sums = errors * errors
+    while sums.shape[-1] > 1:
+        sums = sums[..., 0::2] + sums[..., 1::2]
+    return sums.squeeze(-1)
 
 
 def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
@@ -122,12 +155,12 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
-def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> tuple[Tensor, Tensor]:
     """x [..., K] and its global scale s2 (one element) -> packed codes uint8 [..., K // 2], E4M3 scales [..., K // 16].
 
     The scale of a block that holds NaN is NaN, and its codes mean nothing.
     """
-    scales = block_scales(block_amax(x), s2)
+    scales = block_scales(x, s2, rule)
     return pack(encode(x, scales * s2)), scales.to(torch.float8_e4m3fn)
 
 
@@ -149,9 +182,9 @@ def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> N
         out[first_value : first_value + values.numel()] = values.flatten()
 
 
-def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize(*quantize(x, s2), s2, dtype)`, without the packing."""
-    scales = block_scales(block_amax(x), s2) * s2
+def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, rule: ScaleRule = MAX_RULE) -> Tensor:
+    """`dequantize(*quantize(x, s2, rule), s2, dtype)`, without the packing."""
+    scales = block_scales(x, s2, rule) * s2
     return decode(encode(x, scales), scales).to(dtype)
 
 

@@ -13,9 +13,19 @@ class BlockScaleRule:
     """The candidates for a block's scale."""
 
     factors: tuple[float, ...]
-    """In units of block_amax / 6 / s2, the largest first: of equally good scales the first is taken."""
+    """Candidates in units of block_amax / 6 / s2, from 16 down to 1/16: of equally good scales the first is taken."""
     largest: float
-    """Block scale, in units of E4M3, of the block that holds the tensor's largest magnitude, under factor 1."""
+    """Block scale, in units of E4M3, of the block that holds the tensor's largest magnitude, under factor 1: 128 to 448.
+
+    Within these limits s2 and 1 / s2 are finite in fp32 for every finite amax.
+    """
+
+    def __post_init__(self) -> None:
+        is_descending = self.factors == tuple(sorted(set(self.factors), reverse=True))
+        if not self.factors or not is_descending or self.factors[0] > 16 or self.factors[-1] < 1 / 16:
+            raise ValueError(f"factors must descend from at most 16 to at least 1/16, got {self.factors}")
+        if not 128 <= self.largest <= 448:
+            raise ValueError(f"largest must lie in 128 to 448, got {self.largest}")
 
 
 BLOCK_SCALE_RULES: dict[str, BlockScaleRule] = {

@@ -15,9 +15,6 @@ stands where one rounding is wanted.
 import triton
 import triton.language as tl
 
-from nvfp4_train.kernels import reference
-
-E4M3_MIN = tl.constexpr(reference.E4M3_MIN)
 SIGN = tl.constexpr(-(2**31))
 EXPONENT = tl.constexpr(0x7F800000)
 
@@ -109,7 +106,7 @@ def is_simple(scale):
 
 @triton.jit
 def factor_of(scale):
-    """The power of two that moves a global scale, with block scales from 2^-9 to 448 times it, off the ends of fp32.
+    """The power of two that moves a global scale, with block scales from 2^-6 to 448 times it, off the ends of fp32.
 
     A quotient is the same when dividend and divisor have moved; what the dividend loses at the ends no code could tell.
     """
@@ -145,25 +142,6 @@ def divide(a, b, one_over_b):
 def block_amax(a, b, c, d):
     """Largest magnitude of each block, [TILE], or NaN."""
     return tl.reduce(larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d))), 1, larger)
-
-
-@triton.jit
-def block_scales(amax, s2, IS_SIMPLE: tl.constexpr):
-    """`reference.block_scales`."""
-    if IS_SIMPLE:
-        # 4096 * s2 gives a scale above 448 as well, and keeps Inf out of the division.
-        ratio = divide(smaller(amax, 4096.0 * s2), 6.0, 1.0 / 6.0) * from_bits(0x7F000000 - to_bits(s2))
-    else:
-        factor = factor_of(s2)
-        moved = s2 * factor
-        amax = smaller(amax * factor, 4096.0 * moved)
-        # A subnormal amax / 6 is rounded to a multiple of 2^-149: of 2^-49 here, as a sum with 2^-26 is. Others are added to 0.
-        offset = tl.where(amax < tl.where(factor > 1.0, 6 * 2.0**-26, 0.0), 2.0**-26, 0.0)
-        sixth = tl.fma(amax, 1.0 / 6.0, offset)
-        # Divided as in `divide`, but that the product is rounded by itself: of a tie it is exactly half a unit then.
-        sixth = (tl.fma(sixth - offset, -6.0, amax) * (1.0 / 6.0) + sixth) - offset
-        ratio = divide(sixth, moved, reciprocal(moved))
-    return round_e4m3(smaller(larger(ratio, E4M3_MIN), 448.0))
 
 
 @triton.jit
@@ -330,20 +308,3 @@ def decode(words, scales):
     # Sign to bit 31, magnitude to bits 24..22, as the arithmetic shift leaves them; 2^126 makes up for the exponent bias.
     bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
     return (from_bits(bits) * 2.0**126) * scales[:, None]
-
-
-@triton.jit
-def _sixth(amax, IS_PRODUCT: tl.constexpr):
-    """amax / 6: by an IEEE division, or by the product with 1 / 6 rounded that torch makes of it on CUDA."""
-    return amax * (1.0 / 6.0) if IS_PRODUCT else tl.div_rn(amax, 6.0)
-
-
-@triton.jit
-def static_scales(amax, global_amax, IS_QUANTIZED: tl.constexpr, IS_PRODUCT: tl.constexpr):
-    """`reference.static_scales`."""
-    scales = _sixth(amax, IS_PRODUCT)
-    if IS_QUANTIZED:
-        sixth = _sixth(global_amax, IS_PRODUCT)
-        multiplier = reciprocal(tl.where(sixth <= 2.0**-24, 1.0, sixth)) * 448.0
-        scales = round_e4m3(smaller(scales * multiplier, 448.0)) * reciprocal(multiplier)
-    return scales

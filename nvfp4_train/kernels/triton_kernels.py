@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
+from nvfp4_train.kernels import triton_scales as scale_arithmetic
+from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
 TILES = {
     "block_amax": (512, 16),
@@ -84,37 +86,43 @@ def max_kernel(values_ptr, max_ptr, num_values: tl.int64, TILE: tl.constexpr):
 
 
 @triton.jit
-def _fake_quant_tile(a, b, c, d, s2, out_ptr, is_row, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
-    scales = arithmetic.block_scales(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE) * s2
+def _fake_quant_tile(
+    a, b, c, d, s2, out_ptr, is_row, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr
+):
+    scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, IS_NARROW) * s2
     a, b, c, d = arithmetic.fake_quant(a, b, c, d, scales, scales, arithmetic.factor_of(s2), IS_SIMPLE, IS_NARROW)
     arithmetic.store_quarters(out_ptr, a, b, c, d, is_row, IS_NARROW, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
-def fake_quant_kernel(x_ptr, s2_ptr, out_ptr, num_blocks: tl.int64, TILE: tl.constexpr):
+def fake_quant_kernel(x_ptr, s2_ptr, out_ptr, num_blocks: tl.int64, FACTORS: tl.constexpr, TILE: tl.constexpr):
     start, rows, is_row = _place(num_blocks, TILE)
     a, b, c, d = _load(x_ptr, start, is_row, TILE)
     s2 = tl.load(s2_ptr)
     if arithmetic.is_simple(s2):
-        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, True, arithmetic.is_narrow(x_ptr), TILE)
+        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, FACTORS, True, arithmetic.is_narrow(x_ptr), TILE)
     else:
-        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, False, arithmetic.is_narrow(x_ptr), TILE)
+        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, FACTORS, False, arithmetic.is_narrow(x_ptr), TILE)
 
 
 @triton.jit
 def _quantize_tile(
-    a, b, c, d, s2, start, is_row, words_ptr, bytes_ptr, IS_SIMPLE: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr
-):
+    a, b, c, d, s2, start, is_row, words_ptr, bytes_ptr,
+    FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     rows = tl.arange(0, TILE)
+    is_narrow: tl.constexpr = dtype != tl.float32
     a, b, c, d = arithmetic.widen(a, b, c, d, dtype)
-    scales = arithmetic.block_scales(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE)
-    words = arithmetic.encode(a, b, c, d, scales * s2, arithmetic.factor_of(s2), IS_SIMPLE, dtype != tl.float32, TILE)
+    scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
+    words = arithmetic.encode(a, b, c, d, scales * s2, arithmetic.factor_of(s2), IS_SIMPLE, is_narrow, TILE)
     tl.store(words_ptr + start * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :], words, mask=is_row[:, None])
     tl.store(bytes_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
-def quantize_kernel(x_ptr, s2_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, num_blocks: tl.int64, TILE: tl.constexpr):
+def quantize_kernel(
+    x_ptr, s2_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, num_blocks: tl.int64, FACTORS: tl.constexpr, TILE: tl.constexpr
+):
     """Eight codes to an int32, so two words a block.
 
     A loop for each kind of s2: one loop with a branch inside would keep the registers of both.
@@ -132,14 +140,14 @@ def quantize_kernel(x_ptr, s2_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, 
             # The next tile is on its way while this one is worked on.
             is_next_row = rows < tl.minimum(num_blocks - start - TILE, (num_tiles - 1 - tile) * TILE).to(tl.int32)
             next_a, next_b, next_c, next_d = arithmetic.load_quarters(x_ptr + (start + TILE) * 16, is_next_row, TILE)
-            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, True, dtype, TILE)
+            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, FACTORS, True, dtype, TILE)
             a, b, c, d, is_row = next_a, next_b, next_c, next_d, is_next_row
     else:
         for tile in range(num_tiles):
             start = first + tile * TILE
             is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
             a, b, c, d = arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE)
-            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, False, dtype, TILE)
+            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, FACTORS, False, dtype, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
@@ -154,7 +162,7 @@ def static_scales_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     amax = tl.load(amax_ptr + offsets, mask=offsets < num_blocks, other=0.0).to(tl.float32)
-    scales = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    scales = scale_arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
     tl.store(scales_ptr + offsets, scales, mask=offsets < num_blocks)
 
 
@@ -172,7 +180,7 @@ def static_fake_quant_kernel(
     start, rows, is_row = _place(num_blocks, TILE)
     a, b, c, d = _load(x_ptr, start, is_row, TILE)
     amax = tl.load(amax_ptr + start + rows, mask=is_row, other=0.0).to(tl.float32)
-    scales = arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    scales = scale_arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
     divisors = tl.where(scales == 0.0, 1.0, scales)
     factor = arithmetic.factor_of(divisors)[:, None]
     a, b, c, d = arithmetic.fake_quant(a, b, c, d, divisors, scales, factor, False, arithmetic.is_narrow(x_ptr))
@@ -203,7 +211,7 @@ def dequantize_kernel(
     tl.store(out_ptr + start * 8 + rows[:, None] * 8 + tl.arange(0, 8)[None, :], values, mask=is_row[:, None])
 
 
-# ---- launchers: the signatures of `reference` --------------------------------------------------------------------------------
+# ---- launchers: the signatures of the operators ------------------------------------------------------------------------------
 
 
 def block_amax(x: Tensor) -> Tensor:
@@ -227,20 +235,22 @@ def amax(x: Tensor) -> tuple[Tensor, Tensor]:
     return block_amax, global_amax
 
 
-def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype) -> Tensor:
+def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max") -> Tensor:
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    _launch("fake_quant", fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out)
+    factors = BLOCK_SCALE_RULES[block_scale].factors
+    _launch("fake_quant", fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out, FACTORS=factors)
     return out
 
 
-def quantize(x: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, Tensor]:
     packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     scales = x.new_empty(_block_shape(x), dtype=torch.float8_e4m3fn)
     num_blocks = x.numel() // reference.BLOCK_SIZE
     num_tiles = _tiles_per_program("quantize", num_blocks)
     # As bytes, since Triton has no E4M3 type on compute capability 8.0.
     tensors = _flat(x), s2, packed, scales.view(torch.uint8), num_tiles
-    _launch("quantize", quantize_kernel, num_blocks, x, *tensors, num_tiles=num_tiles)
+    factors = BLOCK_SCALE_RULES[block_scale].factors
+    _launch("quantize", quantize_kernel, num_blocks, x, *tensors, num_tiles=num_tiles, FACTORS=factors)
     return packed, scales
 
 

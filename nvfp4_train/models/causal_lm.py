@@ -1,7 +1,9 @@
 """A Hugging Face causal LM with fp32 masters: from a folder, a hub name, or a config with random weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+import os
+import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,8 +18,13 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    masking_utils,
 )
+
+from nvfp4_train.models.quirks import parameters_on_meta, take_rows_for_single_sequences
+from nvfp4_train.models.served_dtype import served_dtypes
+from nvfp4_train.quant.served import SERVED_DTYPE
+
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +41,43 @@ class ModelConfig:
     """Recompute activations in the backward: less memory, more time."""
     compile: bool = False
     """torch.compile every decoder layer; one compilation serves all of them."""
+    compute_dtype: str = "auto"
+    """Dtype of products and activations: `bfloat16`, `float32`, or `auto`, which is float32 on a CPU without bf16 products.
+
+    Weights have the same served values in both.
+    """
 
     def __post_init__(self) -> None:
+        if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
+            raise ValueError(f"model.compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
         if self.path is None and self.config is None:
             raise ValueError("model.path or model.config is required, got neither")
         if self.path is None and "model_type" not in (self.config or {}):
             raise ValueError(f"model.config needs a model_type, got the keys {sorted(self.config or {})}")
+
+
+def choose_compute_dtype(option: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """What `model.compute_dtype` says on a device, and why."""
+    if option != "auto":
+        return COMPUTE_DTYPES[option], "as model.compute_dtype says"
+    if device.type != "cpu":
+        return torch.bfloat16, f"the {device.type} device multiplies in bf16"
+    if _cpu_multiplies_bf16():
+        return torch.bfloat16, "this CPU multiplies in bf16"
+    return torch.float32, "this CPU has no bf16 products; weights have the values that will be served all the same"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether matrix products in bf16 are faster than in fp32: with AVX512-BF16 or AMX, unless the environment turns them off."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    # The two variables with which PyTorch and oneDNN are limited to an older instruction set.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit not in ("", "DEFAULT", "ALL") and not any(part in limit for part in ("BF16", "FP16", "AMX", "AVX10")):
+        return False
+    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX", "AVX10")):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
@@ -66,21 +104,32 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     return hf_config
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
+def load_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -> PreTrainedModel:
     """The model in training mode with fp32 parameters, whole. Raises ValueError where the path does not hold exactly its tensors."""
     hf_config = load_config(config)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is None:
         # Each kind of device draws other numbers, and some of Lightning's strategies build a model on the GPU.
         with torch.device("cpu"):
-            return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config)
+            return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config, compute_dtype)
     # Tensors of another shape are refused below, with the others.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         config.path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     model, info = loaded
     refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
-    return _for_training(model, config)
+    return _for_training(model, config, compute_dtype)
+
+
+def load_frozen(config: ModelConfig) -> PreTrainedModel:
+    """The model as it is served before any quantization: in bf16 and in evaluation mode, without gradients."""
+    options: dict[str, Any] = {"dtype": SERVED_DTYPE, "attn_implementation": config.attn_implementation}
+    hf_config = load_config(config)
+    if config.path is None:
+        model = AutoModelForCausalLM.from_config(hf_config, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(config.path, config=hf_config, **options)
+    return model.requires_grad_(False).eval()
 
 
 def refuse_other_tensors(
@@ -98,7 +147,7 @@ def refuse_other_tensors(
             raise ValueError(f"model.path={path!r} {fault} {', '.join(ordered[:3])}{more}")
 
 
-def empty_model(config: ModelConfig) -> PreTrainedModel:
+def empty_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -> PreTrainedModel:
     """The model of `model.path` in training mode with fp32 parameters on the meta device, and its buffers on the CPU."""
     assert config.path is not None
     hf_config = load_config(config)
@@ -112,56 +161,47 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
             model.generation_config = GenerationConfig.from_pretrained(
                 config.path, config_file_name="config.json", _from_model_config=True
             )
-    return _for_training(model, config)
+    return _for_training(model, config, compute_dtype)
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters made in the context take no memory, buffers are computed on the CPU: whatever a class keeps in them is right."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        # One that is on the meta device already is tied to another.
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        # Its memory is given back before anything is written to it: random initial values are drawn after the registration.
-        with torch.device("cpu"):
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> PreTrainedModel:
+    """The transformers class as a reader builds it: in evaluation mode, its parameters on the meta device, its buffers on the CPU."""
+    config = copy.deepcopy(model.config)
+    with parameters_on_meta():
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.config._attn_implementation)
+    return plain.eval()
 
 
 def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Logits [B, T, V] of token ids [B, T], each row of which is one sequence, without padding."""
-    with _unpacked_rows():
-        return model(input_ids=input_ids, use_cache=False).logits
+    return model(input_ids=input_ids, use_cache=False).logits
 
 
-@contextmanager
-def _unpacked_rows() -> Iterator[None]:
-    """Spare transformers its search for several sequences in a row: in every forward the host would wait for its answer."""
-    search = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = search
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model: the modules that transformers never splits over devices."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    return [module for module in model.modules() if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())]
 
 
-def _for_training(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
+    take_rows_for_single_sequences()
+    _serve_buffers(model, compute_dtype)
+    # Some classes look here for the dtype to compute in.
+    model.config.dtype = compute_dtype
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained returns a model in evaluation mode.
     return model.train()
+
+
+def _serve_buffers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Give every buffer the value and the dtype that it is served with; bf16 ones are held in the dtype of the computation."""
+    dtypes, saved = served_dtypes(model), model.state_dict().keys()
+    computed = dict(plain_class(model).named_buffers())
+    for name, buffer in model.named_buffers():
+        # What is not saved is computed anew by every reader, in its own dtype.
+        value = (buffer if name in saved else computed[name]).to(dtypes[name])
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner._buffers[name.rpartition(".")[2]] = value.to(compute_dtype if value.dtype is SERVED_DTYPE else value.dtype)
 
 
 def _refuse_misspelt(fields: Mapping[str, Any], default: PretrainedConfig) -> None:

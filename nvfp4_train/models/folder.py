@@ -22,6 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from nvfp4_train.models.causal_lm import ModelConfig, empty_model, load_config, refuse_other_tensors
 from nvfp4_train.models.sharding import own_rows
+from nvfp4_train.quant.served import SERVED_DTYPE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ class _Piece:
     target: Tensor
 
 
-def open_folder(config: ModelConfig) -> "tuple[PreTrainedModel, FolderWeights] | None":
+def open_folder(
+    config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE
+) -> "tuple[PreTrainedModel, FolderWeights] | None":
     """The model of `model.path` without memory for its parameters, and the weights to fill it with once it is sharded.
 
     None where they cannot be read by rows: see the module's docstring. Raises ValueError where a tensor is missing, unexpected or
@@ -61,7 +64,7 @@ def open_folder(config: ModelConfig) -> "tuple[PreTrainedModel, FolderWeights] |
     names_files = getattr(type(hf_config), "extra_files", ()) or getattr(hf_config, "transformers_weights", None)
     if config.path is None or names_files or not (files := _safetensors_files(config.path)):
         return None
-    model = empty_model(config)
+    model = empty_model(config, compute_dtype)
     weights = FolderWeights(config.path, files)
     return (model, weights) if weights.find_all_of(model) else None
 

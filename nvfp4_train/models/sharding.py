@@ -1,44 +1,107 @@
-"""Sharding of a causal LM over devices by FSDP2: fp32 masters, bf16 compute, fp32 reduction."""
+"""Sharding of a causal LM over devices by FSDP2: fp32 masters, served values in the forward, fp32 reduction."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import decoder_layers
-from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
+from nvfp4_train.quant.served import SERVED_DTYPE
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forward: bool = True) -> None:
-    """Apply `fully_shard` to the decoder layers, the input embedding and the root, in place; `quantize_linears` comes before.
+@dataclass(frozen=True, kw_only=True)
+class FsdpUnit:
+    """Modules that FSDP2 gathers together."""
+
+    modules: list[nn.Module]
+    in_fp32: bool
+    """Masters are gathered, and the forward rounds them. Otherwise they are rounded to bf16 first."""
+    is_layer: bool = False
+    """Freed after its forward, and gathered again in the backward, where the model is told to."""
+
+
+def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE) -> list[FsdpUnit]:
+    """The decoder layers, the input embedding unless the head has the same weight, and the root with all the rest.
+
+    `kept` are names of parameters that are served in fp32: what holds one is gathered in fp32, since FSDP2 reduces the gradients of
+    what it gathers together in one dtype. Layers that share parameters are gathered together.
+    """
+    layers = _outermost(decoder_layers(model))
+    if not layers:
+        raise ValueError(f"trainer: {type(model).__name__} names no decoder layers to shard (_no_split_modules is empty)")
+    kept_ids = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in kept}
+    computes_in_fp32 = compute_dtype is not SERVED_DTYPE
+
+    def holds_kept(parameters: Sequence[nn.Parameter]) -> bool:
+        return any(id(p) in kept_ids for p in parameters)
+
+    units = [
+        FsdpUnit(
+            modules=together,
+            in_fp32=computes_in_fp32 or holds_kept([p for layer in together for p in layer.parameters()]),
+            is_layer=True,
+        )
+        for together in _joined_by_parameters(layers)
+    ]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    is_tied = head is not None and head.weight is embedding.weight
+    if not is_tied:
+        # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
+        units.append(FsdpUnit(modules=[embedding], in_fp32=True, is_layer=True))
+    gathered = {id(p) for unit in units for module in unit.modules for p in module.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in gathered]
+    units.append(FsdpUnit(modules=[model], in_fp32=computes_in_fp32 or is_tied or holds_kept(rest)))
+    return units
+
+
+def gathered_as_served(units: Sequence[FsdpUnit]) -> set[nn.Module]:
+    """The modules whose parameters FSDP2 rounds to bf16 before it gathers them, so that nobody has to round them after that."""
+    tops = {module for unit in units for module in unit.modules}
+
+    def inside(module: nn.Module) -> Iterator[nn.Module]:
+        yield module
+        for child in module.children():
+            if child not in tops:
+                yield from inside(child)
+
+    return {module for unit in units if not unit.in_fp32 for top in unit.modules for module in inside(top)}
+
+
+def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    inside = {module for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if layer not in inside]
+
+
+def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Layers one by one, or those together that share a parameter."""
+    together: list[tuple[list[nn.Module], set[int]]] = []
+    for layer in layers:
+        own = {id(p) for p in layer.parameters()}
+        joined = [group for group in together if group[1] & own]
+        together = [group for group in together if not group[1] & own]
+        modules = [module for group in joined for module in group[0]]
+        together.append(([*modules, layer], own.union(*(group[1] for group in joined))))
+    return [modules for modules, _ in together]
+
+
+def shard_model(mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True) -> None:
+    """Apply `fully_shard` to the units of a model in their order, in place; `show_served` comes before.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.
     """
-    layers = decoder_layers(model)
-    if not layers:
-        raise ValueError(f"trainer: {type(model).__name__} names no decoder layers to shard (_no_split_modules is empty)")
-    served = MixedPrecisionPolicy(param_dtype=SERVED_DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # The embedding rounds the rows that it looks up, and sums their gradients in fp32.
-    as_master = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=served, reshard_after_forward=reshard_after_forward)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
-    if not is_tied:
-        fully_shard(embedding, mesh=mesh, mp_policy=as_master, reshard_after_forward=reshard_after_forward)
-    # One parameter is in one group, with one dtype of gradients: a tied embedding makes the root's that of the masters, and
-    # quantized weights, whose gradients are bf16, cannot stay in it.
-    if is_tied:
-        in_layers = {module for layer in layers for module in layer.modules()}
-        for module in model.modules():
-            if isinstance(module, NVFP4Linear) and module not in in_layers:
-                fully_shard(module, mesh=mesh, mp_policy=served, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=as_master if is_tied else served, reshard_after_forward=False)
+    for unit in units:
+        dtype = None if unit.in_fp32 else SERVED_DTYPE
+        fully_shard(
+            unit.modules if len(unit.modules) > 1 else unit.modules[0],
+            mesh=mesh,
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            reshard_after_forward=unit.is_layer and reshard_after_forward,
+        )
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
@@ -56,39 +119,3 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
     first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
     return tensor.to_local().detach(), min(first, tensor.shape[0])
-
-
-def sharded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.state_dict()
-
-
-GATHERED_AT_ONCE = 1 << 26
-"""Bytes of a rank. Gloo gathers into memory of its own before it fills ours, which would be a second copy of a whole tensor."""
-
-
-def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
-    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
-    # Ranks send equally many bytes, whatever they mean.
-    sent = rows.contiguous()
-    if len(rows) < (most := -(-num_rows // group.size())):
-        sent = rows.new_zeros((most, *rows.shape[1:]))
-        sent[: len(rows)] = rows
-    flat = sent.view(-1).view(torch.uint8)
-    is_first = group.rank() == 0
-    received = flat.new_empty((group.size(), len(flat))) if is_first else None
-    for start in range(0, len(flat), GATHERED_AT_ONCE):
-        piece = slice(start, start + GATHERED_AT_ONCE)
-        destinations = None if received is None else [part[piece] for part in received]
-        distributed.gather(flat[piece], destinations, dst=distributed.get_global_rank(group, 0), group=group)
-    return None if received is None else received.view(-1).view(rows.dtype).view(-1, *rows.shape[1:])[:num_rows]
-
-
-@torch.no_grad()
-def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the state dict, one after the other; a sharded one is gathered. Call it on every rank."""
-    for name, tensor in sharded_state(model).items():
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -7,10 +7,13 @@ embedding and layers whose input dimension is no multiple of 16 stay in bf16 and
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import nn
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.manifest import QuantManifest
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -37,15 +40,16 @@ class QuantConfig:
     exclude: Sequence[str] = ()
     """Shell patterns over full module names that stay in bf16."""
     global_scale: str = "pow2"
-    """`pow2` raises the global scale to a power of two, so that every reader decodes the same bits; `exact` is amax / 2688."""
+    """`pow2` raises the global scale to a power of two, so that every reader decodes the same bits; `exact` is the quotient."""
+    rule: str = "max"
+    """How the scale of a block is chosen: a name in `kernels.scale_rules.BLOCK_SCALE_RULES`."""
     start_step: int = 0
     """Optimizer step from which on the forward computes with quantized weights."""
     gather: str = "packed"
     """How the weights of a sharded model travel: `packed` codes and scales, 0.5625 byte a weight, or decoded `bf16`, 2 bytes."""
 
     def __post_init__(self) -> None:
-        if self.global_scale not in ("pow2", "exact"):
-            raise ValueError(f"quant.global_scale must be 'pow2' or 'exact', got {self.global_scale!r}")
+        self.scale_rule  # noqa: B018 (raises)
         if self.gather not in ("packed", "bf16"):
             raise ValueError(f"quant.gather must be 'packed' or 'bf16', got {self.gather!r}")
         if self.start_step < 0:
@@ -55,27 +59,59 @@ class QuantConfig:
                 raise ValueError(f"quant.{name} must be a list of patterns, got the string {getattr(self, name)!r}")
 
     @property
-    def power_of_two(self) -> bool:
-        return self.global_scale == "pow2"
+    def scale_rule(self) -> ScaleRule:
+        return ScaleRule(global_scale=self.global_scale, block_scale=self.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The outcome of a policy on one model, in module names."""
+    """The outcome of a policy on one model."""
 
-    groups: tuple[tuple[str, ...], ...]
-    """Quantized linears; the members of a group share one global amax. Every quantized linear is in exactly one group."""
+    manifest: QuantManifest
     kept: dict[str, str]
-    """Linears that stay in bf16, with the reason."""
+    """Linears that stay in bf16, by module name, with the reason."""
 
 
-def select(model: nn.Module, config: QuantConfig) -> Selection:
-    """Apply the policy to every `nn.Linear` of a Hugging Face causal LM.
+class Layout(Protocol):
+    """What a folder of the model can hold: `models.layout.HubLayout`, which imports this room."""
+
+    def reason_to_keep(self, name: str) -> str | None:
+        """Why no folder can hold a parameter in NVFP4; None where one can."""
+
+
+def unfit(model: nn.Module, layout: Layout | None) -> dict[str, str]:
+    """Every `nn.Linear` that no option can quantize, with the reason: the one rule of the policy and of the export."""
+    get_output_embedding = getattr(model, "get_output_embeddings", None)
+    output_embedding = get_output_embedding() if callable(get_output_embedding) else None
+    embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    reasons: dict[str, str] = {}
+    for name, module in linears_of(model).items():
+        if module is output_embedding or name.rpartition(".")[2] == "lm_head":
+            reasons[name] = "output embedding"
+        elif id(module.weight) in embedding_weights:
+            reasons[name] = "shares its weight with an embedding"
+        elif layout is not None and (reason := layout.reason_to_keep(f"{name}.weight")):
+            reasons[name] = reason
+        elif module.in_features % BLOCK_SIZE:
+            reasons[name] = f"{module.in_features} inputs are no multiple of {BLOCK_SIZE}"
+        elif type(module) is not nn.Linear:
+            reasons[name] = f"a {type(module).__name__} computes in its own way"
+    return reasons
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) -> Selection:
+    """Apply the policy to every `nn.Linear` of a Hugging Face causal LM, before any module of it is replaced.
+
+    Without a `layout` weights may be selected that no export can write.
 
     Raises ValueError where a pattern matches no linear, nothing is left to quantize, or only some of a set of siblings are
     selected (a serving engine fuses siblings, so they are quantized all or none).
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linears_of(model)
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in linears):
@@ -84,33 +120,26 @@ def select(model: nn.Module, config: QuantConfig) -> Selection:
                     f"quant.{option}: pattern {pattern!r} matches no nn.Linear of the model; names look like {examples}"
                 )
 
-    get_output_embedding = getattr(model, "get_output_embeddings", None)
-    output_embedding = get_output_embedding() if callable(get_output_embedding) else None
-    embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    reasons = unfit(model, layout)
     chosen: list[str] = []
     kept: dict[str, str] = {}
-    for name, module in linears.items():
-        if module is output_embedding or name.rpartition(".")[2] == "lm_head":
-            kept[name] = "output embedding"
-        elif id(module.weight) in embedding_weights:
-            kept[name] = "shares its weight with an embedding"
+    for name in linears:
+        if name in reasons:
+            kept[name] = reasons[name]
         elif name.rpartition(".")[2] in ROUTERS:
             kept[name] = "router"
         elif not any(fnmatchcase(name, pattern) for pattern in config.include):
             kept[name] = "not in quant.include"
         elif any(fnmatchcase(name, pattern) for pattern in config.exclude):
             kept[name] = "in quant.exclude"
-        elif module.in_features % BLOCK_SIZE:
-            kept[name] = f"{module.in_features} inputs are no multiple of {BLOCK_SIZE}"
-        elif type(module) is not nn.Linear:
-            kept[name] = f"a {type(module).__name__} computes in its own way"
         else:
             chosen.append(name)
     if not chosen:
         raise ValueError(
             f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
         )
-    return Selection(groups=_groups(chosen, linears), kept=kept)
+    groups = tuple(tuple(f"{name}.weight" for name in group) for group in _groups(chosen, linears))
+    return Selection(manifest=QuantManifest(groups=groups, rule=config.scale_rule), kept=kept)
 
 
 def sibling_set(name: str) -> tuple[str, ...]:
@@ -145,19 +174,18 @@ def _groups(chosen: Sequence[str], linears: dict[str, nn.Linear]) -> tuple[tuple
 
 def selection_table(model: nn.Module, selection: Selection) -> str:
     """A printable table: what is quantized, what is not and why, sibling groups, bits per weight of the whole model."""
-    modules = dict(model.named_modules())
-    quantized = {id(modules[name].weight): modules[name].weight.numel() for group in selection.groups for name in group}
+    manifest, parameters = selection.manifest, dict(model.named_parameters(remove_duplicate=False))
+    quantized = {id(parameters[name]): parameters[name].numel() for name in manifest.names}
     total = sum(parameter.numel() for parameter in model.parameters())
     num_quantized = sum(quantized.values())
     # 4 bits of code and 8 / 16 bits of scale for a quantized weight, bf16 for the rest.
     bits = (4.5 * num_quantized + 16 * (total - num_quantized)) / total
-    num_modules = sum(len(group) for group in selection.groups)
-    shared = sum(len(group) > 1 for group in selection.groups)
+    shared = sum(len(group) > 1 for group in manifest.groups)
     rows = [
-        ("quantized linears", f"{num_modules}"),
+        ("quantized linears", f"{len(manifest.names)}"),
         ("parameters in NVFP4", f"{num_quantized:,} of {total:,} ({num_quantized / total:.1%})"),
         ("parameters in bf16", f"{total - num_quantized:,}"),
-        ("global scales", f"{len(selection.groups)}, {shared} of them shared by siblings"),
+        ("global scales", f"{len(manifest.groups)}, {shared} of them shared by siblings"),
         ("bits per weight", f"{bits:.3f}"),
     ]
     for reason in dict.fromkeys(selection.kept.values()):

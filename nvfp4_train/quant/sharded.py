@@ -1,269 +1,304 @@
 """The weight store of a model that is sharded by FSDP2: each rank quantizes its own rows, and weights travel packed.
 
 Codes and scales are 0.5625 byte a weight on the wire, against 2 of bf16. They are made once per optimizer step, whatever the number
-of micro-batches. What FSDP2 gathers together, as a rule a decoder layer, travels as one tensor that lies ready between the steps,
-and is decoded by one launch into one tensor, of which the parameters are views; it lives as long as FSDP2 keeps the layer unsharded.
+of micro-batches. What FSDP2 gathers together, as a rule a decoder layer, is a gather unit: it travels as one tensor that lies ready
+between the steps, and is decoded by one launch into one tensor.
 
-FSDP2 does the same for every parameter on its own, which takes the host longer than a small layer computes. So while quantization
-is on, the objects in which FSDP2 keeps what it gathers together are of a class of ours, `_ServedParamGroup`. While it is off, they
-are FSDP2's own, and gather the masters rounded to bf16.
+There are two ways to hand FSDP2 that tensor. `fsdp2_internals` replaces FSDP2's own handling of a gather, in the versions of PyTorch
+that it knows. In others the documented `set_custom_all_gather` decodes into the buffer that FSDP2 then copies its parameters from.
 """
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter, is_
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import Work
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import AllGatherResult
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage, free_storage
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import AllGatherState, FSDPParamGroup
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
-from nvfp4_train.kernels.packed_shards import PackedShards
-from nvfp4_train.quant.linear import SERVED_DTYPE
+from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
+from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.packed_shards import PackedShards
+from nvfp4_train.quant.served import SERVED_DTYPE
 from nvfp4_train.quant.store import WeightStore
 
-_local_tensor = attrgetter("sharded_param._local_tensor")
-"""Of an `FSDPParam`: the tensor that a load with `assign` or a move to another device replaces."""
+KNOWN_TORCH = ((2, 11), (2, 14))
+"""Versions of PyTorch whose internals `fsdp2_internals` knows: from the first on, below the second."""
 
 
-class _ServedParamGroup(FSDPParamGroup):
-    """What FSDP2 gathers together, while some of it is quantized: one collective, one decoding.
+def knows_internals() -> bool:
+    """Whether this version of PyTorch is one that `fsdp2_internals` knows."""
+    major, minor = torch.__version__.split(".")[:2]
+    return KNOWN_TORCH[0] <= (int(major), int(minor)) < KNOWN_TORCH[1]
 
-    `unshard` and `wait_for_unshard` are FSDP2's two halves of a gather. Streams, events and what is kept alive until when are the
-    same as there.
+
+class GatherUnit:
+    """The parameters that FSDP2 gathers together, of which at least one is quantized, as this rank sends and receives them.
+
+    With `is_packed` quantized weights travel as codes and scales, otherwise as decoded rows. Others travel as rows in `dtype`, that
+    of the gathered parameters: rounded where it is bf16, as masters where it is float32.
     """
 
-    served: "_ServedParameters"
-
-    def unshard(self, async_op: bool = False) -> None:
-        is_under_way = self._all_gather_result is not None
-        is_not_needed = self._training_state == TrainingState.PRE_BACKWARD and not self.unshard_in_backward
-        if is_under_way or self.is_unsharded or is_not_needed:
-            return
-        _, stream = self.comm_ctx.get_all_gather_streams(async_op, self._training_state)
-        with self.device_handle.stream(stream):
-            received, work = self.served.gather(async_op)
-            self._all_gather_result = AllGatherResult(received, stream.record_event(), work, [], [], [])
-
-    def wait_for_unshard(self) -> None:
-        gathered = self._all_gather_result
-        if gathered is None:
-            return
-        is_forward = self._training_state == TrainingState.FORWARD
-        if is_forward and (previous := self.comm_ctx.all_gather_state) is not None:
-            # What the layer before received is free once it is decoded.
-            self._wait_all_gather_streams_on_event(previous.event)
-            self.comm_ctx.all_gather_state = None
-        _wait_for(self, gathered)
-        self.served.unpack(gathered.all_gather_output)
-        self._to_unsharded()
-        decoded = self.device_handle.Event()
-        decoded.record()
-        if is_forward and gathered.all_gather_work is None:
-            # The next layer's gather need not wait for this decoding, so it must not take this memory.
-            self.comm_ctx.all_gather_state = AllGatherState(gathered, decoded)
-        else:
-            self._wait_all_gather_streams_on_event(decoded)
-        self._all_gather_result = None
-
-
-def _wait_for(group: FSDPParamGroup, gathered: AllGatherResult) -> None:
-    """Let the stream that computes wait for a gather."""
-    if gathered.all_gather_event is not None:
-        group.device_handle.current_stream().wait_event(gathered.all_gather_event)
-    if isinstance(gathered.all_gather_work, Work):
-        gathered.all_gather_work.wait()
-
-
-class _ShardedParameter:
-    """One parameter of FSDP2: its rows on this rank."""
-
-    def __init__(self, name: str, fsdp_param: FSDPParam) -> None:
-        parameter = fsdp_param.sharded_param
-        placements = parameter.placements  # type: ignore[attr-defined]
-        if placements[-1] != Shard(0) or any(placement != Replicate() for placement in placements[:-1]):
-            raise ValueError(
-                f"{name} must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
-                "inputs stays on one rank, so shard no weight by columns or by tensor parallelism"
-            )
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} must be of a float dtype to be gathered beside quantized weights, got {parameter.dtype}")
-        self.fsdp_param = fsdp_param
-        self.shape = parameter.shape
-
-    def local_master(self) -> Tensor:
-        """The rows of this rank, padded by zeros to the same number on every rank."""
-        return self.fsdp_param._sharded_param_data.detach().view(self.fsdp_param.padded_sharded_param_size)
-
-    @property
-    def rows(self) -> Tensor:
-        """The rows of this rank, without padding."""
-        return _local_tensor(self.fsdp_param).detach()
-
-    def set_unsharded(self, whole: Tensor | None, memory: list[Tensor]) -> None:
-        """Give FSDP2 the tensor to compute with, or let it make one; it frees and counts `memory` as this parameter's."""
-        self.fsdp_param.all_gather_outputs = memory
-        if whole is None:
-            self.fsdp_param.__dict__.pop("_unsharded_param", None)
-        else:
-            requires_grad = self.fsdp_param.sharded_param.requires_grad
-            self.fsdp_param._unsharded_param = nn.Parameter(whole, requires_grad=requires_grad)
-
-
-class _ServedParameters:
-    """The parameters of one group of FSDP2, of which at least one is quantized, as this rank sends and receives them.
-
-    With `is_packed` quantized weights travel as codes and scales, otherwise as decoded rows. All else travels as rows in bf16.
-    """
-
-    def __init__(self, group: FSDPParamGroup, names: Mapping[int, str], slots: Mapping[int, int], *, is_packed: bool) -> None:
-        """Names of the parameters, and slots of the quantized ones, are by id."""
-        if (group.mp_policy.param_dtype, group.mp_policy.reduce_dtype) != (SERVED_DTYPE, torch.float32):
-            name = names[id(group.fsdp_params[0].sharded_param)]
-            raise ValueError(
-                f"{name} must have a MixedPrecisionPolicy with param_dtype={SERVED_DTYPE} and reduce_dtype={torch.float32}, "
-                f"got {group.mp_policy}"
-            )
-        if isinstance(group, _ServedParamGroup):
-            # Of an earlier store.
-            group.served.detach()
-        self._group = group
-        parameters = [_ShardedParameter(names[id(p.sharded_param)], p) for p in group.fsdp_params]
-        self.quantized = [p for p in parameters if id(p.fsdp_param.sharded_param) in slots]
-        self.others = [p for p in parameters if id(p.fsdp_param.sharded_param) not in slots]
-        self.parameters = [*self.quantized, *self.others]
-        self.slots = [slots[id(p.fsdp_param.sharded_param)] for p in self.quantized]
+    def __init__(
+        self,
+        module: FSDPModule,
+        parameters: Mapping[str, DTensor],
+        slots: Mapping[str, int],
+        *,
+        is_packed: bool,
+        dtype: torch.dtype,
+        rule: ScaleRule,
+    ) -> None:
+        """`parameters` by name, in the order in which FSDP2 gathers them for `module`; `slots` of the quantized ones."""
+        self.module = module
         self.is_packed = is_packed
-        shapes, others = ([p.shape for p in these] for these in (self.quantized, self.others))
-        num_ranks = self._ranks.size()
-        self._shards = PackedShards(shapes, others, num_ranks) if is_packed else PackedShards([], [*shapes, *others], num_ranks)
-        self._sent = self._table = self._whole = self._s2 = torch.empty(0)
-        self._padded_others: list[Tensor] = []
+        self.dtype = dtype
+        self.rule = rule
+        for name, parameter in parameters.items():
+            _check_rows(name, parameter)
+        self.in_order = parameters
+        self.quantized = [name for name in parameters if name in slots]
+        self.unquantized = [name for name in parameters if name not in slots]
+        self.slots = [slots[name] for name in self.quantized]
+        mesh = next(iter(parameters.values())).device_mesh
+        self.ranks = mesh.get_group(mesh.ndim - 1)
+        shapes, others = ([parameters[name].shape for name in names] for names in (self.quantized, self.unquantized))
+        # Without packing everything travels as rows.
+        split = (shapes, others) if is_packed else ([], [*shapes, *others])
+        self.shards = PackedShards(*split, self.ranks.size(), dtype)
+        self.sent = self.table = self.s2 = torch.empty(0)
+        self.whole = torch.empty(0)
+        self._padded_unquantized: list[Tensor] = []
         self.outputs: dict[str, list[Tensor]] = {}
         """What the quantizer writes, in the order of the quantized parameters."""
         self.rounded: list[Tensor] = []
-        """What the rows of the others are rounded to, in their order."""
+        """What the rows of the unquantized parameters are copied to, in their order."""
 
-    @property
-    def _ranks(self) -> ProcessGroup:
-        return self._group._all_gather_process_group
+    def rows(self, name: str) -> Tensor:
+        """This rank's rows of a master, in the memory that FSDP2 uses."""
+        return self.in_order[name]._local_tensor.detach()
 
     def allocate(self) -> None:
         """Make room for what this rank sends."""
-        device = self._group.device
-        self._sent = torch.zeros(self._shards.num_bytes, dtype=torch.uint8, device=device)
-        rows = self._shards.rows(self._sent)
-        self._table = self._shards.table(self.slots if self.is_packed else []).to(device)
+        device = self.rows(self.quantized[0]).device
+        self.sent = torch.zeros(self.shards.num_bytes, dtype=torch.uint8, device=device)
+        self.table = self.shards.table(self.slots if self.is_packed else []).to(device)
+        views = self.shards.rows(self.sent)
         if self.is_packed:
-            self.outputs = {"packed": self._shards.codes(self._sent), "scales": self._shards.scales(self._sent)}
-            self.rounded = rows
+            self.outputs = {
+                "packed": self._own(self.shards.codes(self.sent)),
+                "scales": self._own(self.shards.scales(self.sent)),
+            }
         else:
-            self.outputs = {"decoded": rows[: len(self.quantized)]}
-            self.rounded = rows[len(self.quantized) :]
+            self.outputs = {"decoded": self._own(views)}
+            views = views[len(self.quantized) :]
+        self.rounded = [view[: len(self.rows(name))] for view, name in zip(views, self.unquantized, strict=True)]
+
+    def _own(self, padded: list[Tensor]) -> list[Tensor]:
+        """The rows of quantized parameters without padding."""
+        return [view[: len(self.rows(name))] for view, name in zip(padded, self.quantized, strict=False)]
+
+    def new_whole(self) -> list[Tensor]:
+        """Allocate the tensor of whole parameters, uninitialized; views of it in FSDP2's order."""
+        self.whole = torch.empty(self.shards.num_elements, dtype=self.dtype, device=self.sent.device)
+        self._padded_unquantized = self.shards.padded_unquantized(self.whole)
+        views = dict(zip([*self.quantized, *self.unquantized], self.shards.whole_tensors(self.whole), strict=True))
+        return [views[name] for name in self.in_order]
+
+    def decode(self, received: Tensor, whole: Tensor) -> None:
+        """Fill the whole parameters, from what all ranks sent; `whole` is the tensor of `new_whole`."""
+        self.shards.unpack(received, self.table, self.s2, whole, self._padded_unquantized)
+
+    def compute_weight(self, name: str) -> Tensor:
+        """A whole quantized weight, by a collective of its own."""
+        received = self.sent.new_empty(self.sent.numel() * self.ranks.size())
+        distributed.all_gather_into_tensor(received, self.sent, group=self.ranks)
+        whole = torch.empty(self.shards.num_elements, dtype=self.dtype, device=received.device)
+        self.shards.unpack(received, self.table, self.s2, whole, self.shards.padded_unquantized(whole))
+        return self.shards.whole_tensors(whole)[self.quantized.index(name)].clone()
+
+    def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding."""
+        index = self.quantized.index(name)
+        if self.is_packed:
+            return self.outputs["packed"][index], self.outputs["scales"][index]
+        return nvfp4_quantize(self.rows(name), self.s2[self.slots[index]], self.rule)
+
+
+def _check_rows(name: str, parameter: Any) -> None:
+    placements = parameter.placements
+    if placements[-1] != Shard(0) or any(placement != Replicate() for placement in placements[:-1]):
+        raise ValueError(
+            f"{name} must be sharded by rows (dimension 0) by fully_shard alone, got {placements}; a block of 16 "
+            "inputs stays on one rank, so shard no weight by columns or by tensor parallelism"
+        )
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name} must be of a float dtype to be gathered beside quantized weights, got {parameter.dtype}")
+
+
+class _ThroughInternals:
+    """Hands a gather unit to FSDP2 by `fsdp2_internals`."""
+
+    def __init__(self, unit: GatherUnit, name: str) -> None:
+        from nvfp4_train.quant import fsdp2_internals
+
+        self._internals = fsdp2_internals
+        group = fsdp2_internals.param_group(unit.module)
+        assert group is not None
+        policy = group.mp_policy
+        if ((policy.param_dtype or torch.float32), policy.reduce_dtype) != (unit.dtype, torch.float32):
+            raise ValueError(
+                f"{name} must have a MixedPrecisionPolicy with param_dtype={unit.dtype} and reduce_dtype={torch.float32}, got {policy}"
+            )
+        # An earlier store may have attached the group.
+        fsdp2_internals.detach(group)
+        self._group = group
+        self._unit = unit
+
+    @property
+    def sent(self) -> Tensor:
+        return self._unit.sent
+
+    def unpack(self, received: Tensor) -> None:
+        self._internals.write_unsharded(self._unit.whole, lambda whole: self._unit.decode(received, whole))
 
     # The forwards of a training may follow the context of an evaluation in which this is called.
     @torch.inference_mode(False)
-    def attach(self, s2: Tensor) -> None:
-        """Let FSDP2 gather this, under the global scales s2 of the store's last update."""
-        self._s2 = s2
-        self._whole = torch.empty(self._shards.num_elements, dtype=SERVED_DTYPE, device=self._sent.device)
-        self._padded_others = self._shards.padded_others(self._whole)
-        memory = [self._whole]
-        for parameter, whole in zip(self.parameters, self._shards.wholes(self._whole), strict=True):
-            parameter.set_unsharded(whole, memory)
-            memory = []
-        # FSDP2 is in its sharded state, in which there is none.
-        free_storage(self._whole)
-        self._group.__class__ = _ServedParamGroup
-        self._group.served = self  # type: ignore[attr-defined]
+    def attach(self) -> None:
+        views = self._unit.new_whole()
+        self._internals.attach(self._group, self, self._unit.whole, views)
 
     def detach(self) -> None:
-        if isinstance(self._group, _ServedParamGroup):
-            self._group.__class__ = FSDPParamGroup  # type: ignore[assignment]
-            del self._group.served
-            for parameter in self.parameters:
-                parameter.set_unsharded(None, [])
+        self._internals.detach(self._group)
 
     def drop_gather(self) -> None:
-        """Forget what has been gathered and not yet been unpacked: it is of an earlier update, or of another class of group."""
-        if (gathered := self._group._all_gather_result) is not None:
-            _wait_for(self._group, gathered)
-            self._group._all_gather_result = None
+        self._internals.drop_gather(self._group)
 
-    def gather(self, async_op: bool = False) -> tuple[Tensor, Work | None]:
-        """What all ranks send, and the collective to wait for if there is one."""
-        if self._ranks.size() == 1:
-            return self._sent, None
-        comm = self._group._all_gather_comm
-        received = comm.allocate((self._sent.numel() * self._ranks.size(),), dtype=self._sent.dtype, device=self._sent.device)
-        return received, comm(output_tensor=received, input_tensor=self._sent, group=self._ranks, async_op=async_op)
+    def follow_replaced(self) -> None:
+        self._internals.follow_replaced(self._group)
 
-    def unpack(self, received: Tensor) -> None:
-        """Fill the parameters that the forward and backward compute with."""
-        alloc_storage(self._whole)
-        # Autograd has saved views of this very tensor for the backward, for which it is gathered again.
-        with torch.autograd._unsafe_preserve_version_counter(self._whole):
-            self._shards.unpack(received, self._table, self._s2, self._whole, self._padded_others)
 
-    def compute_weight(self, index: int) -> Tensor:
-        """A whole quantized weight, by a collective of its own."""
-        received, _ = self.gather()
-        whole = torch.empty(self._shards.num_elements, dtype=SERVED_DTYPE, device=received.device)
-        self._shards.unpack(received, self._table, self._s2, whole, self._shards.padded_others(whole))
-        return self._shards.wholes(whole)[index].clone()
+class _ThroughCustomAllGather:
+    """Hands a gather unit to FSDP2 as its all-gather. FSDP2 copies masters in and parameters out, as it does without quantization."""
 
-    def local_packed(self, index: int) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding."""
-        rows = self.quantized[index].rows
-        if not self.is_packed:
-            return nvfp4_quantize(rows, self._s2[self.slots[index]])
-        return self.outputs["packed"][index][: len(rows)], self.outputs["scales"][index][: len(rows)]
+    def __init__(self, unit: GatherUnit, name: str) -> None:
+        if unit.ranks.size() == 1:
+            raise ValueError(
+                f"{name} must be sharded over at least 2 ranks with PyTorch {torch.__version__}, whose FSDP2 gathers nothing on one; "
+                "choose trainer=gpu, or PyTorch 2.11 to 2.13"
+            )
+        self._unit = unit
+        self._is_attached = self._is_checked = False
+        self._table = torch.empty(0)
+        self._place_of: dict[str, int] = {}
+        """First element of every parameter in what FSDP2 gathers of a rank."""
+        self._num_elements = 0
+        for key, parameter in unit.in_order.items():
+            self._place_of[key] = self._num_elements
+            self._num_elements += -(-parameter.shape[0] // unit.ranks.size()) * parameter[:1].numel()
+        unit.module.set_custom_all_gather(self)  # type: ignore[arg-type]
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        if not self._is_attached:
+            return distributed.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        unit = self._unit
+        if not self._is_checked:
+            self._check_order(input_tensor)
+        received = unit.sent.new_empty(unit.sent.numel() * unit.ranks.size())
+        distributed.all_gather_into_tensor(received, unit.sent, group=group)
+        unit.shards.unpack(received, self._table, unit.s2, output_tensor, self._unquantized_in(output_tensor))
+        return None
+
+    def _check_order(self, sent: Tensor) -> None:
+        """Whether FSDP2 sends the parameters in the order in which they will be written; `sent` is what it would send."""
+        for name, place in self._place_of.items():
+            rows = self._unit.rows(name).to(sent.dtype).flatten()
+            if sent.numel() != self._num_elements or not sent[place : place + rows.numel()].equal(rows):
+                raise RuntimeError(
+                    f"PyTorch {torch.__version__} gathers {name} at another place than 2.13 does; quantized training under FSDP2 needs "
+                    "PyTorch 2.11 to 2.13"
+                )
+        self._is_checked = True
+
+    def _unquantized_in(self, output: Tensor) -> list[Tensor]:
+        """Views [ranks, elements of a rank] of FSDP2's buffer, of what travels as rows."""
+        unit, by_rank = self._unit, output.view(-1, self._num_elements)
+        names = unit.unquantized if unit.is_packed else [*unit.quantized, *unit.unquantized]
+        places = zip(map(self._place_of.__getitem__, names), unit.shards.rows(unit.sent), strict=True)
+        return [by_rank[:, place : place + rows.numel()] for place, rows in places]
+
+    def attach(self) -> None:
+        unit = self._unit
+
+        def place(index: int, rank: int) -> int:
+            return rank * self._num_elements + self._place_of[unit.quantized[index]]
+
+        self._table = unit.shards.table(unit.slots if unit.is_packed else [], place).to(unit.sent.device)
+        self._is_attached = True
+
+    def detach(self) -> None:
+        self._is_attached = False
+
+    def drop_gather(self) -> None:
+        """Nothing is under way here, unless `unshard(async_op=True)` was called: that gather is of the update before it."""
+
+    def follow_replaced(self) -> None:
+        """FSDP2 looks at local tensors itself before its first forward."""
 
 
 class ShardedWeightStore(WeightStore):
     """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`, with the same bits.
 
-    Parameters that are not quantized but gathered together with quantized ones are rounded to bf16 by `update` as well.
+    Parameters that are not quantized but gathered together with quantized ones are refreshed by `update` as well.
+    `gathered_in_fp32` are the modules whose parameters FSDP2 gathers in fp32.
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool, gather: str = "packed"
+        self,
+        model: nn.Module,
+        manifest: QuantManifest,
+        *,
+        gather: str = "packed",
+        gathered_in_fp32: Collection[nn.Module] = (),
+        compute_dtype: torch.dtype = SERVED_DTYPE,
     ) -> None:
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._served: list[_ServedParameters] = []
-        """One for each parameter group of FSDP2 that has quantized weights."""
+        self._ways: list[_ThroughInternals | _ThroughCustomAllGather] = []
         # The parameters of an unsharded module are others than those that FSDP2 keeps.
         self._reshard()
-        super().__init__(model, groups, power_of_two=power_of_two)
-        self._places: dict[str, tuple[_ServedParameters, int]] = {}
-        """Where a weight is, by owner."""
+        super().__init__(model, manifest, compute_dtype=compute_dtype)
+        self._units: list[GatherUnit] = []
+        self._unit_of: dict[str, GatherUnit] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        unmet = {id(module.weight): (name, slot) for name, module, slot in self.items()}
-        slots = {parameter: slot for parameter, (_, slot) in unmet.items()}
-        for fsdp_module in self._fsdp_modules:
-            group = fsdp_module._get_fsdp_state()._fsdp_param_group
-            if group is None or not any(id(p.sharded_param) in slots for p in group.fsdp_params):
-                continue
-            served = _ServedParameters(group, names, slots, is_packed=gather == "packed")
-            self._served.append(served)
-            for index, parameter in enumerate(served.quantized):
-                name, _ = unmet.pop(id(parameter.fsdp_param.sharded_param))
-                self._places[name] = served, index
-        for name, _ in unmet.values():
-            kind = type(self._modules[name].weight).__name__
-            raise ValueError(f"{name}.weight must be managed by fully_shard, got {kind}")
-        self._fsdp_params = [p.fsdp_param for served in self._served for p in served.parameters]
+        first_slots = {name: self.slots(name).start for name in self.names}
+        together: dict[int, list[Any]] = {}
+        for module in self._fsdp_modules:
+            together.setdefault(id(fully_shard.state(module)), []).append(module)  # type: ignore[attr-defined]
+        groups = [(modules[0], {names[id(p)]: p for p in _gathered_for(modules)}) for modules in together.values()]
+        groups = [(module, parameters) for module, parameters in groups if parameters.keys() & first_slots.keys()]
+        # Decoded rows would have to be of one dtype for the whole model.
+        is_packed = gather == "packed" or any(module in gathered_in_fp32 for module, _ in groups)
+        for module, parameters in groups:
+            dtype = torch.float32 if module in gathered_in_fp32 else SERVED_DTYPE
+            unit = GatherUnit(module, parameters, first_slots, is_packed=is_packed, dtype=dtype, rule=manifest.rule)
+            self._units.append(unit)
+            self._ways.append(
+                (_ThroughInternals if knows_internals() else _ThroughCustomAllGather)(unit, next(iter(parameters)))
+            )
+            self._unit_of |= dict.fromkeys(unit.quantized, unit)
+        for name in self.names:
+            if name not in self._unit_of:
+                raise ValueError(f"{name} must be managed by fully_shard, got {type(self._parameter(name)).__name__}")
         self._local_tensors: list[Tensor] = []
         """Those that the quantizer was made of."""
         self._rounded: list[Tensor] = []
-        self._other_masters: list[Tensor] = []
+        self._unquantized_rows: list[Tensor] = []
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -272,56 +307,92 @@ class ShardedWeightStore(WeightStore):
         self._reshard()
         super().update()
         if self._rounded:
-            torch._foreach_copy_(self._rounded, self._other_masters)
+            torch._foreach_copy_(self._rounded, self._unquantized_rows)
 
     @torch.no_grad()
     def master(self, name: str) -> Tensor:
         self._reshard()
-        master = self._modules[name].weight.detach()
+        master = super().master(name)
         assert isinstance(master, DTensor)
         return master.full_tensor()
 
     @torch.no_grad()
     def compute_weight(self, name: str) -> Tensor:
-        served, index = self._places[self._owners[name]]
-        return served.compute_weight(index)
+        owner = self._owners[name]
+        return self._unit_of[owner].compute_weight(owner).to(SERVED_DTYPE).to(self.compute_dtype)
 
     @torch.no_grad()
     def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a module, of the last update."""
-        served, index = self._places[self._owners[name]]
-        return served.local_packed(index)
+        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a weight, of the last update."""
+        owner = self._owners[name]
+        return self._unit_of[owner].local_packed(owner)
+
+    @torch.no_grad()
+    def local_weights(self) -> Iterator[LocalWeight]:
+        for name in self.names:
+            unit = self._unit_of[name]
+            mesh = unit.in_order[name].device_mesh
+            # Replicas hold the same shards, so each owns a part of the rows of its shards.
+            replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+            rows = unit.rows(name)
+            own = own_rows(len(rows), replica, num_replicas)
+            packed = [part[own] for part in unit.local_packed(name)] if unit.is_packed else None
+            yield self._local_weight(name, rows[own], packed)
+
+    def _current_local_tensors(self) -> list[Tensor]:
+        return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]
 
     def _is_replaced(self) -> bool:
-        if self._quantizer is None or all(map(is_, map(_local_tensor, self._fsdp_params), self._local_tensors)):
+        if all(now is then for now, then in zip(self._current_local_tensors(), self._local_tensors, strict=True)):
             return False
-        for fsdp_param in self._fsdp_params:
-            fsdp_param.reset_sharded_param()
+        for way in self._ways:
+            way.follow_replaced()
         return True
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}
-        for served in self._served:
-            served.allocate()
-            for name, tensors in served.outputs.items():
+        for unit in self._units:
+            unit.allocate()
+            for name, tensors in unit.outputs.items():
                 outputs.setdefault(name, []).extend(tensors)
-        self._local_tensors = list(map(_local_tensor, self._fsdp_params))
-        self._rounded = [rows for served in self._served for rows in served.rounded]
-        self._other_masters = [parameter.local_master() for served in self._served for parameter in served.others]
-        masters = [parameter.local_master() for served in self._served for parameter in served.quantized]
-        return self._quantizer_of(masters, [slot for served in self._served for slot in served.slots], **outputs)
+        self._local_tensors = self._current_local_tensors()
+        self._rounded = [rows for unit in self._units for rows in unit.rounded]
+        self._unquantized_rows = [unit.rows(name) for unit in self._units for name in unit.unquantized]
+        names = [name for unit in self._units for name in unit.quantized]
+        masters = [unit.rows(name) for unit in self._units for name in unit.quantized]
+        return self._quantizer_of(masters, names, **outputs)
 
     def _use(self, quantized: bool) -> None:
         self._reshard()
         self.is_enabled = quantized
-        for served in self._served:
+        for unit, way in zip(self._units, self._ways, strict=True):
             if quantized:
-                served.attach(self.global_scale)
+                unit.s2 = self.global_scale
+                way.attach()
             else:
-                served.detach()
+                way.detach()
 
     def _reshard(self) -> None:
         for module in self._fsdp_modules:
             module.reshard()
-        for served in self._served:
-            served.drop_gather()
+        for way in self._ways:
+            way.drop_gather()
+
+
+def _gathered_for(modules: Sequence[nn.Module]) -> list[DTensor]:
+    """The parameters that FSDP2 gathers for modules, in its order: those inside, but for what it gathers by itself."""
+    found: dict[int, Any] = {}
+    visited: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> None:
+        visited.add(module)
+        for child in module.children():
+            if child not in visited and not isinstance(child, FSDPModule):
+                visit(child)
+        for parameter in module._parameters.values():
+            if isinstance(parameter, DTensor):
+                found.setdefault(id(parameter), parameter)
+
+    for module in modules:
+        visit(module)
+    return list(found.values())

@@ -1,63 +1,60 @@
 """The weight store: refreshes the weights that the forward computes with, once per optimizer step.
 
-This is the store of a replicated model (one device, or DDP); `sharded` has that of FSDP2, with the same interface.
+This is the store of a replicated model (one device, or DDP); `sharded` has that of FSDP2, with the same interface. A quantized
+weight has the name of its parameter, and occupies slots: one, or of a 3-D parameter [E, N, K] one per expert. Members of a group
+share their slots, and with them amax and global scale.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
-from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
-from nvfp4_train.quant.linear import SERVED_DTYPE, NVFP4Linear
+from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, num_slots_of, slots_of_groups
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows
+from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.served import SERVED_DTYPE, Shown
 
 
-class WeightStore:
-    """Compute weights of all `NVFP4Linear` modules of a model.
+class WeightStore(ABC):
+    """Compute weights of the quantized parameters of a model.
 
-    `groups` are names of modules that share one global amax. Modules that share one parameter share one compute weight.
+    Parameters that modules share are quantized once, and share one compute weight.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]], *, power_of_two: bool) -> None:
-        self.groups = [list(group) for group in groups]
-        self.power_of_two = power_of_two
+    def __init__(self, model: nn.Module, manifest: QuantManifest, *, compute_dtype: torch.dtype) -> None:
+        self.manifest = manifest
+        self.compute_dtype = compute_dtype
         self.is_enabled = False
         """Whether the forward computes with quantized weights."""
-        self._modules: dict[str, NVFP4Linear] = {}
-        for name in (name for group in self.groups for name in group):
-            module = model.get_submodule(name)
-            if not isinstance(module, NVFP4Linear):
-                raise TypeError(f"{name} must be an NVFP4Linear, got {type(module).__name__}")
-            self._modules[name] = module
+        self._holders = {
+            name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in manifest.names
+        }
+        """The module that has a parameter, and the parameter's name there."""
         self._owners = self._find_owners()
-        """The first module that has the parameter of a module."""
-        self._parameters_of_modules = [module._parameters for module in self._modules.values()]
-        self._masters: list[Tensor] = []
-        """The parameters that the quantizer was made of, in the order of the modules."""
-        self._compute_weights: dict[str, Tensor] = {}
-        """By owner."""
+        """The first name of every parameter, by each of its names."""
+        self._slots = self._find_slots()
         self._quantizer: MultiTensorQuantizer | None = None
         self.global_amax = torch.empty(0)
-        """float32 [groups], of the last update."""
+        """float32 [slots], of the last update."""
         self.global_scale = torch.empty(0)
-        """s2, float32 [groups], of the last update."""
+        """s2, float32 [slots], of the last update."""
 
-    def items(self) -> Iterator[tuple[str, NVFP4Linear, int]]:
-        """Module name, module and group index of every quantized weight, a shared one once."""
-        for index, group in enumerate(self.groups):
-            for name in group:
-                if self._owners[name] == name:
-                    yield name, self._modules[name], index
+    @property
+    def names(self) -> list[str]:
+        """Every quantized parameter once, by its first name."""
+        return [name for name, owner in self._owners.items() if name == owner]
 
-    def modules(self) -> Iterator[tuple[str, NVFP4Linear]]:
-        """Name and module of every quantized linear."""
-        yield from self._modules.items()
+    def slots(self, name: str) -> slice:
+        """Where the amax and the global scales of a weight lie."""
+        return self._slots[name]
 
-    # Called from an evaluation under inference_mode, too; a later backward could not use tensors that were made there.
+    # Evaluations call this under inference_mode, too. A later backward could not use tensors that were made there.
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
@@ -65,19 +62,20 @@ class WeightStore:
 
         A handful of launches and one all_reduce(MAX) for the whole model; nothing waits for the device.
         """
-        if self._is_replaced():
+        if self._quantizer is not None and self._is_replaced():
             self._use(False)
             self._quantizer = None
         if self._quantizer is None:
             self._quantizer = self._make_quantizer()
             self.global_amax, self.global_scale = self._quantizer.global_amax, self._quantizer.global_scales
-        self._quantizer.step()
+        self._quantizer.step(reduce=_max_over_ranks)
         if not self.is_enabled:
             self._use(True)
 
     def check_finite(self) -> None:
         """Raise ValueError, naming the weights, if the last update met a NaN or Inf. Waits for the device."""
-        bad = [", ".join(group) for group, ok in zip(self.groups, self.global_amax.isfinite().tolist(), strict=True) if not ok]
+        is_finite = self.global_amax.isfinite().cpu()
+        bad = [", ".join(group) for group in self.manifest.groups if not is_finite[self._slots[group[0]]].all()]
         if bad:
             raise ValueError(
                 f"weights must be finite to be quantized, got NaN or Inf in {'; '.join(bad)}; see optim.lr and trainer"
@@ -95,59 +93,144 @@ class WeightStore:
                 self._use(True)
 
     def master(self, name: str) -> Tensor:
-        """The whole master [N, K] of a module. Call it on every rank: it is a collective where masters are sharded."""
-        return self._modules[name].weight.detach()
+        """The whole master [N, K] or [E, N, K]. Call it on every rank: it is a collective where masters are sharded."""
+        return self._parameter(name).detach()
 
+    @abstractmethod
     def compute_weight(self, name: str) -> Tensor:
-        """The whole weight [N, K] in bf16, as the forward computes with it since the last update. Call it on every rank."""
-        return self._compute_weights[self._owners[name]]
+        """The whole weight, shaped like the master, as the forward computes with it since the last update. Call it on every rank."""
+
+    @abstractmethod
+    def local_weights(self) -> Iterator[LocalWeight]:
+        """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective."""
+
+    def _local_weight(self, name: str, rows: Tensor, packed: Sequence[Tensor] | None = None) -> LocalWeight:
+        """Rows of one slot [n, K], or of all slots [S, n, K], with the codes and scales that the store has of them."""
+        slots = self._slots[name]
+        s2 = self.global_scale[slots]
+        master = rows.reshape(s2.numel(), -1, rows.shape[-1])
+        if packed is None:
+            # The operator itself, which takes a NaN: a report shows it before the run is stopped by it.
+            quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
+            of_slots = [quantize(part, scale, rule) for part, scale in zip(master, s2, strict=True)]
+            codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+        else:
+            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
+        return LocalWeight(
+            name=name,
+            slots=range(slots.start, slots.stop),
+            master=master,
+            codes=codes,
+            block_scales=scales.view(torch.float8_e4m3fn),
+            global_amax=self.global_amax[slots],
+            global_scale=s2,
+        )
+
+    def _parameter(self, name: str) -> Tensor:
+        module, leaf = self._holders[name]
+        parameter = module._parameters[leaf]
+        assert parameter is not None
+        return parameter
 
     def _find_owners(self) -> dict[str, str]:
         first: dict[int, str] = {}
-        return {name: first.setdefault(id(module.weight), name) for name, module in self._modules.items()}
+        return {name: first.setdefault(id(self._parameter(name)), name) for name in self._holders}
+
+    def _find_slots(self) -> dict[str, slice]:
+        group_of = {name: index for index, group in enumerate(self.manifest.groups) for name in group}
+        parameters = [self._parameter(name) for name in group_of]
+        first_slots, self.num_slots = slots_of_groups(parameters, list(group_of.values()))
+        return {
+            name: slice(first, first + num_slots_of(parameter))
+            for name, first, parameter in zip(group_of, first_slots, parameters, strict=True)
+        }
+
+    @abstractmethod
+    def _is_replaced(self) -> bool:
+        """Whether masters are others than the quantizer was made of, after a load with `assign`, or on another device."""
+
+    @abstractmethod
+    def _make_quantizer(self) -> MultiTensorQuantizer:
+        """A quantizer of this rank's masters into new memory."""
+
+    def _quantizer_of(self, masters: list[Tensor], names: list[str], **outputs: Any) -> MultiTensorQuantizer:
+        first_slots = [self._slots[name].start for name in names]
+        return MultiTensorQuantizer(masters, first_slots, self.num_slots, rule=self.manifest.rule, **outputs)
+
+    @abstractmethod
+    def _use(self, quantized: bool) -> None:
+        """Let the forward compute with quantized weights or with masters."""
+
+
+class ReplicatedWeightStore(WeightStore):
+    """The store of a model that every rank holds whole. `shown` are the places that show its parameters, see `served`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        manifest: QuantManifest,
+        shown: Mapping[str, Sequence[Shown]],
+        *,
+        compute_dtype: torch.dtype = SERVED_DTYPE,
+    ) -> None:
+        super().__init__(model, manifest, compute_dtype=compute_dtype)
+        self._shown = {name: shown[name] for name in manifest.names}
+        self._masters: dict[str, Tensor] = {}
+        """The parameters that the quantizer was made of."""
+        self._compute_weights: dict[str, Tensor] = {}
+        """By owner."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self) -> None:
+        super().update()
+        if self.compute_dtype is not SERVED_DTYPE and not self.manifest.rule.is_pow2:
+            # Readers round what they decode to bf16; under a power-of-two scale it is bf16 already.
+            for weight in self._compute_weights.values():
+                weight.copy_(weight.to(SERVED_DTYPE))
+
+    def compute_weight(self, name: str) -> Tensor:
+        return self._compute_weights[self._owners[name]]
+
+    @torch.no_grad()
+    def local_weights(self) -> Iterator[LocalWeight]:
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        # All ranks hold all masters, so each owns a part of their rows.
+        rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+        for name in self.names:
+            master = self.master(name)
+            own = own_rows(master.shape[-2], rank, num_ranks)
+            yield self._local_weight(name, master[..., own, :])
 
     def _is_replaced(self) -> bool:
-        """Whether a master is another than the quantizer was made of, after a load with `assign`, or all are on another device."""
-        if self._quantizer is None:
-            return False
-        # In every step, so nothing of it is Python code for each master.
-        masters = map(itemgetter("weight"), self._parameters_of_modules)
-        return (
-            not all(map(is_, masters, self._masters))
-            or self._quantizer.weights.masters[0].device != self._quantizer.global_amax.device
+        assert self._quantizer is not None
+        return any(self._parameter(name) is not master for name, master in self._masters.items()) or (
+            next(iter(self._masters.values())).device != self._quantizer.global_amax.device
         )
 
     def _make_quantizer(self) -> MultiTensorQuantizer:
-        for name, module in self._modules.items():
-            if isinstance(module.weight, DTensor):
+        self._masters = {name: self._parameter(name) for name in self._holders}
+        for name, master in self._masters.items():
+            if isinstance(master, DTensor):
                 raise ValueError(
-                    f"{name}.weight must be whole on every rank, or sharded by fully_shard alone, got {module.weight.placements}; "
+                    f"{name} must be whole on every rank, or sharded by fully_shard alone, got {master.placements}; "
                     "tensor parallelism is not supported"
                 )
         self._owners = self._find_owners()
-        self._masters = [module.weight for module in self._modules.values()]
-        weights = list(self.items())
+        masters = {name: self._masters[name] for name in self.names}
         self._compute_weights = {
-            name: torch.empty_like(module.weight, dtype=SERVED_DTYPE, requires_grad=False) for name, module, _ in weights
+            name: torch.empty_like(master, dtype=self.compute_dtype, requires_grad=False) for name, master in masters.items()
         }
-        masters = [module.weight for _, module, _ in weights]
-        return self._quantizer_of(masters, [group for _, _, group in weights], decoded=list(self._compute_weights.values()))
-
-    def _quantizer_of(self, masters: list[Tensor], groups: list[int], **outputs: Any) -> MultiTensorQuantizer:
-        """2-D masters: the slots of the quantizer are the groups of the store."""
-        # Over all ranks: shards of one tensor need it, and replicas of one cannot drift apart.
-        world = distributed.group.WORLD if distributed.is_available() and distributed.is_initialized() else None
-        first_slots, num_slots = slots_of_groups(masters, groups)
-        return MultiTensorQuantizer(
-            masters,
-            first_slots,
-            num_slots,
-            **outputs,
-            power_of_two=self.power_of_two,
-            process_groups=[] if world is None else [world],
-        )
+        return self._quantizer_of(list(masters.values()), list(masters), decoded=list(self._compute_weights.values()))
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized
-        for name, module in self._modules.items():
-            module.compute_weight = self._compute_weights[self._owners[name]] if quantized else None
+        for name, places in self._shown.items():
+            for place in places:
+                place.compute_weight = self._compute_weights[self._owners[name]] if quantized else None
+
+
+def _max_over_ranks(measured: Tensor) -> None:
+    """One collective over all ranks: shards of one tensor need it, and replicas of one cannot drift apart."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(measured, distributed.ReduceOp.MAX)

@@ -11,12 +11,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
+from whole import whole_tensors
 
-from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.callbacks.requantize import Requantize
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.lightning_quirks import rewind_to_last_step
 from nvfp4_train.models.causal_lm import ModelConfig
-from nvfp4_train.models.sharding import whole_tensors
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
 from nvfp4_train.quant.policy import QuantConfig
@@ -107,24 +107,26 @@ class StopAndSave(L.Callback):
 
 def snapshot(module: Any) -> dict[str, Any]:
     store = module.store
-    weights = {name: store.compute_weight(name).cpu().clone() for name, _ in store.modules()} if store.is_enabled else {}
+    weights = {name: store.compute_weight(name).cpu().clone() for name in store.manifest.names} if store.is_enabled else {}
     masters = {name: tensor.cpu().clone() for name, tensor in whole_tensors(module.model)}
-    packed = {name: whole_packed(store, name, slot) for name, _, slot in store.items()} if store.is_enabled else {}
+    packed = {name: whole_packed(store, name, masters[name]) for name in store.names} if store.is_enabled else {}
     return {
         "masters": masters,
         "compute_weights": weights,
         "codes": {name: codes for name, (codes, _) in packed.items()},
         "block_scales": {name: scales for name, (_, scales) in packed.items()},
+        "slots": {name: store.slots(name).start for name in packed},
         "global_scale": store.global_scale.cpu().clone(),
         "global_amax": store.global_amax.cpu().clone(),
     }
 
 
-def whole_packed(store: WeightStore, name: str, slot: int) -> list[Tensor]:
+def whole_packed(store: WeightStore, name: str, whole: Tensor) -> list[Tensor]:
     """Codes and E4M3 block scales of a quantized weight, both uint8: as its ranks send them, or of the whole master."""
-    master = dict(store.modules())[name].weight.detach()
     if not isinstance(store, ShardedWeightStore):
-        return [part.view(torch.uint8).cpu() for part in nvfp4_quantize(master, store.global_scale[slot])]
+        s2 = store.global_scale[store.slots(name)].cpu()
+        return [part.view(torch.uint8) for part in nvfp4_quantize(whole, s2, store.manifest.rule)]
+    master = store._parameter(name)
     assert isinstance(master, DTensor)
     parts = []
     for rows in store.local_packed(name):
@@ -149,9 +151,10 @@ def make_module(model: dict[str, Any] | None = None, **quant: Any) -> QATModule:
     model = dict(model or {})
     checkpointing = model.pop("gradient_checkpointing", False)
     path = model.pop("path", None)
+    compute_dtype = model.pop("compute_dtype", "bfloat16")
     torch.manual_seed(0)
     return QATModule(
-        model=ModelConfig(path=path, config=LLAMA | model, gradient_checkpointing=checkpointing),
+        model=ModelConfig(path=path, config=LLAMA | model, gradient_checkpointing=checkpointing, compute_dtype=compute_dtype),
         quant=QuantConfig(**quant),
         optim=OptimConfig(lr=1e-2),
     )
@@ -163,7 +166,7 @@ def make_trainer(how: str, *, sharding: dict[str, Any] | None = None, callbacks:
         "devices": distributed.get_world_size(),
         "strategy": strategy(how, **(sharding or {})),
         "plugins": None if how == "fsdp2" else AnyCheckpointIO(),
-        "callbacks": [FakeQuant(), *callbacks],
+        "callbacks": [Requantize(), *callbacks],
         "max_steps": 3,
         "max_epochs": -1,
         # A norm of reductions in another order would scale gradients by another last bit; this one scales by 1.

@@ -137,7 +137,7 @@ def test_an_export_reads_the_folder_of_a_sharded_run(whole: Path) -> None:
     saved = read_checkpoint(whole / "whole.ckpt")["state_dict"]
     assert {f"model.{name}" for name in checkpoint.weights} == set(saved)
     assert checkpoint.config.hidden_size == 32
-    assert len(checkpoint.groups) == 8
+    assert len(checkpoint.manifest.groups) == 8
 
 
 def test_a_folder_that_was_cut_short_is_refused(whole: Path, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from small_runs import train
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from whole import whole_tensors
 
+from nvfp4_train.models.build import build_model
 from nvfp4_train.models.causal_lm import ModelConfig, load_model
 from nvfp4_train.models.folder import open_folder
-from nvfp4_train.models.sharding import allocate, shard_model, whole_tensors
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
-from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.quant.policy import QuantConfig
 
 SMALL: dict[str, Any] = {
     "vocab_size": 67,
@@ -78,21 +78,17 @@ def save(case: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     return folder
 
 
-def for_training(model: PreTrainedModel) -> PreTrainedModel:
-    quantize_linears(model, [name for group in select(model, QuantConfig()).groups for name in group])
-    compute_in_served_dtype(model)
-    return model
-
-
 def load_sharded(path: str) -> PreTrainedModel:
     opened = open_folder(ModelConfig(path=path))
     assert opened is not None
-    model, weights = opened
+    model, _ = opened
     assert all(parameter.is_meta for parameter in model.parameters())
-    shard_model(for_training(model), init_device_mesh("cpu", (distributed.get_world_size(),)))
-    allocate(model, torch.device("cpu"))
-    weights.read_into(model)
-    return model
+    return for_training(path, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
+
+
+def for_training(path: str, **sharding: Any) -> PreTrainedModel:
+    config, cpu = ModelConfig(path=path), torch.device("cpu")
+    return build_model(config, QuantConfig(), cpu, compute_dtype=torch.bfloat16, **sharding).model
 
 
 def compare(root: str) -> dict[str, list[str]]:
@@ -101,7 +97,7 @@ def compare(root: str) -> dict[str, list[str]]:
 
 
 def differences(path: str) -> list[str]:
-    model, whole = load_sharded(path), load_model(ModelConfig(path=path))
+    model, whole = load_sharded(path), for_training(path)
     masters, expected = dict(whole_tensors(model)), whole.state_dict()
     buffers, expected_buffers = dict(model.named_buffers()), dict(whole.named_buffers())
     found = [name for name in expected if not same(masters.get(name), expected[name])]
@@ -116,7 +112,7 @@ def differences(path: str) -> list[str]:
     if is_tied[0] != is_tied[1]:
         found.append("ties")
     with torch.no_grad():
-        if not same(model(IDS, use_cache=False).logits, for_training(whole)(IDS, use_cache=False).logits):
+        if not same(model(IDS, use_cache=False).logits, whole(IDS, use_cache=False).logits):
             found.append("logits")
     return found
 

@@ -19,19 +19,16 @@ from torch import Tensor, distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import AutoConfig, AutoModelForCausalLM
+from whole import whole_tensors
 
 from nvfp4_train.callbacks.export import first_rank_awaited
 from nvfp4_train.checkpoints import read_checkpoint
-from nvfp4_train.export import masters, verify
+from nvfp4_train.export import ExportError, export_compressed_tensors, export_model, gathered, masters, verify
 from nvfp4_train.export.checkpoint import load_checkpoint
-from nvfp4_train.export.compressed_tensors import export_compressed_tensors, write_compressed_tensors
-from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, GatheredWeights
-from nvfp4_train.export.verify import ExportError
-from nvfp4_train.models import sharding
-from nvfp4_train.models.sharding import shard_model, sharded_state, whole_tensors
-from nvfp4_train.quant.linear import compute_in_served_dtype, quantize_linears
-from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks, sharded_state
+from nvfp4_train.models.build import build_model
+from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.saving import ShardedWriter
 
@@ -51,36 +48,46 @@ CASES: dict[str, dict[str, Any]] = {
     "gathered as bf16": {"gather": "bf16"},
     "exact": {"global_scale": "exact"},
     "qwen2 with biases": {"model_type": "qwen2"},
+    "four over six": {"rule": "four_over_six", "gather": "bf16"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    # A router in fp32, and q, k and v in one matrix on disk.
+    "router in fp32": {"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    "joined on disk": {"model_type": "hrm_text", "num_key_value_heads": 4, "head_dim": 16},
 }
 SHARD_BYTES = 12_000
 
 
 def make(
-    *, model_type: str = "llama", gather: str = "packed", global_scale: str = "pow2", replicas: int = 1, **fields: Any
+    *,
+    model_type: str = "llama",
+    gather: str = "packed",
+    global_scale: str = "pow2",
+    rule: str = "max",
+    replicas: int = 1,
+    **fields: Any,
 ) -> tuple[Any, ShardedWeightStore]:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SMALL | fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
-    model.to(device)
-    quant = QuantConfig(gather=gather, global_scale=global_scale)
-    groups = select(model, quant).groups
-    quantize_linears(model, [name for group in groups for name in group])
-    compute_in_served_dtype(model)
+    device = torch.device("cpu" if distributed.get_backend() == "gloo" else "cuda")
     size = distributed.get_world_size() // replicas
     shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
-    shard_model(model, init_device_mesh(device, shape, mesh_dim_names=names))
-    store = ShardedWeightStore(model, groups, power_of_two=quant.power_of_two, gather=gather)
+    built = build_model(
+        ModelConfig(config={"model_type": model_type} | SMALL | fields),
+        QuantConfig(gather=gather, global_scale=global_scale, rule=rule),
+        device,
+        compute_dtype=torch.bfloat16,
+        mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+    )
+    model, store = built.model, built.store
+    assert isinstance(store, ShardedWeightStore)
     store.update()
     return model, store
 
 
 def export(model: Any, store: ShardedWeightStore, folder: str, **options: Any) -> bool:
-    served = GatheredWeights(model, store)
+    served = FromRanks(model, store)
     with served.answered() as is_writer:
         if is_writer:
-            write_compressed_tensors(folder, served=served, generation_config=model.generation_config, **options)
+            export_model(folder, served, generation_config=model.generation_config, **options)
     return is_writer
 
 
@@ -91,10 +98,9 @@ def export_whole(model: Any, store: ShardedWeightStore, folder: str, **options: 
         export_compressed_tensors(
             folder,
             weights=weights,
-            groups=store.groups,
+            manifest=store.manifest,
             config=model.config,
             generation_config=model.generation_config,
-            power_of_two=store.power_of_two,
             **options,
         )
 
@@ -104,8 +110,7 @@ def save_checkpoint(model: Any, store: ShardedWeightStore, path: str) -> None:
     settings = {
         "config": model.config.to_dict(),
         "generation_config": model.generation_config.to_dict(),
-        "groups": store.groups,
-        "global_scale": "pow2" if store.power_of_two else "exact",
+        "manifest": store.manifest.to_dict(),
     }
     writer = ShardedWriter(Path(path))
     if distributed.get_rank() == 0:
@@ -123,10 +128,9 @@ def export_checkpoint(path: str, folder: str, *, at_once: bool = False, **option
     export_compressed_tensors(
         folder,
         weights={name.removeprefix("model."): tensor for name, tensor in state.items()} or checkpoint.weights,
-        groups=checkpoint.groups,
+        manifest=checkpoint.manifest,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
-        power_of_two=checkpoint.power_of_two,
         **options,
     )
 
@@ -211,7 +215,7 @@ def die_in_export(rank: int, how: str, folder: str) -> None:
     """Run by torchrun: a rank is killed, or has an error, in the middle of the export, within a gather."""
     distributed.init_process_group("gloo")
     model, store = make()
-    served = GatheredWeights(model, store)
+    served = FromRanks(model, store)
     gather, names = served._gather, []
 
     def gather_and_die(name: str) -> tuple[Tensor, ...]:
@@ -226,7 +230,7 @@ def die_in_export(rank: int, how: str, folder: str) -> None:
     served._gather = gather_and_die  # type: ignore[method-assign]
     with served.answered() as is_writer:
         if is_writer:
-            write_compressed_tensors(folder, served=served, max_shard_bytes=SHARD_BYTES)
+            export_model(folder, served, max_shard_bytes=SHARD_BYTES)
     print("exported", flush=True)
 
 
@@ -290,7 +294,7 @@ SLACK_BYTES = 15 * MB
 def peaks(folder: str) -> dict[str, int]:
     return_freed_memory()
     # The check decodes in pieces, and ranks send in pieces, whose size does not grow with the model.
-    verify.ELEMENTS_AT_ONCE = masters.ELEMENTS_AT_ONCE = sharding.GATHERED_AT_ONCE = 1 << 18
+    verify.ELEMENTS_AT_ONCE = masters.ELEMENTS_AT_ONCE = gathered.GATHERED_AT_ONCE = 1 << 18
     warm_up = make()
     export(*warm_up, f"{folder}/small")
     model, store = make(**LARGE)

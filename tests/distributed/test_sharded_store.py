@@ -11,11 +11,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from nvfp4_train.kernels import reference
-from nvfp4_train.quant.linear import quantize_linears
+from nvfp4_train.kernels.scale_rules import MAX_RULE
+from nvfp4_train.quant import sharded
+from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.served import show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
-from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.quant.store import ReplicatedWeightStore
 
-NAMES = ["0", "1", "2"]
+NAMES = ["0.weight", "1.weight", "2.weight"]
+MANIFEST = QuantManifest(groups=(("0.weight", "1.weight"), ("2.weight",)), rule=MAX_RULE)
+ONE = QuantManifest(groups=(("0.weight",),), rule=MAX_RULE)
+KNOWS_INTERNALS = sharded.knows_internals
 # Three ranks share 32 as 11, 11 and 10, and 4 as 2, 2 and none.
 ROWS = (32, 48, 4)
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -34,10 +40,9 @@ def make(
     model = nn.Sequential(*(nn.Linear(k, n, bias=False) for k, n in sizes))
     device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
     model.to(device)
-    quantize_linears(model, NAMES)
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     fully_shard(model, mesh=mesh, mp_policy=mp_policy, reshard_after_forward=True, **sharding)
-    return model, ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True, gather=gather)
+    return model, ShardedWeightStore(model, MANIFEST, gather=gather)
 
 
 def expected_weights() -> list[Tensor]:
@@ -78,7 +83,7 @@ def shards_and_hooks() -> dict[str, Any]:
 def made_while_unsharded() -> list[Tensor]:
     model, _ = make()
     model.unshard()
-    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store = ShardedWeightStore(model, MANIFEST)
     store.update()
     return [store.compute_weight(name).cpu() for name in NAMES]
 
@@ -115,7 +120,7 @@ def of_two_stores() -> list[Tensor]:
     """A store that is made after another one computes with the masters until its own first update."""
     model, store = make()
     store.update()
-    later = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    later = ShardedWeightStore(model, MANIFEST)
     model.unshard()
     assert not later.is_enabled
     return [linear.weight.detach().cpu().clone() for linear in model]
@@ -180,11 +185,10 @@ def several_groups() -> list[Tensor]:
     model = nn.Sequential(*(nn.Linear(k, n, bias=False) for k, n in zip((16, *ROWS), ROWS, strict=False)), nn.LayerNorm(4))
     device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
     model.to(device)
-    quantize_linears(model, NAMES)
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     for module in (model[0], model):
         fully_shard(module, mesh=mesh, mp_policy=POLICY, reshard_after_forward=True)
-    store = ShardedWeightStore(model, [["0", "1"], ["2"]], power_of_two=True)
+    store = ShardedWeightStore(model, MANIFEST)
     store.update()
     model(torch.ones(1, 16, device=device, dtype=torch.bfloat16)).sum().backward()
     with torch.no_grad():
@@ -195,12 +199,11 @@ def several_groups() -> list[Tensor]:
     return [module.weight.detach().cpu().clone() for module in model]
 
 
-def tensor_parallel() -> WeightStore:
+def tensor_parallel() -> ReplicatedWeightStore:
     model = nn.Sequential(nn.Linear(48, 16))
-    quantize_linears(model, ["0"])
     mesh = init_device_mesh("cpu" if distributed.get_backend() == "gloo" else "cuda", (distributed.get_world_size(),))
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
-    return WeightStore(model, [["0"]], power_of_two=True)
+    return ReplicatedWeightStore(model, ONE, show_served(model))
 
 
 def refused() -> list[str]:
@@ -208,11 +211,10 @@ def refused() -> list[str]:
     by_columns = {"rows": (48, 48, 48), "columns": 48, "shard_placement_fn": lambda parameter: Shard(1)}
     in_bf16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
     plain = nn.Sequential(nn.Linear(16, 16))
-    quantize_linears(plain, ["0"])
     messages = []
     for build in (
         lambda: make(**by_columns),
-        lambda: ShardedWeightStore(plain, [["0"]], power_of_two=True),
+        lambda: ShardedWeightStore(plain, ONE),
         lambda: make(**in_bf16),
         tensor_parallel().update,
     ):
@@ -231,6 +233,43 @@ def all_reduces() -> list[int]:
     return calls
 
 
+def in_fp32() -> dict[str, list[Tensor]]:
+    """A model that FSDP2 gathers in fp32: quantized weights are decoded to fp32, all others are masters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(k, n) for k, n in zip((16, *ROWS), ROWS, strict=False)))
+    device = "cpu" if distributed.get_backend() == "gloo" else "cuda"
+    model.to(device)
+    biases = [linear.bias.detach().cpu().clone() for linear in model]
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    store = ShardedWeightStore(model, MANIFEST, gathered_in_fp32={model}, compute_dtype=torch.float32)
+    store.update()
+    model(torch.ones(1, 16, device=device)).sum().backward()
+    store.update()
+    model.unshard()
+    return {
+        "weights": [linear.weight.detach().cpu().clone() for linear in model],
+        "by name": [store.compute_weight(name).cpu() for name in NAMES],
+        "biases": [linear.bias.detach().cpu().clone() for linear in model],
+        "expected biases": biases,
+    }
+
+
+def through_custom_all_gather() -> dict[str, Any]:
+    """As in a version of PyTorch whose internals are not known."""
+    sharded.knows_internals = lambda: False
+    try:
+        return {
+            "weights": shards_and_hooks(),
+            "made while unsharded": made_while_unsharded(),
+            "gradients": kept_by_autograd(),
+            "several groups": several_groups(),
+            "in fp32": in_fp32(),
+        }
+    finally:
+        sharded.knows_internals = KNOWS_INTERNALS
+
+
 def everything() -> dict[str, Any]:
     return {
         "weights": shards_and_hooks(),
@@ -244,6 +283,8 @@ def everything() -> dict[str, Any]:
         "several groups": several_groups(),
         "refused": refused(),
         "all_reduces": all_reduces(),
+        "in fp32": in_fp32(),
+        "documented": through_custom_all_gather() if distributed.get_world_size() > 1 else None,
     }
 
 
@@ -252,8 +293,14 @@ def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(request.param, everything)
 
 
+def ways(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each rank found, by FSDP2's internals and by its documented all-gather, which takes at least two ranks."""
+    return [way for rank in ranks for way in (rank, rank["documented"]) if way is not None]
+
+
 def test_every_rank_computes_with_the_reference(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
+    assert len(ways(ranks)) == (1 if len(ranks) == 1 else 2 * len(ranks))
+    for rank in ways(ranks):
         for gather in ("packed", "bf16"):
             for name, sign in ((gather, 1), (f"{gather}, by name", 1), (f"{gather}, negated", -1), (f"{gather}, again", -1)):
                 for weight, expected in zip(rank["weights"][name], expected_weights(), strict=True):
@@ -263,14 +310,14 @@ def test_every_rank_computes_with_the_reference(ranks: list[dict[str, Any]]) -> 
 def test_masters_only_gathers_the_rounded_masters(ranks: list[dict[str, Any]]) -> None:
     torch.manual_seed(0)
     masters = [-nn.Linear(k, n, bias=False).weight.detach().bfloat16() for k, n in ((16, 32), (32, 48), (48, 4))]
-    for rank in ranks:
+    for rank in ways(ranks):
         for gather in ("packed", "bf16"):
             for weight, master in zip(rank["weights"][f"{gather}, masters"], masters, strict=True):
                 assert torch.equal(weight, master)
 
 
 def test_a_store_may_be_made_while_weights_are_unsharded(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
+    for rank in ways(ranks):
         for weight, expected in zip(rank["made while unsharded"], expected_weights(), strict=True):
             assert torch.equal(weight, expected)
 
@@ -302,7 +349,7 @@ def test_replaced_local_tensors_are_followed(ranks: list[dict[str, Any]]) -> Non
 
 
 def test_autograd_finds_the_weights_that_it_saved(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
+    for rank in ways(ranks):
         at_once, later = rank["gradients"]
         assert at_once.count_nonzero() > 0
         assert torch.equal(at_once, later)
@@ -311,9 +358,24 @@ def test_autograd_finds_the_weights_that_it_saved(ranks: list[dict[str, Any]]) -
 def test_every_parameter_group_has_its_own_gather(ranks: list[dict[str, Any]]) -> None:
     # The norm's master of 4 / 3 is no bf16 value.
     all_expected = [*expected_weights(), torch.full((4,), 4 / 3).bfloat16()]
-    for rank in ranks:
+    for rank in ways(ranks):
         for weight, expected in zip(rank["several groups"], all_expected, strict=True):
             assert torch.equal(weight, expected)
+
+
+def test_what_is_gathered_in_fp32_has_the_same_weights_and_whole_masters(ranks: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    weights = [nn.Linear(k, n).weight.detach() for k, n in ((16, 32), (32, 48), (48, 4))]
+    joint = torch.maximum(weights[0].abs().amax(), weights[1].abs().amax())
+    amaxes = (joint, joint, weights[2].abs().amax())
+    for rank in ways(ranks):
+        found = rank["in fp32"]
+        for weight, by_name, master, amax in zip(found["weights"], found["by name"], weights, amaxes, strict=True):
+            expected = reference.fake_quant(master, reference.global_scale(amax), torch.float32)
+            assert torch.equal(weight, expected)
+            assert torch.equal(by_name, expected)
+        for bias, expected in zip(found["biases"], found["expected biases"], strict=True):
+            assert torch.equal(bias, expected)
 
 
 def test_only_decoded_weights_are_alive_and_only_while_unsharded(ranks: list[dict[str, Any]]) -> None:

@@ -1,8 +1,9 @@
-"""One seed and one global batch give one outcome, whatever the number of ranks and however the model is sharded.
+"""What is promised across numbers of ranks, and however the model is sharded: one seed and one global batch give one outcome, up to
+the order of fp32 sums.
 
-Micro-batches of one sequence and powers of two of ranks make the sums of bf16 gradients exact in fp32 for this small model, so that
-the order of the reduction does not show, and masters are compared bit for bit after several steps. Three ranks divide by three, and
-on GPUs the gradients of a micro-batch have other last bits: there the order shows, and nothing else does.
+Equal masters have equal codes, block scales and global scales, whoever holds which rows: of the first masters they are those of one
+device, of later ones those of the whole masters quantized at once. Masters themselves stay within the order in which a product or a
+reduction adds up. Among runs on equally many ranks, two at most of which add to one sum, they are equal to the bit.
 Codes and block scales are those that the ranks send, against those of the whole masters where nothing is sent.
 """
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from ranks import on_gpus, run_ranks
 from small_runs import train
+
+from nvfp4_train.kernels.fp4_kernel import fp4_dequantize, nvfp4_quantize
 
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {"how": "auto"}, "fsdp2": {"how": "fsdp2"}},
@@ -95,6 +98,21 @@ def references(runs: dict[tuple[int, str], list[dict[str, Any]]]) -> dict[bool, 
     return first
 
 
+def assert_quantized_from_its_masters(state: dict[str, Any]) -> None:
+    """Global scales, codes and block scales are what the whole masters, quantized at once, have."""
+    assert state["codes"]
+    amax = torch.zeros_like(state["global_amax"])
+    for name, slot in state["slots"].items():
+        amax[slot] = torch.maximum(amax[slot], state["masters"][name].abs().amax())
+    assert torch.equal(state["global_amax"], amax)
+    for name, slot in state["slots"].items():
+        codes, scales = nvfp4_quantize(state["masters"][name], state["global_scale"][slot])
+        assert torch.equal(state["codes"][name], codes), name
+        assert torch.equal(state["block_scales"][name], scales.view(torch.uint8)), name
+        expected = fp4_dequantize(codes, scales, state["global_scale"][slot], dtype=torch.bfloat16)
+        assert torch.equal(state["compute_weights"][name], expected), name
+
+
 def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert torch.equal(first["global_scale"], second["global_scale"])
     assert torch.equal(first["global_amax"], second["global_amax"])
@@ -112,19 +130,25 @@ def assert_close_masters(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "name"), [(size, name) for size, options in RUNS.items() for name in options])
-def test_masters_and_quantized_weights_are_those_of_one_device(
+def test_a_run_is_that_of_one_device(
     world_size: int, name: str, runs: dict[tuple[int, str], list[dict[str, Any]]], references: dict[bool, dict[str, Any]]
 ) -> None:
     expected = references[on_gpus(world_size)]
     assert len(expected["end"]["compute_weights"]) == 14
     assert not torch.equal(*(expected[when]["masters"]["model.norm.weight"] for when in ("start", "end")))
+    of_first_rank = runs[world_size, name][0]
     for rank in runs[world_size, name]:
         assert_same_state(rank["start"], expected["start"])
-        if world_size == 1 or not on_gpus(world_size):
-            assert_same_state(rank["end"], expected["end"])
-        else:
-            assert_same_state(rank["end"], runs[world_size, "ddp"][0]["end"])
-            assert_close_masters(rank["end"], expected["end"])
+        assert_same_state(rank["end"], of_first_rank["end"])
+    assert_quantized_from_its_masters(of_first_rank["end"])
+    assert_close_masters(of_first_rank["end"], expected["end"])
+
+
+@pytest.mark.parametrize("name", RUNS[2])
+def test_however_two_ranks_hold_the_model_they_end_with_the_same_bits(
+    name: str, runs: dict[tuple[int, str], list[dict[str, Any]]]
+) -> None:
+    assert_same_state(runs[2, name][0]["end"], runs[2, "ddp"][0]["end"])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Small models with awkward weights, and what an export of them has to decode to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from nvfp4_train.export import ExportReport, export_compressed_tensors
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.served_dtype import plain_model, served_dtypes
+from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.policy import QuantConfig, select
 
 SMALL: dict[str, Any] = {
@@ -26,6 +30,15 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -40,9 +53,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
     ),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
+    # On disk q, k and v of a layer are one matrix, in hrm_text the gates of attention and gate and up of the MLP, too.
+    "sarvam_moe": ("sarvam_moe", {"head_dim": 16, **DEEPSEEK_EXPERTS}),
+    "hrm_text": ("hrm_text", {"num_key_value_heads": 4}),
+    # Routers in fp32: one by `_keep_in_fp32_modules_strict`, the other an nn.Linear that is made so.
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+        | {"num_key_value_heads": 4, **DEEPSEEK_EXPERTS},
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
+    # A linear that is named `shared_mlp.input_linear`: its block scales are no scales of activations.
+    "granitemoeshared": ("granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 32}),
 }
-MOE = ("qwen3_moe", "mixtral")
-DENSE = tuple(name for name in CASES if name not in MOE)
+# Transformers joins or splits tensors of these while it loads them.
+CONVERTED = ("qwen3_moe", "mixtral", "sarvam_moe", "hrm_text", "deepseek_v3", "hunyuan_v1_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +76,31 @@ class Trained:
 
     config: PretrainedConfig
     weights: dict[str, Tensor]
-    groups: list[list[str]]
+    manifest: QuantManifest
 
-    def compute_weights(self, power_of_two: bool = True) -> dict[str, Tensor]:
-        served = {name: weight.bfloat16() for name, weight in self.weights.items()}
-        for group in self.groups:
-            names = [f"{member}.weight" for member in group]
-            s2 = reference.global_scale(torch.stack([self.weights[name].abs().amax() for name in names]).amax(), power_of_two)
-            served.update({name: reference.fake_quant(self.weights[name], s2, torch.bfloat16) for name in names})
+    def with_rule(self, **fields: str) -> "Trained":
+        return replace(self, manifest=replace(self.manifest, rule=ScaleRule(**fields)))
+
+    def compute_weights(self) -> dict[str, Tensor]:
+        dtypes = served_dtypes(plain_model(self.config))
+        served = {name: weight.to(dtypes[name]) for name, weight in self.weights.items()}
+        for group in self.manifest.groups:
+            amax = torch.stack([self.weights[name].abs().amax() for name in group]).amax()
+            s2 = reference.global_scale(amax, self.manifest.rule)
+            served.update(
+                {name: reference.fake_quant(self.weights[name], s2, torch.bfloat16, self.manifest.rule) for name in group}
+            )
         return served
 
     def export(self, folder: Path, **options: Any) -> ExportReport:
-        arguments = {"weights": self.weights, "groups": self.groups, "config": self.config, **options}
+        arguments = {"weights": self.weights, "manifest": self.manifest, "config": self.config, **options}
         return export_compressed_tensors(folder, **arguments)
 
     def dense_model(self) -> PreTrainedModel:
         """A plain bf16 model that holds the compute weights."""
         model = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        model.load_state_dict(self.compute_weights())
+        model.load_state_dict(self.compute_weights(), assign=True)
+        model.tie_weights()
         return model.eval()
 
 
@@ -81,14 +113,16 @@ def trained(case: str) -> Trained:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(-0.5, 0.5)
-        attention = model.model.layers[0].self_attn
+        layers = model.model.L_module.layers if case == "hrm_text" else model.model.layers
+        attention = layers[0].self_attn
         attention.o_proj.weight.zero_()
-        weight = attention.qkv_proj.weight if case == "phi3_fused" else attention.q_proj.weight
+        name = {"phi3_fused": "qkv_proj", "deepseek_v3": "q_a_proj"}.get(case, "q_proj")
+        weight = getattr(attention, name).weight
         weight[0, :16] = 0
         weight[1, 16:32] *= 1e-6
         weight[2, :16] *= 50
-    groups = [list(group) for group in select(model, QuantConfig()).groups]
-    return Trained(config=config, weights=dict(model.state_dict()), groups=groups)
+    manifest = select(model, QuantConfig(), HubLayout(config)).manifest
+    return Trained(config=config, weights=dict(model.state_dict()), manifest=manifest)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def parts(model: Trained, **changes: Any) -> tuple[dict[str, Any], dict[str, tor
     export = {
         "config": model.config.to_dict(),
         "generation_config": {"max_new_tokens": 5},
-        "groups": model.groups,
-        "global_scale": "pow2",
+        "manifest": model.manifest.to_dict(),
     } | changes
     state = {f"model.{name}": weight for name, weight in model.weights.items()}
     return {"hyper_parameters": {"export": export}, "epoch": 1}, state
@@ -88,22 +88,32 @@ def test_script_exports_a_checkpoint_with_its_tokenizer_and_without_the_training
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "mixtral"])
-def test_checkpoint_gives_back_weights_config_and_groups(name: str, cases: Callable[[str], Trained], tmp_path: Path):
-    model = cases(name)
-    path = save_checkpoint(model, tmp_path / "run" / "last.ckpt", generation_config=None, global_scale="exact")
+def test_checkpoint_gives_back_weights_config_and_manifest(name: str, cases: Callable[[str], Trained], tmp_path: Path):
+    model = cases(name).with_rule(global_scale="exact", block_scale="four_over_six")
+    path = save_checkpoint(model, tmp_path / "run" / "last.ckpt", generation_config=None)
     loaded = load_checkpoint(path)
     assert type(loaded.config) is type(model.config)
     assert loaded.config.to_dict() == model.config.to_dict()
-    assert loaded.groups == model.groups
+    assert loaded.manifest == model.manifest
     assert loaded.weights.keys() == model.weights.keys()
     assert all(torch.equal(weight, loaded.weights[name]) for name, weight in model.weights.items())
     assert loaded.generation_config is None
-    assert not loaded.power_of_two
     assert loaded.tokenizer is None
 
 
+@pytest.mark.parametrize("global_scale", ["pow2", "exact"])
+def test_older_checkpoint_with_groups_of_modules_is_read(global_scale: str, cases: Callable[[str], Trained], tmp_path: Path):
+    model = cases("mixtral").with_rule(global_scale=global_scale)
+    groups = [[name.removesuffix(".weight") for name in group] for group in model.manifest.groups]
+    path = save_checkpoint(model, tmp_path / "run" / "last.ckpt", groups=groups, global_scale=global_scale, manifest=None)
+    saved = torch.load(path)
+    del saved["hyper_parameters"]["export"]["manifest"]
+    torch.save(saved, path)
+    assert load_checkpoint(path).manifest == model.manifest
+
+
 def changed(model: Trained, **weights: torch.Tensor) -> Trained:
-    return Trained(config=model.config, groups=model.groups, weights=model.weights | weights)
+    return replace(model, weights=model.weights | weights)
 
 
 @pytest.mark.parametrize("name", ["qwen2_bias", "llama_tied", "mixtral"])
@@ -241,11 +251,11 @@ def test_tied_weights_that_are_saved_twice_have_to_be_equal(cases: Callable[[str
     embedding = torch.ones(150_000, 64)
     config = model.config.from_dict(model.config.to_dict() | {"vocab_size": len(embedding)})
     tied = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1}
-    other = Trained(config=config, groups=model.groups, weights=model.weights | tied)
+    other = replace(model, config=config, weights=model.weights | tied)
     for save_either in (save_sharded, save_checkpoint):
         weights = load_checkpoint(save_either(other, tmp_path / save_either.__name__ / "last.ckpt")).weights
         with pytest.raises(ValueError, match="lm_head.weight and model.embed_tokens.weight are tied in the config but differ"):
-            Trained(config=config, groups=model.groups, weights=weights).export(tmp_path / "out")
+            replace(other, weights=weights).export(tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

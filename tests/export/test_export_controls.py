@@ -49,11 +49,14 @@ TENSOR_CONTROLS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any]]] = {
     "scale_nan_byte": ("scales", lambda t: edit(t, "weight_scale", lambda s: set_byte(s, 0x7F))),
     "scale_zero_byte": ("scales", lambda t: edit(t, "weight_scale", lambda s: set_byte(s, 0x00))),
     "scale_negative_byte": ("scales", lambda t: edit(t, "weight_scale", lambda s: set_byte(s, 0xB8))),
+    # E4M3's subnormal numbers, which kernels of serving engines take for zero.
+    "scale_below_the_floor": ("scales", lambda t: edit(t, "weight_scale", lambda s: set_byte(s, 0x07))),
     "global_scale_zero": ("scales", lambda t: edit(t, "weight_global_scale", torch.zeros_like)),
     "global_scale_infinite": ("scales", lambda t: edit(t, "weight_global_scale", lambda s: s * torch.inf)),
     "global_scale_without_inverse": ("scales", lambda t: edit(t, "weight_global_scale", lambda s: s * 0 + 1e-40)),
     "one_sibling_global_doubled": ("siblings", lambda t: edit(t, "weight_global_scale", lambda s: s * 2)),
-    "input_scale_of_activations": ("inputs", lambda t: t.update({f"{Q_PROJ}.input_global_scale": torch.ones(1)})),
+    "input_scale_of_activations": ("inputs", lambda t: t.update({f"{Q_PROJ}.input_scale": torch.ones(1)})),
+    "input_global_scale_of_activations": ("inputs", lambda t: t.update({f"{Q_PROJ}.input_global_scale": torch.ones(1)})),
     "global_scale_reciprocal": (
         "values",
         lambda t: [edit(t, "weight_global_scale", torch.reciprocal, k[:-20]) for k in t if k.endswith("global_scale")],
@@ -62,6 +65,40 @@ TENSOR_CONTROLS: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any]]] = {
     "one_code_changed": ("values", lambda t: t[f"{Q_PROJ}.weight_packed"].view(-1)[-1:].bitwise_xor_(1)),
     "norm_changed": ("values", lambda t: t["model.norm.weight"][:1].mul_(1.01)),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("deepseek_v3", "model.layers.1.mlp.gate.weight"),
+        ("deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("hunyuan_v1_moe", "model.layers.0.mlp.gate.wg.weight"),
+    ],
+)
+def test_tensor_that_transformers_keeps_in_float32_fails_in_another_dtype(
+    name: str, key: str, dtype: torch.dtype, own_copy: Callable[[str], Path]
+):
+    folder = own_copy(name)
+    tensors = read_tensors(folder)
+    assert tensors[key].dtype == torch.float32
+    tensors[key] = tensors[key].to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=f"^tensors: {key} must be F32"):
+        verify_export(folder)
+
+
+@pytest.mark.parametrize("name", ["sarvam_moe", "hrm_text"])
+def test_one_of_several_tensors_joined_on_disk_is_compared(
+    name: str, own_copy: Callable[[str], Path], cases: Callable[[str], Trained]
+):
+    folder = own_copy(name)
+    tensors = read_tensors(folder)
+    key = next(key for key in tensors if key.endswith(("query_key_value.weight", "gqkv_proj.weight")))
+    tensors[key][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=f"^values: {key} differs"):
+        verify_export(folder, cases(name).compute_weights())
 
 
 @pytest.mark.parametrize("control", TENSOR_CONTROLS)

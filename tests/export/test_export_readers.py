@@ -12,13 +12,17 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer, convert_checkpoint
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_named_modules
-from export_models import CASES, DENSE, MOE, Trained, read_tensors
+from export_models import CASES, CONVERTED, Trained, read_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from nvfp4_train.export import disk, verify_export
+from nvfp4_train.export import verify_export
+from nvfp4_train.export.formats.compressed_tensors import FORMAT
+from nvfp4_train.export.readers import disk
+from nvfp4_train.export.readers.compressed_tensors import READER
 from nvfp4_train.kernels import reference
+from nvfp4_train.models.layout import HubLayout
 
 CaseOf = Callable[[str], Trained]
 FolderOf = Callable[[str], Path]
@@ -57,16 +61,24 @@ def decode_with_compressed_tensors(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_compressed_tensors_decodes_every_weight_to_the_compute_weight(name: str, cases: CaseOf, exported: FolderOf):
     decoded = decode_with_compressed_tensors(exported(name))
-    assert decoded.keys() == {f"{member}.weight" for group in cases(name).groups for member in group}
+    linears = HubLayout(cases(name).config).linears()
+    hub_names = {name: f"{linears[name.removesuffix('.weight')]}.weight" for name in cases(name).manifest.names}
+    assert decoded.keys() == set(hub_names.values())
     compute = cases(name).compute_weights()
-    for key, weight in decoded.items():
-        assert torch.equal(weight, compute[key]), key
+    for name, key in hub_names.items():
+        assert torch.equal(decoded[key], compute[name]), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_note_tells_of_models_that_transformers_cannot_load_packed(name: str, cases: CaseOf):
+    note = FORMAT.note(HubLayout(cases(name).config), {})
+    assert (note is not None) == (name in CONVERTED)
 
 
 # The loader says that `dequantize` overrides the folder's config: that is what is asked for.
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 @pytest.mark.parametrize("dequantize", [False, True])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in CONVERTED])
 def test_transformers_computes_the_logits_of_the_dense_compute_weights(
     name: str, dequantize: bool, cases: CaseOf, exported: FolderOf
 ):
@@ -77,11 +89,11 @@ def test_transformers_computes_the_logits_of_the_dense_compute_weights(
     assert_is_the_dense_model(loaded, info, cases(name))
 
 
-@pytest.mark.parametrize("name", MOE)
-def test_unpacked_folder_with_experts_loads_and_computes_the_logits_of_the_dense_compute_weights(
+@pytest.mark.parametrize("name", CONVERTED)
+def test_unpacked_folder_of_joined_or_split_tensors_loads_and_computes_the_logits_of_the_dense_compute_weights(
     name: str, cases: CaseOf, exported: FolderOf, tmp_path: Path
 ):
-    """Transformers 5.23 loads no bf16 experts beside compressed linears, so compressed-tensors unpacks the folder first."""
+    """Transformers 5.23 converts nothing beside compressed linears, so compressed-tensors unpacks the folder first."""
     convert_checkpoint(str(exported(name)), str(tmp_path), CompressedTensorsDequantizer(str(exported(name))))
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert_is_the_dense_model(loaded, info, cases(name))
@@ -93,7 +105,7 @@ def test_compressed_tensors_resolves_targets_to_the_quantized_linears(name: str,
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(cases(name).config)
     matched = {module for module, _ in match_named_modules(model, config.config_groups["group_0"].targets, config.ignore)}
-    assert matched == {member for group in cases(name).groups for member in group}
+    assert {f"{module}.weight" for module in matched} == set(cases(name).manifest.names)
 
 
 def test_tied_output_embedding_is_not_written_and_loads_shared(exported: FolderOf):
@@ -140,17 +152,17 @@ def test_zero_tensor_has_divisor_one_and_codes_zero_and_no_scale_is_zero(exporte
 
 def test_quantizing_the_decoded_weights_again_gives_the_same_bytes(cases: CaseOf, exported: FolderOf):
     tensors = read_tensors(exported("llama"))
-    for group in cases("llama").groups:
-        for module in group:
-            packed, scales = tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"]
-            s2 = 1.0 / tensors[f"{module}.weight_global_scale"]
-            packed_again, scales_again = reference.quantize(reference.dequantize(packed, scales, s2, torch.bfloat16), s2)
-            codes, codes_again = reference.unpack(packed), reference.unpack(packed_again)
-            codes[codes == 8] = 0  # a decoded -0.0 has code 0
-            is_clamped = (scales.float() < 2.0**-6) | (scales.float() == reference.E4M3_MAX)
-            assert torch.equal(scales_again.float()[~is_clamped], scales.float()[~is_clamped])
-            is_clamped = is_clamped.repeat_interleave(16, dim=1)
-            assert torch.equal(codes_again[~is_clamped], codes[~is_clamped])
+    for name in cases("llama").manifest.names:
+        packed, scales, divisor = (tensors[f"{name}_{part}"] for part in ("packed", "scale", "global_scale"))
+        packed_again, scales_again = reference.quantize(
+            reference.dequantize(packed, scales, 1 / divisor, torch.bfloat16), 1 / divisor
+        )
+        codes, codes_again = reference.unpack(packed), reference.unpack(packed_again)
+        codes[codes == 8] = 0  # a decoded -0.0 has code 0
+        is_clamped = (scales.float() == reference.E4M3_MIN) | (scales.float() == reference.E4M3_MAX)
+        assert torch.equal(scales_again.float()[~is_clamped], scales.float()[~is_clamped])
+        is_clamped = is_clamped.repeat_interleave(16, dim=1)
+        assert torch.equal(codes_again[~is_clamped], codes[~is_clamped])
 
 
 def test_error_is_at_most_half_a_step_and_below_12_percent_rms_on_gaussian_weights(cases: CaseOf, exported: FolderOf):
@@ -171,21 +183,21 @@ def test_error_is_at_most_half_a_step_and_below_12_percent_rms_on_gaussian_weigh
 
 
 def test_exact_global_scale_decodes_within_one_bf16_step(cases: CaseOf, tmp_path: Path):
-    report = cases("llama").export(tmp_path / "exact", power_of_two=False)
-    assert report.verified.compared == len(cases("llama").weights)
-    compute = cases("llama").compute_weights(power_of_two=False)
+    model = cases("llama").with_rule(global_scale="exact")
+    report = model.export(tmp_path / "exact")
+    assert report.verified.compared == len(model.weights)
+    compute = model.compute_weights()
     for key, weight in decode_with_compressed_tensors(tmp_path / "exact").items():
         torch.testing.assert_close(weight, compute[key], rtol=2.0**-7, atol=0)
 
 
 def test_report_counts_bits(cases: CaseOf, exported: FolderOf):
     report = verify_export(exported("llama"))
-    numel = sum(cases("llama").weights[f"{member}.weight"].numel() for group in cases("llama").groups for member in group)
-    num_modules = sum(len(group) for group in cases("llama").groups)
+    names = cases("llama").manifest.names
+    numel = sum(cases("llama").weights[name].numel() for name in names)
     assert report.quantized_parameters == numel
-    assert report.bits_per_weight == 4.5 + 32 * num_modules / numel
+    assert report.bits_per_weight == 4.5 + 32 * len(names) / numel
     assert report.bytes == sum(tensor.nbytes for tensor in read_tensors(exported("llama")).values())
-    assert 0 < report.subnormal_share < 1
     assert report.compared == 0
 
 
@@ -200,4 +212,4 @@ def test_own_decoder_reads_the_golden_packing_vector():
     packed = np.array([[0xF7, 0x20, 0x42, 0x64, 0x86, 0x08, 0xCE, 0xA0]], np.uint8)
     one = np.array([[0x38]], np.uint8)
     values = [6, -6, 0, 1, 1, 2, 2, 4, 4, -0.0, -0.0, 0, -4, -2, 0, -1]
-    np.testing.assert_array_equal(disk.decode_rows(packed, one, np.float32(1)), np.array([values], np.float32))
+    np.testing.assert_array_equal(READER.decode(packed, one, np.float32(1)), np.array([values], np.float32))

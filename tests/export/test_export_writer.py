@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from export_models import Trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from nvfp4_train.export import ExportError, compressed_tensors, folder, masters, shards, verify_export
+from nvfp4_train.export import ExportError, folder, masters, shards, verify_export, writer
 
 CaseOf = Callable[[str], Trained]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -34,9 +35,9 @@ def with_value(name: str, value: float) -> Callable[[Trained], dict[str, Any]]:
 
 def with_groups(change: Callable[[list[list[str]]], Any]) -> Callable[[Trained], dict[str, Any]]:
     def changed(model: Trained) -> dict[str, Any]:
-        groups = [list(group) for group in model.groups]
+        groups = [list(group) for group in model.manifest.groups]
         change(groups)
-        return {"groups": groups}
+        return {"manifest": replace(model.manifest, groups=tuple(map(tuple, groups)))}
 
     return changed
 
@@ -46,19 +47,28 @@ REFUSALS: dict[str, tuple[str, Callable[[Trained], dict[str, Any]], str]] = {
     "inf_in_quantized": ("llama", with_value(f"{DOWN_PROJ}.weight", -torch.inf), rf"{DOWN_PROJ}\.weight holds NaN or Inf"),
     "nan_in_norm": ("llama", with_value("model.norm.weight", torch.nan), r"model\.norm\.weight holds NaN or Inf"),
     "infinite_in_bf16": ("llama", with_value("model.norm.weight", 3.4e38), r"model\.norm\.weight holds NaN or Inf"),
-    "no_groups": ("llama", lambda m: {"groups": []}, "at least one module"),
+    "no_groups": ("llama", with_groups(lambda g: g.clear()), "at least one weight"),
     "unknown_module": (
         "llama",
-        with_groups(lambda g: g.append(["model.layers.9.mlp"])),
-        r"model\.layers\.9\.mlp is no nn.Linear",
+        with_groups(lambda g: g.append(["model.layers.9.mlp.weight"])),
+        r"model\.layers\.9\.mlp\.weight is no weight of an nn.Linear",
     ),
-    "listed_twice": ("llama", with_groups(lambda g: g.append([DOWN_PROJ])), "listed twice"),
-    "unfit_inputs": ("llama_odd", with_groups(lambda g: g.append([DOWN_PROJ])), "72 inputs"),
-    "output_embedding": ("llama", with_groups(lambda g: g.append(["lm_head"])), "lm_head must stay in bf16"),
-    "sibling_in_bf16": ("llama", with_groups(lambda g: g[0].remove(Q_PROJ)), "sibling .*q_proj is not quantized"),
+    "listed_twice": ("llama", with_groups(lambda g: g.append([f"{DOWN_PROJ}.weight"])), "listed twice"),
+    "unfit_inputs": ("llama_odd", with_groups(lambda g: g.append([f"{DOWN_PROJ}.weight"])), "72 inputs"),
+    "output_embedding": (
+        "llama",
+        with_groups(lambda g: g.append(["lm_head.weight"])),
+        r"lm_head\.weight cannot be served in NVFP4: output embedding",
+    ),
+    "module_name": (
+        "llama",
+        with_groups(lambda g: (g[0].remove(f"{Q_PROJ}.weight"), g[0].append(Q_PROJ))),
+        rf"{Q_PROJ} is no weight",
+    ),
+    "sibling_in_bf16": ("llama", with_groups(lambda g: g[0].remove(f"{Q_PROJ}.weight")), "sibling .*q_proj is not quantized"),
     "sibling_elsewhere": (
         "llama",
-        with_groups(lambda g: (g[0].remove(Q_PROJ), g.append([Q_PROJ]))),
+        with_groups(lambda g: (g[0].remove(f"{Q_PROJ}.weight"), g.append([f"{Q_PROJ}.weight"]))),
         "is in another group",
     ),
     "missing_name": (
@@ -126,15 +136,15 @@ def fail_in_second_file(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 
 def fail_in_verification(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    monkeypatch.setattr(masters, "nvfp4_fake_quant", lambda x, s2, dtype: torch.ones_like(x, dtype=dtype))
+    monkeypatch.setattr(masters, "nvfp4_fake_quant", lambda x, s2, dtype, rule: torch.ones_like(x, dtype=dtype))
     return ExportError
 
 
 def interrupt_in_verification(monkeypatch: pytest.MonkeyPatch) -> type[BaseException]:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compressed_tensors, "verify_export", interrupted)
+    monkeypatch.setattr(writer, "verify_export", interrupted)
     return KeyboardInterrupt
 
 

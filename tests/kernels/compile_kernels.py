@@ -24,6 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from nvfp4_train.kernels import multi_tensor_kernels
 from nvfp4_train.kernels import triton_kernels as kernels
+from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FLOAT, BF16, HALF, INT, LONG, BYTES = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*u8"
@@ -45,10 +46,11 @@ ONCE = {"IS_MEASURED": True, "IS_QUANTIZED": True, "ONLY_MOVED": False}
 MOVED = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": True}
 FIRST_OF_TWO = {"IS_MEASURED": True, "IS_QUANTIZED": False, "ONLY_MOVED": False}
 SECOND_OF_TWO = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": False}
-TO_BF16 = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": False}
-TO_CODES = {"SOURCE": tl.float32, "DECODED": None, "IS_PACKED": True}
-TO_BOTH = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": True}
-BF16_TO_BF16 = {"SOURCE": tl.bfloat16, "DECODED": tl.bfloat16, "IS_PACKED": False}
+MAX, FOUR_OVER_SIX, MSE = ({"FACTORS": BLOCK_SCALE_RULES[name].factors} for name in ("max", "four_over_six", "mse"))
+TO_BF16 = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": False, **MAX}
+TO_CODES = {"SOURCE": tl.float32, "DECODED": None, "IS_PACKED": True, **MAX}
+TO_BOTH = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": True, **MAX}
+BF16_TO_BF16 = {"SOURCE": tl.bfloat16, "DECODED": tl.bfloat16, "IS_PACKED": False, **MAX}
 PASS = (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS)
 TILES = kernels.TILES
 
@@ -58,16 +60,20 @@ KERNELS = {
     "amax_fp32": (kernels.amax_kernel, TILES["amax"], {"x_ptr": FLOAT, **X_TO_AMAX}, {}),
     "max": (kernels.max_kernel, TILES["max"], {"values_ptr": FLOAT, "max_ptr": FLOAT}, {}),
     "fake_quant_bf16": (
-        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, {},
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, MAX,
     ),
     "fake_quant_fp16": (
-        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": HALF, "s2_ptr": FLOAT, "out_ptr": HALF}, {},
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": HALF, "s2_ptr": FLOAT, "out_ptr": HALF}, MAX,
     ),
     "fake_quant_fp32": (
-        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": BF16}, {},
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": BF16}, MAX,
     ),
-    "quantize_bf16": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": BF16, **TO_PACKED}, {}),
-    "quantize_fp32": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED}, {}),
+    "fake_quant_bf16_four_over_six": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, FOUR_OVER_SIX,
+    ),
+    "quantize_fp32_mse": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED}, MSE),
+    "quantize_bf16": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": BF16, **TO_PACKED}, MAX),
+    "quantize_fp32": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED}, MAX),
     "static_scales": (kernels.static_scales_kernel, TILES["static_scales"], {**STATIC, "scales_ptr": FLOAT}, IS_STATIC),
     "static_fake_quant": (
         kernels.static_fake_quant_kernel, TILES["static_fake_quant"], {"x_ptr": BF16, **STATIC, "out_ptr": BF16}, IS_STATIC,
@@ -81,12 +87,19 @@ KERNELS = {
     "dequantize_shards": (multi_tensor_kernels.decode_shards_kernel, TILES["dequantize"], SHARDS, {}),
     "whole_model_to_bf16": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **ONCE}),
     "whole_model_to_codes": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_CODES, **ONCE}),
+    "whole_model_to_bf16_mse": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **ONCE, **MSE}),
+    "whole_model_to_codes_four_over_six": (
+        multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_CODES, **ONCE, **FOUR_OVER_SIX},
+    ),
     "whole_model_moved": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **MOVED}),
-    "update_scales": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"POWER_OF_TWO": True}),
+    "update_scales": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": True}),
 }  # fmt: skip
 VARIANTS = {
     "fake_quant_fp32_to_fp32": (
-        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": FLOAT}, {},
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": FLOAT}, MAX,
+    ),
+    "fake_quant_bf16_mse": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, MSE,
     ),
     "static_fake_quant_fp32": (
         kernels.static_fake_quant_kernel, TILES["static_fake_quant"], {"x_ptr": FLOAT, **STATIC, "out_ptr": FLOAT}, IS_STATIC,
@@ -101,7 +114,7 @@ VARIANTS = {
     "whole_model_bf16_to_bf16": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**BF16_TO_BF16, **ONCE}),
     "whole_model_measured": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **FIRST_OF_TWO}),
     "whole_model_quantized": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **SECOND_OF_TWO}),
-    "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"POWER_OF_TWO": False}),
+    "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": False}),
 }  # fmt: skip
 """Of other dtypes and options."""
 CAPABILITIES_OF_VARIANTS = (80, 90, 100)

@@ -19,6 +19,17 @@ class TritonQuantizer(MultiTensorQuantizer):
         return multi_tensor_kernels.TritonPasses
 
 
+QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]
+
+
+def outputs_of(masters):
+    """Filled with NaN and all ones, so that what is not written shows."""
+    decoded = [torch.full_like(master, torch.nan, dtype=torch.bfloat16) for master in masters]
+    packed = [torch.full((*m.shape[:-1], m.shape[-1] // 2), 255, dtype=torch.uint8, device=m.device) for m in masters]
+    scales = [torch.full((*m.shape[:-1], m.shape[-1] // 16), 255, dtype=torch.uint8, device=m.device) for m in masters]
+    return {"decoded": decoded, "packed": packed, "scales": [s.view(torch.float8_e4m3fn) for s in scales]}
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -23,6 +23,9 @@ ACCESSES = {
     "fake_quant_fp32_to_fp32": ({"128": 4, "32": 1}, {"128": 8}),
     "quantize_bf16": ({"128": 6, "32": 1}, {"64": 2, "U8": 2}),
     "quantize_fp32": ({"128": 12, "32": 1}, {"64": 2, "U8": 2}),
+    "fake_quant_bf16_four_over_six": ({"128": 2, "32": 1}, {"128": 4}),
+    "fake_quant_bf16_mse": ({"128": 2, "32": 1}, {"128": 4}),
+    "quantize_fp32_mse": ({"128": 12, "32": 1}, {"64": 2, "U8": 2}),
     "static_scales": ({"32": 3}, {"32": 2}),
     "static_fake_quant": ({"128": 2, "32": 2}, {"128": 2}),
     "static_fake_quant_fp32": ({"128": 4, "32": 2}, {"128": 4}),
@@ -33,6 +36,8 @@ ACCESSES = {
     "whole_model_to_codes": ({"128": 8, "64": 4, "32": 2}, {"64": 2, "U8": 2}),
     "whole_model_to_both": ({"128": 8, "64": 5, "32": 2}, {"128": 4, "64": 2, "U8": 2}),
     "whole_model_bf16_to_bf16": ({"128": 4, "64": 3, "32": 2}, {"128": 4}),
+    "whole_model_to_bf16_mse": ({"128": 8, "64": 3, "32": 2}, {"128": 4}),
+    "whole_model_to_codes_four_over_six": ({"128": 8, "64": 4, "32": 2}, {"64": 2, "U8": 2}),
     "whole_model_moved": ({"128": 8, "64": 3, "32": 3}, {"128": 4}),
     "whole_model_measured": ({"128": 8, "64": 2, "32": 2}, {}),
     "whole_model_quantized": ({"128": 8, "64": 3, "32": 2}, {"128": 4}),
@@ -44,7 +49,7 @@ ACCESSES = {
 Values move in 16-byte accesses. What a thread has less of is narrower: of a block 8 bytes of codes, one of scale and 4 of amax;
 8 codes are 4 bytes. Table rows (64) and s2 (32) are single values.
 """
-VARIANTS = 8
+VARIANTS = 9
 """Kernels that are compiled for 80, 90 and 100 only."""
 
 
@@ -77,7 +82,8 @@ def test_kernels_compile_without_spills(capability):
     for entry in kernels:
         assert entry["stack"] == 0, entry
         assert entry["local"] == 0, entry
-        assert entry["registers"] <= 96, entry
+        # A search keeps the block beside the candidate.
+        assert entry["registers"] <= (128 if entry["kernel"].endswith(("four_over_six", "mse")) else 96), entry
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

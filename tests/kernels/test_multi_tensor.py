@@ -1,5 +1,6 @@
 """The whole-model pass gives the bits of quantizing each weight on its own, whatever the exponents did since the last step."""
 
+import functools
 import gc
 import os
 import socket
@@ -7,11 +8,12 @@ import weakref
 
 import pytest
 import torch
-from kernel_cases import DEVICE, TritonQuantizer, assert_same_bits
+from kernel_cases import DEVICE, QUANTIZERS, TritonQuantizer, assert_same_bits, outputs_of
 from torch import distributed, multiprocessing
 
 from nvfp4_train.kernels import multi_tensor, multi_tensor_kernels, reference
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 SHAPES = [(48, 64), (8, 64), (8, 64), (3, 16, 32), (3, 16, 32), (1, 16), (20, 256)]
 GROUPS = [0, 1, 1, 2, 2, 3, 4]
@@ -21,7 +23,7 @@ GROUPS = [0, 1, 1, 2, 2, 3, 4]
 multi_tensor_kernels.BLOCKS_PER_CHUNK = 256
 
 
-QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]
+EXACT = ScaleRule(global_scale="exact")
 
 
 def _masters(dtype=torch.float32, device=DEVICE):
@@ -29,29 +31,21 @@ def _masters(dtype=torch.float32, device=DEVICE):
     return [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in SHAPES]
 
 
-def _outputs(masters):
-    """Filled with NaN and all ones, so that what is not written shows."""
-    decoded = [torch.full_like(master, torch.nan, dtype=torch.bfloat16) for master in masters]
-    packed = [torch.full((*m.shape[:-1], m.shape[-1] // 2), 255, dtype=torch.uint8, device=m.device) for m in masters]
-    scales = [torch.full((*m.shape[:-1], m.shape[-1] // 16), 255, dtype=torch.uint8, device=m.device) for m in masters]
-    return {"decoded": decoded, "packed": packed, "scales": [s.view(torch.float8_e4m3fn) for s in scales]}
-
-
-def _assert_quantized_one_by_one(quantizer, masters, outputs, power_of_two):
+def _assert_quantized_one_by_one(quantizer, masters, outputs, rule, groups=GROUPS):
     """Against the maximum over siblings, and the operators of `reference`, expert by expert."""
     pieces = [list(master) if master.dim() == 3 else [master] for master in masters]
     for index, master_pieces in enumerate(pieces):
-        siblings = [pieces[i] for i, group in enumerate(GROUPS) if group == GROUPS[index]]
+        siblings = [pieces[i] for i, group in enumerate(groups) if group == groups[index]]
         for expert, piece in enumerate(master_pieces):
             amax = torch.stack([sibling[expert].abs().amax().float() for sibling in siblings]).amax().cpu()
-            s2 = reference.global_scale(amax, power_of_two)
+            s2 = reference.global_scale(amax, rule)
             slot = quantizer.weights.first_slots[index] + expert
             assert_same_bits(quantizer.global_amax[slot], amax)
             assert_same_bits(quantizer.global_scales[slot], s2)
             at = expert if masters[index].dim() == 3 else ...
-            packed, scales = reference.quantize(piece.cpu(), s2)
+            packed, scales = reference.quantize(piece.cpu(), s2, rule)
             if "decoded" in outputs:
-                assert_same_bits(outputs["decoded"][index][at], reference.fake_quant(piece.cpu(), s2, torch.bfloat16))
+                assert_same_bits(outputs["decoded"][index][at], reference.fake_quant(piece.cpu(), s2, torch.bfloat16, rule))
             if "packed" in outputs:
                 assert_same_bits(outputs["packed"][index][at], packed)
                 assert_same_bits(outputs["scales"][index][at], scales)
@@ -61,34 +55,55 @@ FACTORS = [1.0, 1.01, 3.0, 0.9, 0.2, 0.2, 1e4, 1e-9, 0.0, 1.0, 2.0**-70, 1.0]
 """A step's masters over the first ones: exponents stay, move up, move down, by little and by much; all zero; out of range."""
 
 
-@pytest.mark.parametrize("power_of_two", [True, False], ids=["pow2", "exact"])
+@pytest.mark.parametrize("rule", [MAX_RULE, EXACT], ids=["pow2", "exact"])
 @pytest.mark.parametrize("wanted", [("decoded",), ("packed", "scales"), ("decoded", "packed", "scales")], ids="+".join)
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
-def test_every_step_equals_quantizing_one_by_one(quantizer_class, wanted, power_of_two):
+def test_every_step_equals_quantizing_one_by_one(quantizer_class, wanted, rule):
     masters, first = _masters(), _masters()
-    outputs = {name: tensors for name, tensors in _outputs(masters).items() if name in wanted}
-    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), power_of_two=power_of_two, **outputs)
+    outputs = {name: tensors for name, tensors in outputs_of(masters).items() if name in wanted}
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), rule=rule, **outputs)
     for step, factor in enumerate(FACTORS if len(wanted) == 1 else FACTORS[:4]):
         for index, master in enumerate(masters):
             # Some groups move while others stay.
             torch.mul(first[index], factor if index % 2 == step % 2 else 1.0, out=master)
         quantizer.step()
-        _assert_quantized_one_by_one(quantizer, masters, outputs, power_of_two)
+        _assert_quantized_one_by_one(quantizer, masters, outputs, rule)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ScaleRule(block_scale="four_over_six"),
+        ScaleRule(block_scale="four_over_six", global_scale="exact"),
+        ScaleRule(block_scale="mse"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_every_step_under_a_rule_that_searches(quantizer_class, rule):
+    masters, groups = _masters()[1:4], [0, 0, 1]
+    outputs = outputs_of(masters)
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, groups), rule=rule, **outputs)
+    for factor in (1.0, 1.01, 8.0):
+        # The group of the first two moves, the experts do not.
+        masters[1].mul_(factor)
+        quantizer.step()
+        _assert_quantized_one_by_one(quantizer, masters, outputs, rule, groups)
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_bf16_masters_are_quantized_too(quantizer_class):
     masters = _masters(torch.bfloat16)
-    outputs = {"decoded": _outputs(masters)["decoded"]}
+    outputs = {"decoded": outputs_of(masters)["decoded"]}
     quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer.step()
-    _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+    _assert_quantized_one_by_one(quantizer, masters, outputs, MAX_RULE)
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
     masters = _masters()
-    outputs = {"decoded": _outputs(masters)["decoded"]}
+    outputs = {"decoded": outputs_of(masters)["decoded"]}
     parameters = [torch.nn.Parameter(master) for master in masters]
     quantizer = quantizer_class(parameters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer.step()
@@ -96,17 +111,17 @@ def test_a_master_that_moves_in_memory_is_followed(quantizer_class):
     for parameter, master in zip(parameters, moved, strict=True):
         parameter.data = master
     quantizer.step()
-    _assert_quantized_one_by_one(quantizer, moved, outputs, True)
+    _assert_quantized_one_by_one(quantizer, moved, outputs, MAX_RULE)
     for output in outputs["decoded"]:
         output.data = torch.full_like(output, torch.nan)
     quantizer.step()
-    _assert_quantized_one_by_one(quantizer, moved, outputs, True)
+    _assert_quantized_one_by_one(quantizer, moved, outputs, MAX_RULE)
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_memory_is_free_as_soon_as_the_quantizer_is_gone(quantizer_class):
     masters = _masters()
-    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **_outputs(masters))
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs_of(masters))
     quantizer.step()
     outputs = [weakref.ref(output) for output in quantizer.weights.tensors()[len(masters) :]]
     gc.disable()
@@ -120,13 +135,13 @@ def test_memory_is_free_as_soon_as_the_quantizer_is_gone(quantizer_class):
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_masters_that_change_their_dtype_are_followed(quantizer_class):
     masters = _masters()
-    outputs = _outputs(masters)
+    outputs = outputs_of(masters)
     quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer.step()
     for master in masters:
         master.data = master.data.bfloat16()
     quantizer.step()
-    _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+    _assert_quantized_one_by_one(quantizer, masters, outputs, MAX_RULE)
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
@@ -144,29 +159,29 @@ def test_a_dtype_that_takes_the_memory_of_another_is_followed(quantizer_class):
 
 def test_a_program_takes_many_chunks_where_all_exponents_moved():
     masters = [master * 1e-4 for master in _masters()]
-    outputs = _outputs(masters)
+    outputs = outputs_of(masters)
     quantizer = TritonQuantizer(masters, *slots_of_groups(masters, GROUPS), **outputs)
     quantizer._passes._num_persistent = 2
     quantizer.step()
     assert quantizer._passes._table.shape[0] > 4
-    _assert_quantized_one_by_one(quantizer, masters, outputs, True)
+    _assert_quantized_one_by_one(quantizer, masters, outputs, MAX_RULE)
 
 
-@pytest.mark.parametrize("power_of_two", [True, False], ids=["pow2", "exact"])
+@pytest.mark.parametrize("rule", [MAX_RULE, EXACT], ids=["pow2", "exact"])
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
-def test_scales_of_every_exponent(quantizer_class, power_of_two):
+def test_scales_of_every_exponent(quantizer_class, rule):
     """In more slots than a program takes."""
     # 0x280000 is the mantissa of 2688.
     mantissas = torch.tensor([0, 1, 0x27FFFF, 0x280000, 0x280001, 0x7FFFFF])
     smallest = torch.tensor(reference.SMALLEST_GLOBAL_AMAX).view(torch.int32).long()
     bits = torch.cat([((torch.arange(256) << 23)[:, None] + mantissas).flatten(), smallest + torch.arange(-3, 4)]).int()
     masters = [torch.zeros(len(bits), 1, 16, device=DEVICE)]
-    quantizer = quantizer_class(masters, [0], len(bits), decoded=_outputs(masters)["decoded"], power_of_two=power_of_two)
+    quantizer = quantizer_class(masters, [0], len(bits), decoded=outputs_of(masters)["decoded"], rule=rule)
     quantizer.measured.copy_(bits)
     quantizer._passes.update_scales()
     amax = bits.view(torch.float32)
     assert_same_bits(quantizer.global_amax, amax)
-    assert_same_bits(quantizer.global_scales, reference.global_scale(amax, power_of_two))
+    assert_same_bits(quantizer.global_scales, reference.global_scale(amax, rule))
     assert not quantizer.measured.any()
 
 
@@ -183,7 +198,7 @@ def test_a_master_that_the_kernels_cannot_read_any_longer_is_refused():
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_a_bad_weight_shows_in_the_amax_of_its_group_alone_and_only_while_it_is_there(quantizer_class, value):
     masters = _masters()
-    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), decoded=_outputs(masters)["decoded"])
+    quantizer = quantizer_class(masters, *slots_of_groups(masters, GROUPS), decoded=outputs_of(masters)["decoded"])
     good = masters[3][1, 2, 3].clone()
     masters[3][1, 2, 3] = value
     quantizer.step()
@@ -212,38 +227,35 @@ def test_chunks_at_the_largest_size(shape):
     assert multi_tensor_kernels.BLOCKS_PER_CHUNK == 256
     masters = [torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)]
     on_cpu = [masters[0].cpu()]
-    outputs, expected = _outputs(masters), _outputs(on_cpu)
+    outputs, expected = outputs_of(masters), outputs_of(on_cpu)
     TritonQuantizer(masters, *slots_of_groups(masters, [0]), **outputs).step()
     MultiTensorQuantizer(on_cpu, *slots_of_groups(masters, [0]), **expected).step()
     for name, tensors in outputs.items():
         assert_same_bits(tensors[0], expected[name][0])
 
 
-@pytest.mark.parametrize("power_of_two", [True, False], ids=["pow2", "exact"])
-def test_a_step_is_three_launches_and_an_all_reduce(monkeypatch, power_of_two):
+@pytest.mark.parametrize("rule", [MAX_RULE, EXACT], ids=["pow2", "exact"])
+def test_a_step_is_three_launches_and_one_reduction(monkeypatch, rule):
     masters = _masters()
-    decoded = _outputs(masters)["decoded"]
+    decoded = outputs_of(masters)["decoded"]
     quantizer = TritonQuantizer(
         masters,
         *slots_of_groups(masters, GROUPS),
         decoded=decoded,
-        power_of_two=power_of_two,
-        process_groups=["rows", "experts"],
+        rule=rule,
     )
     done = []
     launch = multi_tensor_kernels.launch
     monkeypatch.setattr(multi_tensor_kernels, "launch", lambda name, *args: (done.append(name), launch(name, *args)))
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, *_, group: done.append((tensor, group)))
-    quantizer.step()
+    quantizer.step(lambda measured: done.append(measured))
     assert done[0] == "whole_model"
-    assert [group for _, group in done[1:3]] == ["rows", "experts"]
-    assert all(tensor is quantizer.measured for tensor, _ in done[1:3])
-    assert done[3:] == ["update_scales", "whole_model"]
+    assert done[1] is quantizer.measured
+    assert done[2:] == ["update_scales", "whole_model"]
 
 
 def test_the_last_launch_writes_only_what_moved():
     masters = _masters()
-    decoded = _outputs(masters)["decoded"]
+    decoded = outputs_of(masters)["decoded"]
     quantizer = TritonQuantizer(masters, *slots_of_groups(masters, GROUPS), decoded=decoded)
     quantizer.step()
     # The siblings of group 1, and the second expert of group 2.
@@ -329,18 +341,19 @@ def _run_rank(rank: int, port: int) -> None:
     for size, process_group in process_groups.items():
         if rank >= size:
             continue
+        reduce = functools.partial(distributed.all_reduce, op=distributed.ReduceOp.MAX, group=process_group)
         for quantizer_class in QUANTIZERS:
             generator = torch.Generator().manual_seed(1)
             whole = [torch.randn(shape, generator=generator) for shape in RANK_SHAPES]
             shards = [_rows(master, rank, size).to(DEVICE).clone() for master in whole]
-            outputs, expected = _outputs(shards), _outputs(whole)
+            outputs, expected = outputs_of(shards), outputs_of(whole)
             slots = slots_of_groups(whole, RANK_GROUPS)
-            quantizer = quantizer_class(shards, *slots, process_groups=[process_group], **outputs)
+            quantizer = quantizer_class(shards, *slots, **outputs)
             alone = MultiTensorQuantizer(whole, *slots, **expected)
             for index, factor in ((0, 1.0), (0, 8.0), (0, 2.0**-6), (3, 32.0)):
                 whole[index].mul_(factor)
                 shards[index].mul_(factor)
-                quantizer.step()
+                quantizer.step(reduce)
                 alone.step()
                 assert_same_bits(quantizer.global_scales, alone.global_scales)
                 for name, tensors in outputs.items():

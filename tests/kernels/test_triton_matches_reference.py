@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from kernel_cases import CASES, DEVICE, DTYPES, TRITON, assert_same_bits
 
 from nvfp4_train.kernels import reference, triton_kernels
+from nvfp4_train.kernels.scale_rules import ScaleRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -27,7 +28,7 @@ def _s2(x: torch.Tensor, name: str) -> torch.Tensor:
     if SCALES[name] is not None:
         return torch.tensor(SCALES[name])
     amax = reference.block_amax(x)
-    return reference.global_scale(amax[amax.isfinite()].max(), power_of_two=name == "pow2")
+    return reference.global_scale(amax[amax.isfinite()].max(), ScaleRule(global_scale="pow2" if name == "pow2" else "exact"))
 
 
 def _assert_ops_match(x: torch.Tensor, s2: torch.Tensor, out_dtypes=DTYPES) -> None:
@@ -236,7 +237,9 @@ def test_random_values_match_reference(seed, dtype, num_blocks, exponent_spread,
     sign = torch.randint(0, 2, (num_blocks, 16), generator=generator) * 2 - 1
     x = (significand * torch.exp2(exponent.float()) * sign).to(dtype)
     x = torch.where(x.isfinite(), x, torch.ones_like(x))
-    _assert_contract(x, reference.global_scale(reference.block_amax(x).max(), is_pow2))
+    _assert_contract(
+        x, reference.global_scale(reference.block_amax(x).max(), ScaleRule(global_scale="pow2" if is_pow2 else "exact"))
+    )
 
 
 @settings(max_examples=40, deadline=None)

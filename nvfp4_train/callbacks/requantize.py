@@ -5,10 +5,11 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from nvfp4_train.metrics import VAL_LOSS_MASTER, VAL_LOSS_MASTER_AT_SWITCH, VAL_LOSS_PTQ, VAL_LOSS_QUANTIZED
 from nvfp4_train.module import QATModule
 
 
-class FakeQuant(Callback):
+class Requantize(Callback):
     """Owns the moment of quantization.
 
     At the switch it reports the validation loss of the masters and of the quantized weights (that is PTQ), at the end of training
@@ -48,7 +49,7 @@ class FakeQuant(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
-        if "val/loss_quantized" not in pl_module.results:
+        if VAL_LOSS_QUANTIZED not in pl_module.results:
             self._report_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -73,7 +74,7 @@ class FakeQuant(Callback):
         elif not pl_module.store.is_enabled:
             pl_module.store.update()
         pl_module.results |= self._losses_at_switch
-        pl_module.report(self._evaluate(trainer, pl_module, "val/loss_quantized", "val/loss_master"))
+        pl_module.report(self._evaluate(trainer, pl_module, VAL_LOSS_QUANTIZED, VAL_LOSS_MASTER))
         if not pl_module.quant_config.enabled:
             # A run that continues from this one with quantization has its own switch.
             self._losses_at_switch = {}
@@ -95,7 +96,7 @@ class FakeQuant(Callback):
         assert pl_module.store is not None
         pl_module.store.update()
         pl_module.store.check_finite()
-        losses = self._evaluate(trainer, pl_module, "val/loss_ptq", "val/loss_master_at_switch")
+        losses = self._evaluate(trainer, pl_module, VAL_LOSS_PTQ, VAL_LOSS_MASTER_AT_SWITCH)
         pl_module.report(losses)
         self._losses_at_switch = losses
 

@@ -1,7 +1,4 @@
-"""A second reader of what the exporter writes: safetensors files and NVFP4 bytes in NumPy, with tables of its own.
-
-It shares no code with the kernels, the writer or the safetensors package, so that a mistake in one of them shows.
-"""
+"""safetensors files and NVFP4 bytes in NumPy, with tables of its own."""
 
 import json
 import math
@@ -93,13 +90,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def decode_rows(packed: np.ndarray, scales: np.ndarray, global_scale: np.float32) -> np.ndarray:
-    """Bytes of codes [M, K / 2] and of E4M3 block scales [M, K / 16], and the divisor -> float32 [M, K]."""
+def decode_rows(packed: np.ndarray, decode_scales: np.ndarray) -> np.ndarray:
+    """Bytes of codes [M, K / 2] and float32 decode scales [M, K / 16] -> float32 [M, K]."""
     codes = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
     codes[:, 0::2] = packed & 15
     codes[:, 1::2] = packed >> 4
-    block_scales = E4M3_TABLE[scales] / global_scale
-    return E2M1_TABLE[codes] * np.repeat(block_scales, 16, axis=1)
+    return E2M1_TABLE[codes] * np.repeat(decode_scales, 16, axis=1)
 
 
 def to_bf16_bits(x: np.ndarray) -> np.ndarray:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from kernel_cases import DEVICE, assert_same_bits
 
-from nvfp4_train.kernels import multi_tensor_kernels, ops, packed_shards, reference  # noqa: F401  (ops registers torch.ops.nvfp4)
+from nvfp4_train.kernels import multi_tensor_kernels, ops, reference  # noqa: F401  (ops registers torch.ops.nvfp4)
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
-from nvfp4_train.kernels.packed_shards import PackedShards
+from nvfp4_train.quant import packed_shards
+from nvfp4_train.quant.packed_shards import PackedShards
 
 SHAPES = [(6, 32), (1, 16), (7, 80), (4, 96)]
 """Three ranks have 2, 1, 3 and 2 rows of them, of which the last ranks pad some or all."""
@@ -48,8 +49,8 @@ def _shards(num_ranks: int) -> tuple[PackedShards, list[torch.Tensor], list[torc
 
 def _unpacked(shards: PackedShards, received: torch.Tensor, slots: list[int], s2: torch.Tensor) -> list[torch.Tensor]:
     out = torch.full((shards.num_elements,), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    shards.unpack(received, shards.table(slots).to(DEVICE), s2, out, shards.padded_others(out))
-    return shards.wholes(out)
+    shards.unpack(received, shards.table(slots).to(DEVICE), s2, out, shards.padded_unquantized(out))
+    return shards.whole_tensors(out)
 
 
 # Without a GPU the kernel runs in the interpreter.

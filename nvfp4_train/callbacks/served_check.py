@@ -1,0 +1,32 @@
+"""Proves, before training begins, that the model computes what the exported model will."""
+
+import torch
+from lightning import Callback, Trainer
+
+from nvfp4_train.models.served_check import check_served
+from nvfp4_train.module import QATModule
+
+
+class ServedCheck(Callback):
+    """One short sequence of random tokens goes through the training model and through the plain transformers class.
+
+    Raises ValueError, which names the first module that differs. Null it to train without the check.
+    """
+
+    def __init__(self, *, tokens: int = 32) -> None:
+        if tokens < 2:
+            raise ValueError(f"callbacks.served_check.tokens must be at least 2, got {tokens}")
+        self.tokens = tokens
+
+    def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        assert pl_module.model is not None
+        config = pl_module.model.config.get_text_config()
+        length = min(self.tokens, getattr(config, "max_position_embeddings", None) or self.tokens)
+        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        with pl_module.clock.paused():
+            num_modules = check_served(pl_module.model, ids.to(pl_module.device), pl_module.compute_dtype)
+        if trainer.is_global_zero:
+            print(
+                f"the training forward is that of the plain {type(pl_module.model).__name__}: {num_modules} modules compared",
+                flush=True,
+            )

@@ -1,0 +1,83 @@
+"""compressed-tensors' `nvfp4-pack-quantized`, weights only (W4A16): what vLLM, SGLang and transformers load.
+
+A quantized linear P of N x K is, in place of `P.weight`:
+
+    P.weight_packed         uint8 [N, K / 2]            two E2M1 codes a byte, the even element in the low nibble
+    P.weight_scale          float8_e4m3fn [N, K / 16]   block scales, row-major
+    P.weight_global_scale   float32 [1]                 the divisor 1 / s2, of shape [1] and not []
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nvfp4_train.export.formats.base import Format, QuantizedTensor
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.quant.manifest import QuantManifest
+
+FORMAT_NAME = "nvfp4-pack-quantized"
+
+
+class CompressedTensors(Format):
+    def tensors(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        divisor = 1.0 / weight.global_scale
+        return {
+            f"{module}.weight_packed": weight.codes[0],
+            f"{module}.weight_scale": weight.block_scales[0],
+            f"{module}.weight_global_scale": divisor,
+        }
+
+    def configs(self, layout: HubLayout, quantized: Mapping[str, str], manifest: QuantManifest) -> dict[str, dict[str, Any]]:
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "dynamic": False,
+        }
+        group = {
+            "targets": ["Linear"],
+            "format": FORMAT_NAME,
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": FORMAT_NAME,
+            "quantization_status": "compressed",
+            "ignore": _ignored(layout, quantized),
+            "kv_cache_scheme": None,
+            "config_groups": {"group_0": group},
+        }
+        return {"config.json": {"quantization_config": quantization}}
+
+    def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
+        if all(len(names) == len(keys) == 1 for names, keys in layout.bundles.items()):
+            return None
+        # Seen with 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
+        return (
+            "transformers joins or splits tensors of this model while it loads them, which it does not do beside packed ones; "
+            "compressed-tensors can unpack the folder"
+        )
+
+
+def _ignored(layout: HubLayout, quantized: Mapping[str, str]) -> list[str]:
+    """`ignore` entries: `lm_head` always, and full names, in memory and on disk, of all that stays unquantized.
+
+    Experts are matched by one pattern, since serving engines ask for them under names of their own.
+    """
+    names = ["lm_head"]
+    for name, hub_name in layout.linears().items():
+        if name not in quantized:
+            names += [name, hub_name or name]
+    for name in layout.matrices_outside_linears():
+        before, experts, _ = name.rpartition(".experts.")
+        names.append(f"re:.*{re.escape('.' + before.rpartition('.')[2] + experts)}.*" if experts else name)
+    return list(dict.fromkeys(names))
+
+
+FORMAT = CompressedTensors()

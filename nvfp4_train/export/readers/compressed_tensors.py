@@ -1,0 +1,82 @@
+"""compressed-tensors' `nvfp4-pack-quantized`, weights only. Where that package is installed, it checks the config as well."""
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvfp4_train.export.readers.base import ExportError, Reader, require
+from nvfp4_train.export.readers.disk import E4M3_TABLE, decode_rows
+
+FIXED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed"}
+WEIGHTS_ARGS = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "dynamic": False,
+}
+GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activations"}
+
+
+class CompressedTensorsReader(Reader):
+    marker = codes = "weight_packed"
+    block_scales = "weight_scale"
+    stored_scale = "weight_global_scale"
+    """The divisor 1 / s2."""
+
+    def parts(self, num_rows: int, num_columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {
+            self.codes: ("U8", (num_rows, num_columns // 2)),
+            self.block_scales: ("F8_E4M3", (num_rows, num_columns // 16)),
+            self.stored_scale: ("F32", (1,)),
+        }
+
+    def check_config(self, folder: Path, config: Mapping[str, Any]) -> Callable[[str], bool]:
+        has_other = (folder / "hf_quant_config.json").exists()
+        require("config", not has_other, "hf_quant_config.json makes readers take another format")
+        quantization: Any = config.get("quantization_config")
+        require("config", isinstance(quantization, dict), "config.json holds no quantization_config")
+        for key, value in FIXED.items():
+            require("config", quantization.get(key) == value, f"{key} must be {value!r}, got {quantization.get(key)!r}")
+        unknown = quantization.keys() - {*FIXED, "ignore", "kv_cache_scheme", "config_groups"}
+        require("config", not unknown, f"unknown keys {', '.join(sorted(unknown))}")
+        require("config", quantization.get("kv_cache_scheme") is None, "kv_cache_scheme must be null")
+        require("config", list(quantization.get("config_groups", {})) == ["group_0"], "config_groups must hold group_0 only")
+        group = quantization["config_groups"]["group_0"]
+        require("config", group.keys() == GROUP_KEYS, f"group_0 must have the keys {sorted(GROUP_KEYS)}, got {sorted(group)}")
+        require("config", group["weights"] == WEIGHTS_ARGS, f"weights must be {WEIGHTS_ARGS}, got {group['weights']}")
+        require("config", group["format"] == FIXED["format"], f"group_0 has the format {group['format']!r}")
+        no_activations = group["input_activations"] is None and group["output_activations"] is None
+        require("config", no_activations, "activations must be null: weights only")
+        targets, ignore = group["targets"], quantization.get("ignore")
+        for key, names in (("targets", targets), ("ignore", ignore)):
+            is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            require("config", is_list, f"{key} must be a list of names, got {names!r}")
+        _check_with_package(quantization)
+        require("scheme", "lm_head" in ignore, "ignore must hold lm_head")
+        return lambda name: ("Linear" in targets or _matches(name, targets)) and not _matches(name, ignore)
+
+    def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
+        return decode_rows(codes, E4M3_TABLE[block_scales] / stored_scale)
+
+
+def _matches(name: str, entries: list[str]) -> bool:
+    return any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in entries)
+
+
+def _check_with_package(quantization: dict[str, Any]) -> None:
+    if importlib.util.find_spec("compressed_tensors"):
+        from compressed_tensors.quantization import QuantizationConfig
+
+        try:
+            QuantizationConfig.model_validate(quantization)
+        except ValueError as error:
+            raise ExportError(f"config: compressed-tensors rejects it: {error}") from error
+
+
+READER = CompressedTensorsReader()

@@ -1,0 +1,210 @@
+"""Writes a model as an NVFP4 folder in any format, one file after the other, verified from disk before it gets its name.
+
+A quantized weight is written as its format says, everything else in the dtype that readers hold it in, under the name that the hub
+uses. At most the tensors of one file are in memory, and after that the tensors of one bundle to verify against them.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from nvfp4_train.export.folder import check_target, replacing_folder
+from nvfp4_train.export.formats.base import Format, QuantizedTensor
+from nvfp4_train.export.masters import FromMasters
+from nvfp4_train.export.registry import find_format
+from nvfp4_train.export.served import ServedWeights
+from nvfp4_train.export.shards import FileGroup, write_shards
+from nvfp4_train.export.verify import VerifyReport, verify_export
+from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.quant.manifest import QuantManifest
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote."""
+
+    folder: Path
+    shards: int
+    quantized: int
+    """Modules on disk with a weight in NVFP4."""
+    note: str | None
+    """What the format has to say about its readers."""
+    verified: VerifyReport
+
+    def __str__(self) -> str:
+        files = "1 file" if self.shards == 1 else f"{self.shards} files"
+        lines = [f"{self.folder}: {self.quantized} linears in NVFP4, {files}", str(self.verified)]
+        return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
+
+
+def export_compressed_tensors(
+    folder: str | os.PathLike,
+    *,
+    weights: Mapping[str, Tensor],
+    manifest: QuantManifest,
+    config: PretrainedConfig,
+    overwrite: bool = False,
+    **options: Any,
+) -> ExportReport:
+    """Write masters as a compressed-tensors folder, verify it from disk and give it its name.
+
+    Args:
+        folder: The folder to write. It must not exist, unless overwrite.
+        weights: Master weights by `state_dict` name of the Hugging Face model, on any device. Tied aliases may be left out.
+        manifest: What is quantized, and how. Siblings have to be in one group.
+        config: The model's config. Written with dtype bfloat16.
+        overwrite: Replace an existing model folder, once the new one has been verified.
+        options: Of `export_model`.
+
+    Raises:
+        FileExistsError: The folder exists and is not to be replaced.
+        ValueError: Weights, manifest and config do not fit together, or a weight is NaN or Inf; nothing has been written.
+        ExportError: The written folder failed its verification and was removed.
+    """
+    check_target(folder, overwrite)
+    return export_model(folder, FromMasters(weights, manifest, config), overwrite=overwrite, **options)
+
+
+def export_model(
+    folder: str | os.PathLike,
+    served: ServedWeights,
+    *,
+    format: str = "compressed_tensors",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: GenerationConfig | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    expected: Mapping[str, Tensor] | None = None,
+) -> ExportReport:
+    """Write served weights as a folder, verify it from disk and give it its name. Asks `served` for one tensor at a time.
+
+    Args:
+        folder: The folder to write. It must not exist, unless overwrite.
+        served: The weights, which have been checked.
+        format: A name of `registry.known_formats`.
+        tokenizer: Saved beside the weights.
+        generation_config: Saved beside the weights.
+        max_shard_bytes: Size above which the weights are split over several files with an index.
+        overwrite: Replace an existing model folder, once the new one has been verified.
+        expected: Compute weights by `state_dict` name, to which the decoded folder must be equal. By default those of `served`.
+
+    Raises:
+        FileExistsError: The folder exists and is not to be replaced.
+        ValueError: An option is wrong; nothing has been written.
+        ExportError: The written folder failed its verification and was removed.
+    """
+    target = check_target(folder, overwrite)
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    writer = _Writer(served, find_format(format))
+    with replacing_folder(target, overwrite) as partial:
+        writer.write_configs(partial)
+        if generation_config is not None:
+            generation_config.save_pretrained(partial)
+        if tokenizer is not None:
+            _write_tokenizer(partial, tokenizer)
+        shards = write_shards(partial, writer.file_groups(), max_shard_bytes)
+        verified = verify_export(partial, served if expected is None else expected, format=format)
+    return ExportReport(
+        folder=target,
+        shards=shards,
+        quantized=len(writer.hub_modules),
+        note=writer.format.note(served.layout, writer.hub_modules),
+        verified=verified,
+    )
+
+
+class _Writer:
+    """The tensors of a model on their way to disk."""
+
+    def __init__(self, served: ServedWeights, format: Format) -> None:
+        self.served = served
+        self.format = format
+        linears = served.layout.linears()
+        modules = [name.removesuffix(".weight") for name in served.manifest.names]
+        self.hub_modules = {module: linears[module] or module for module in modules}
+        """Modules with a quantized weight: name in memory -> name on disk."""
+
+    def write_configs(self, folder: Path) -> None:
+        layout = self.served.layout
+        files = {"config.json": _model_config(layout)}
+        for file, added in self.format.configs(layout, self.hub_modules, self.served.manifest).items():
+            files[file] = files.get(file, {}) | added
+        for file, config in files.items():
+            (folder / file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def file_groups(self) -> Iterator[FileGroup]:
+        """The modules on disk, in the order of the model."""
+
+        def module_of(bundle: tuple[tuple[str, ...], tuple[str, ...]]) -> object:
+            names, keys = bundle
+            return _owner(keys[0]) if len(keys) == 1 else names
+
+        for _, bundles in groupby(self.served.layout.bundles.items(), key=module_of):
+            yield from self._split([names for names, _ in bundles])
+
+    def _split(self, bundles: Sequence[tuple[str, ...]]) -> Iterator[FileGroup]:
+        """The module that a few bundles are, or the several that an expert parameter is, which is asked for once."""
+        sizes = {key: tensor.nbytes for names in bundles for key, tensor in self._on_disk(names, on_meta=True).items()}
+        loaded: dict[str, Tensor] = {}
+
+        def load(keys: Sequence[str]) -> dict[str, Tensor]:
+            if not loaded:
+                loaded.update({key: tensor for names in bundles for key, tensor in self._on_disk(names).items()})
+            return {key: loaded.pop(key).cpu().contiguous() for key in keys}
+
+        for _, keys in groupby(sizes, key=_owner):
+            of_one = list(keys)
+            yield FileGroup(sum(sizes[key] for key in of_one), partial(load, of_one))
+
+    def _on_disk(self, names: tuple[str, ...], *, on_meta: bool = False) -> dict[str, Tensor]:
+        """The tensors on disk of a bundle, or what they are like, without any weight."""
+        layout = self.served.layout
+        if self.served.is_quantized(names[0]):
+            weight = _described(layout.tensors[names[0]].shape) if on_meta else self.served.quantized(names[0])
+            return self.format.tensors(self.hub_modules[_owner(names[0])], weight)
+        return layout.to_hub({name: layout.tensors[name] if on_meta else self.served.plain(name) for name in names})
+
+
+def _described(shape: torch.Size) -> QuantizedTensor:
+    """A quantized weight [N, K] on the meta device."""
+    num_rows, num_columns = shape
+    with torch.device("meta"):
+        return QuantizedTensor(
+            torch.empty(1, num_rows, num_columns // 2, dtype=torch.uint8),
+            torch.empty(1, num_rows, num_columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn),
+            torch.empty(1),
+            None,
+        )
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _model_config(layout: HubLayout) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(layout.served_config.to_json_string(use_diff=True))
+    # Where the model was trained from is nobody's business.
+    config.pop("_name_or_path", None)
+    return config | {"architectures": [layout.architecture], "dtype": "bfloat16"}
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(folder)
+    # Transformers notes how this tokenizer was loaded, and a run and a later export load it from different places.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

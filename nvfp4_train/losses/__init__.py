@@ -1,0 +1,1 @@
+"""What training minimizes: one file per loss, chosen by the config group `loss`."""

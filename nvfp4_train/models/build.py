@@ -1,0 +1,159 @@
+"""From a model to one that trains with its served weights: what is quantized, who shows it, and the store that refreshes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_frozen, load_model
+from nvfp4_train.models.folder import open_folder
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.served_dtype import served_dtypes
+from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, shard_model
+from nvfp4_train.quant.policy import QuantConfig, Selection, select
+from nvfp4_train.quant.served import served_units, show_served
+from nvfp4_train.quant.sharded import ShardedWeightStore
+from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
+
+
+def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dtype: torch.dtype | None = None) -> WeightStore:
+    """Let a model compute with NVFP4 weights, in place: any `nn.Module` with linears, on one device. Parameters stay masters.
+
+    The returned store holds what was quantized (`manifest`), and follows the masters by `update()`, to be called after every optimizer
+    step. Until the first update the forward computes with masters rounded to bf16: it is done here, unless config says that
+    quantization begins later, or never.
+
+    Args:
+        model: Its floating-point parameters are fp32 or bf16, and stay as they are.
+        config: Which weights, and how; everything but the output embedding and routers by default.
+        compute_dtype: Of products and activations, bfloat16 or float32: with either, weights have their served values. By default
+            that of the model's first parameter.
+
+    Raises:
+        ValueError: Nothing is left to quantize, or a pattern of config matches nothing; see `select`.
+    """
+    config = config or QuantConfig()
+    store = make_trainable(model, config, compute_dtype=compute_dtype or next(model.parameters()).dtype).store
+    if config.enabled and config.start_step == 0:
+        store.update()
+    return store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """A model that shows its served values, and what refreshes them."""
+
+    selection: Selection
+    store: WeightStore
+
+
+def make_trainable(
+    model: nn.Module,
+    quant: QuantConfig,
+    *,
+    compute_dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool = True,
+    compile_layers: bool = False,
+    fill: Callable[[], None] | None = None,
+) -> Trainable:
+    """Choose what is quantized, let the model show served values, and shard it over the mesh if there is one, in place.
+
+    `fill` is called when the model is sharded, to give it its weights. The store's first update is the caller's.
+    """
+    selection = select(model, quant, HubLayout(model.config) if isinstance(model, PreTrainedModel) else None)
+    kept = kept_in_fp32(model)
+    sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
+    units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
+    shown = show_served(
+        model,
+        list(dict.fromkeys(units)),
+        kept=kept,
+        gathered_as_served=gathered_as_served(sharded_units),
+        compute_dtype=compute_dtype,
+    )
+    for layer in decoder_layers(model) if compile_layers else ():
+        layer.compile()
+    if mesh is None:
+        store: WeightStore = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
+        return Trainable(selection=selection, store=store)
+    shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
+    if fill is not None:
+        fill()
+    store = ShardedWeightStore(
+        model,
+        selection.manifest,
+        gather=quant.gather,
+        gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
+        compute_dtype=compute_dtype,
+    )
+    return Trainable(selection=selection, store=store)
+
+
+def kept_in_fp32(model: nn.Module) -> set[str]:
+    """Names of the parameters that transformers keeps in fp32 when it loads the model in bf16; of other modules none."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    dtypes = served_dtypes(model)
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if dtypes[name] is torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltModel(Trainable):
+    """A model that is ready to train."""
+
+    model: PreTrainedModel
+
+
+def build_model(
+    config: ModelConfig,
+    quant: QuantConfig,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool = True,
+) -> BuiltModel:
+    """Load or make the model of a config, and make it trainable; sharded over the mesh if there is one.
+
+    A sharded model is filled with its weights here, on the device; another one is still on the CPU.
+    """
+    # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
+    opened = None if mesh is None else open_folder(config, compute_dtype)
+    model = load_model(config, compute_dtype) if opened is None else opened[0]
+
+    def read_rows() -> None:
+        if opened is not None:
+            allocate(model, device)
+            opened[1].read_into(model)
+
+    made = make_trainable(
+        model,
+        quant,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
+        reshard_after_forward=reshard_after_forward,
+        compile_layers=config.compile,
+        fill=read_rows,
+    )
+    return BuiltModel(model=model, selection=made.selection, store=made.store)
+
+
+ModelBuilder = Callable[[ModelConfig | None], nn.Module]
+"""Builds another model beside the one that trains, frozen and in bf16: of a config, or of the student's own original."""
+
+
+def frozen_builder(student: ModelConfig, device: torch.device, mesh: DeviceMesh | None = None) -> ModelBuilder:
+    """Builds models on the device, sharded over the mesh as the student is."""
+
+    def build(config: ModelConfig | None = None) -> nn.Module:
+        model = load_frozen(config or student)
+        if mesh is None:
+            return model.to(device)  # type: ignore[arg-type]
+        shard_model(mesh, fsdp_units(model))
+        return model
+
+    return build

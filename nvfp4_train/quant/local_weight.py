@@ -1,0 +1,55 @@
+"""The rows of a quantized weight that one rank alone owns: what a measurement takes, so that ranks share the work and none gathers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+PIECE, PIECE_ON_GPU = 1 << 20, 1 << 22
+"""Elements of a master that are worked on at once: they fit the caches of a CPU; a GPU takes too long to start on fewer."""
+
+
+def own_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
+    """The rows of one of several ranks that hold the same rows: ceil(num_rows / num_ranks), fewer or none on the last ranks."""
+    each = -(-num_rows // num_ranks)
+    return slice(rank * each, (rank + 1) * each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWeight:
+    """Rows of one quantized weight, as the last update of the store left them.
+
+    Over all ranks they are the rows of the whole weight, each once. S is 1 for a linear, the number of experts for experts; n may be
+    0. All tensors are on the device of the master.
+    """
+
+    name: str
+    """Of the parameter."""
+    slots: range
+    """The S slots of the store that the rows belong to."""
+    master: Tensor
+    """[S, n, K]."""
+    codes: Tensor
+    """uint8 [S, n, K / 2], the even element in the low nibble."""
+    block_scales: Tensor
+    """float8_e4m3fn [S, n, K / 16]."""
+    global_amax: Tensor
+    """float32, of every slot of the whole weight, whatever rows are here: every rank knows them."""
+    global_scale: Tensor
+    """s2, float32 [S]."""
+
+    def pieces(self) -> Iterator["LocalWeight"]:
+        """The same rows in pieces of one slot and about `PIECE` elements, [1, rows, K]: they bound the memory of intermediates."""
+        num_rows = max(1, (PIECE if self.master.is_cpu else PIECE_ON_GPU) // self.master.shape[-1])
+        for slot in range(len(self.slots)):
+            for start in range(0, self.master.shape[1], num_rows):
+                part = slice(slot, slot + 1), slice(start, start + num_rows)
+                yield LocalWeight(
+                    name=self.name,
+                    slots=self.slots[slot : slot + 1],
+                    master=self.master[part],
+                    codes=self.codes[part],
+                    block_scales=self.block_scales[part],
+                    global_amax=self.global_amax,
+                    global_scale=self.global_scale[slot : slot + 1],
+                )

@@ -1,0 +1,288 @@
+"""One report whatever the layout: each rank measures its own rows, and only sums travel."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from ranks import run_ranks
+from small_runs import StopAndSave, Tokens, make_module, make_trainer
+from torch import Tensor, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nvfp4_train.callbacks.layer_statistics import _draw
+from nvfp4_train.callbacks.scale_stats import ScaleStats
+from nvfp4_train.kernels import reference
+from nvfp4_train.quant.local_weight import LocalWeight
+from nvfp4_train.quant.statistics import Statistic, sum_over_ranks
+
+# After these, masters are the same bits in every layout (test_world_sizes.py).
+STEPS = 3
+LAYERS = [
+    f"model.layers.{layer}.{linear}"
+    for layer in range(2)
+    for linear in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )
+]  # fmt: skip
+
+
+class ZeroCodes(Statistic):
+    """What someone adds: the share of values that are zero when decoded, and how many values there are."""
+
+    names = ("zero_code_share", "num_values")
+
+    def local(self, weight: LocalWeight) -> Tensor:
+        codes = reference.unpack(weight.codes) & 7
+        return torch.stack([(codes == 0).sum(), (codes >= 0).sum()]).double()
+
+    def finish(self, sums: Tensor) -> dict[str, float]:
+        zero, num_values = sums.tolist()
+        return {"zero_code_share": zero / num_values, "num_values": num_values}
+
+
+def scale_stats(**options: Any) -> ScaleStats:
+    """As a config names it, with one line for the statistic that is added."""
+    config = {
+        "_target_": "nvfp4_train.callbacks.scale_stats.ScaleStats",
+        "statistics": {"zeros": {"_target_": f"{ZeroCodes.__module__}.ZeroCodes"}},
+    }
+    return instantiate(config | options, _convert_="all")
+
+
+class Recorder(Logger):
+    name, version = "recorder", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(name.startswith("quant/") for name in metrics):
+            self.logged.append((step or 0, dict(metrics)))
+
+
+class Sent(TorchDispatchMode):
+    """Collectives, with the bytes of each one's tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            num_bytes = sum(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+            self.collectives.append((func._opname, num_bytes))
+        return func(*args, **(kwargs or {}))
+
+
+def run(
+    how: str,
+    *,
+    sharding: dict[str, Any] | None = None,
+    quant: dict[str, Any] | None = None,
+    stats: dict[str, Any] | None = None,
+    save: tuple[int, str] | None = None,
+    resume: str | None = None,
+    steps: int = STEPS,
+) -> tuple[Any, Any, Recorder]:
+    recorder, callback, module = Recorder(), scale_stats(**(stats or {})), make_module(**(quant or {}))
+    trainer = make_trainer(
+        how,
+        sharding=sharding,
+        callbacks=(callback, *([StopAndSave(*save)] if save else [])),
+        logger=recorder,
+        max_steps=steps,
+        accumulate_grad_batches=8 // distributed.get_world_size(),
+    )
+    trainer.fit(module, Tokens(8 * steps), ckpt_path=resume, weights_only=True)
+    return module, callback, recorder
+
+
+def report(how: str, **options: Any) -> dict[str, Any]:
+    """The metrics of the end, by name, the sums, and what travels for them."""
+    module, callback, recorder = run(how, **options)
+    with Sent() as sent:
+        names, tables = sum_over_ranks(module.store.local_weights(), callback.statistics)
+    with Sent() as sent_for_a_master:
+        module.store.master(module.store.names[0])
+    values = {name: value for step, metrics in recorder.logged if step == STEPS for name, value in metrics.items()}
+    return {
+        "values": values,
+        "names": names,
+        "tables": tables,
+        "sent": sent.collectives,
+        "sent for a master": sent_for_a_master.collectives,
+        "rows": [weight.master.shape[1] for weight in module.store.local_weights()],
+        "expected": definitions(module) if how == "auto" else {},
+    }
+
+
+def definitions(module: Any) -> dict[str, float]:
+    """Of the whole weights of one device."""
+    values: dict[str, float] = {}
+    store = module.store
+    powers = torch.zeros(2, dtype=torch.float64)
+    for name in store.names:
+        slot = store.slots(name)
+        master, s2 = store.master(name), store.global_scale[slot]
+        codes, block_scales = reference.quantize(master, s2)
+        scales = block_scales.float()
+        decoded = reference.dequantize(codes, block_scales, s2, torch.float32)
+        power = torch.stack([master.double().square().sum(), (master.double() - decoded).square().sum()])
+        powers += power
+        of_layer = {
+            "global_amax": store.global_amax[slot].max(),
+            "scale_min": scales.min(),
+            "scale_median": scales.median(),
+            "scale_max": scales.max(),
+            "scale_saturated_share": (scales == 448).double().mean(),
+            "sqnr_db": 10 * torch.log10(power[0] / power[1]),
+        }
+        layer = name.removesuffix(".weight")
+        values |= {f"quant/{layer}/{statistic}": value.item() for statistic, value in of_layer.items()}
+    values["quant/sqnr_db"] = (10 * torch.log10(powers[0] / powers[1])).item()
+    values["quant/global_amax"] = store.global_amax.max().item()
+    return values
+
+
+HSDP = {"sharding": {"replicate_size": 2}}
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {"how": "auto"}, "fsdp2": {"how": "fsdp2"}},
+    2: {"ddp": {"how": "ddp"}, "fsdp2": {"how": "fsdp2"}, "as bf16": {"how": "fsdp2", "quant": {"gather": "bf16"}}},
+    4: {
+        "ddp": {"how": "ddp"},
+        "hsdp": {"how": "fsdp2", **HSDP},
+        "hsdp as bf16": {"how": "fsdp2", "quant": {"gather": "bf16"}, **HSDP},
+    },
+}
+
+
+def reports(world_size: int) -> dict[str, Any]:
+    return {name: report(**options) for name, options in LAYOUTS[world_size].items()}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """By number of ranks and layout, one report per rank."""
+    runs = {world_size: run_ranks(world_size, reports, world_size) for world_size in LAYOUTS}
+    return {(size, name): [rank[name] for rank in ranks] for size, ranks in runs.items() for name in ranks[0]}
+
+
+def test_one_device_reports_the_definitions(found: Any) -> None:
+    (one,) = found[1, "one"]
+    for name, value in one["expected"].items():
+        assert one["values"][name] == pytest.approx(value, rel=1e-13), name
+
+
+def test_every_layer_has_every_statistic(found: Any) -> None:
+    statistics = [
+        "global_amax", "scale_min", "scale_median", "scale_max", "scale_at_floor_share", "scale_below_floor_share",
+        "scale_saturated_share", "sqnr_db", "zero_code_share", "num_values",
+    ]  # fmt: skip
+    expected = {f"quant/{layer}/{statistic}" for layer in LAYERS for statistic in statistics}
+    for layout, (first, *others) in found.items():
+        layers = {name.removesuffix(".weight") for name in first["names"]}
+        assert len(layers) == len(first["names"]) == len(LAYERS), layout
+        assert first["values"].keys() == expected | {f"quant/{statistic}" for statistic in statistics}, layout
+        assert all(not other["values"] for other in others), "the first rank reports"
+    (one,) = found[1, "one"]
+    assert one["values"]["quant/num_values"] == sum(one["values"][f"quant/{layer}/num_values"] for layer in LAYERS)
+    assert 0 < one["values"]["quant/zero_code_share"] < 0.5
+
+
+def test_every_layout_has_the_sums_of_one_device(found: Any) -> None:
+    (one,) = found[1, "one"]
+    for layout, ranks in found.items():
+        for rank in ranks:
+            by_name = dict(zip(rank["names"], zip(*rank["tables"], strict=True), strict=True))
+            expected = dict(zip(one["names"], zip(*one["tables"], strict=True), strict=True))
+            assert by_name.keys() == expected.keys()
+            for name, (amax, scales, powers, zeros) in by_name.items():
+                assert amax[0] / amax[1] == expected[name][0][0], (layout, name)
+                assert torch.equal(scales, expected[name][1]), (layout, name)
+                assert torch.allclose(powers, expected[name][2], rtol=1e-13, atol=0), (layout, name)
+                assert torch.equal(zeros, expected[name][3]), (layout, name)
+
+
+def test_ranks_share_the_rows(found: Any) -> None:
+    whole = found[1, "one"][0]["rows"]
+    for (world_size, name), ranks in found.items():
+        rows = torch.tensor([rank["rows"] for rank in ranks])
+        assert rows.sum(0).tolist() == whole, name
+        # All sizes of this model are multiples of 16.
+        assert (rows * world_size == torch.tensor(whole)).all(), name
+
+
+def test_one_collective_of_sums_is_all_that_travels(found: Any) -> None:
+    """No master is gathered, which this would see."""
+    entries = 2 + 257 + 2 + 2
+    for (_, name), ranks in found.items():
+        for rank in ranks:
+            assert rank["sent"] == [("allreduce_", 8 * len(LAYERS) * entries)], name
+            if len(ranks) > 1 and name != "ddp":
+                assert any(num_bytes >= 4 * 32 * 32 // len(ranks) for _, num_bytes in rank["sent for a master"])
+
+
+def schedules(path: str) -> dict[str, list[tuple[int, int]]]:
+    """Step and number of metrics of each report."""
+    runs = {
+        "every 2 of 4": {"stats": {"every_n_steps": 2}},
+        "every 3 of 4": {"stats": {"every_n_steps": 3}},
+        "from step 3 on": {"stats": {"every_n_steps": 1}, "quant": {"start_step": 3}},
+        "without quantization": {"stats": {"every_n_steps": 1}, "quant": {"enabled": False}},
+        "aggregates alone": {"stats": {"per_layer": False}},
+        "fewer": {"stats": {"per_layer": False, "statistics": {"block_scales": None, "global_amax": None}}},
+        "saved": {"stats": {"every_n_steps": 4}, "save": (2, path)},
+        "from the last step": {"stats": {"every_n_steps": 100}, "resume": path, "steps": 2},
+    }
+    return {
+        name: [(step, len(metrics)) for step, metrics in run("auto", **({"steps": 4} | options))[2].logged]
+        for name, options in runs.items()
+    }
+
+
+def test_reports_come_when_they_are_due(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, schedules, f"{tmp_path}/saved.ckpt")
+    both = [10, 10 * len(LAYERS)]
+    assert found["every 2 of 4"] == [(step, number) for step in (2, 4) for number in both]
+    assert found["every 3 of 4"] == [(step, number) for step in (3, 4) for number in both]
+    assert found["from step 3 on"] == [(step, number) for step in (3, 4) for number in both]
+    # The end quantizes, to say what that would cost.
+    assert found["without quantization"] == [(4, number) for number in both]
+    assert found["aggregates alone"] == [(4, 10)]
+    assert found["fewer"] == [(4, 1)]
+    assert found["from the last step"] == [(2, number) for number in both]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"statistics": {"zeros": 3}}, r"statistics\.zeros must be null or a Statistic \(give its _target_\), got 3"),
+        ({"statistics": {"zeros": ZeroCodes(), "again": ZeroCodes()}}, "zero_code_share, num_values, zero_code_share"),
+        ({"statistics": dict.fromkeys(("global_amax", "block_scales", "sqnr"))}, "at least one, .* got none"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScaleStats(**options)
+
+
+def test_histograms_are_drawn_by_wandb(tmp_path: Path) -> None:
+    recorder, wandb_logger = Recorder(), WandbLogger(save_dir=tmp_path, offline=True)
+    histogram = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5, 2.0])
+    _draw(SimpleNamespace(loggers=[recorder, wandb_logger], global_step=7), {"quant/scale_log2": histogram})
+    summary = wandb_logger.experiment.summary
+    assert summary["trainer/global_step"] == 7
+    assert dict(summary["quant/scale_log2"]) == {"_type": "histogram", "values": [1.0, 2.0], "bins": [0.0, 0.5, 2.0]}
+    wandb_logger.experiment.finish()
+    assert not recorder.logged, "others take numbers alone"
