@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -19,14 +20,12 @@ from typing import Any
 
 import torch
 
+from nvfp4_train import callbacks
+
 IMPORTS = (
     "lightning.pytorch.strategies",
-    "nvfp4_train.callbacks.export",
-    "nvfp4_train.callbacks.fake_quant",
-    "nvfp4_train.callbacks.preemption",
-    "nvfp4_train.callbacks.run_summary",
-    "nvfp4_train.callbacks.scale_stats",
     "nvfp4_train.run.build",
+    *(f"nvfp4_train.callbacks.{module.name}" for module in pkgutil.iter_modules(callbacks.__path__)),
     "torch.distributed.elastic.rendezvous.c10d_rendezvous_backend",
     "torch.distributed.launcher.api",
     "transformers.models.llama.modeling_llama",
