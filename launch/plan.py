@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-from nvfp4_train.run.planning import plan_recipe
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,6 +21,9 @@ def main() -> None:
     world_size = own[-1].partition("=")[2]
     if not world_size.isdecimal():
         sys.exit(f"error: world_size must be a number of GPUs, got {world_size!r}")
+    # It takes seconds, which neither --help nor a refusal needs.
+    from nvfp4_train.run.planning import plan_recipe
+
     # Names the run folder of a run; a plan writes nothing.
     os.environ.setdefault("RUN_ID", "plan")
     try:
