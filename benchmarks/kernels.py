@@ -21,11 +21,10 @@ import peers
 import torch
 import triton
 
-from nvfp4_train.kernels import multi_tensor, reference
+from nvfp4_train.kernels import chunks, multi_tensor, reference
 from nvfp4_train.kernels.fp4_kernel import (
     compute_fp4_scales,
     fp4_dequantize,
-    nvfp4_amax,
     nvfp4_block_amax,
     nvfp4_fake_quant,
     nvfp4_global_scale,
@@ -127,7 +126,8 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
     size = f"{shape[0]}x{shape[1]}"
     xs = [torch.randn(shape, device="cuda", dtype=BF16) * 0.02 for _ in range(num_sets)]
     masters = [torch.randn(shape, device="cuda") * 0.02 for _ in range(num_sets)]
-    block_amax, global_amax = nvfp4_amax(xs[0])
+    block_amax = nvfp4_block_amax(xs[0])
+    global_amax = block_amax.max()
     pow2, exact = (nvfp4_global_scale(global_amax, ScaleRule(global_scale=name)) for name in ("pow2", "exact"))
     packed = [nvfp4_quantize(x, pow2) for x in xs]
     amaxes = [block_amax.clone() for _ in xs]
@@ -138,8 +138,8 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
         ("quantize and pack bf16", 2.5625, 0.93, lambda x: nvfp4_quantize(x, pow2), (xs,)),
         ("quantize and pack, exact s2", 2.5625, 0.93, lambda x: nvfp4_quantize(x, exact), (xs,)),
         ("dequantize to bf16", 2.5625, 0.93, lambda p: fp4_dequantize(*p, pow2, dtype=BF16), (packed,)),
-        ("block and global amax bf16", 2.25, 0.95, nvfp4_amax, (xs,)),
-        ("block and global amax fp32", 4.25, None, nvfp4_amax, (masters,)),
+        ("block amax bf16", 2.25, 0.95, nvfp4_block_amax, (xs,)),
+        ("block amax fp32", 4.25, None, nvfp4_block_amax, (masters,)),
         ("quantize and pack fp32", 4.5625, 0.93, lambda x: nvfp4_quantize(x, pow2), (masters,)),
         ("fake quant fp32 to bf16", 6, 0.93, lambda x: nvfp4_fake_quant(x, pow2, BF16), (masters,)),
     ]
@@ -162,12 +162,12 @@ def time_small() -> None:
         pass
 
     x, master, s2 = torch.randn(4096, device="cuda", dtype=BF16), torch.randn(4096, device="cuda"), torch.ones(1, device="cuda")
-    amax, global_amax = nvfp4_amax(x)
+    amax = nvfp4_block_amax(x)
+    global_amax = amax.max()
     packed = nvfp4_quantize(x, s2)
     calls = {
         "empty kernel": lambda: empty_kernel[(1,)](x),
         "block amax": lambda: nvfp4_block_amax(x),
-        "block and global amax": lambda: nvfp4_amax(x),
         "dynamic fake quant": lambda: nvfp4_fake_quant(x, s2),
         "static fake quant": lambda: static_blockwise_fp4_fake_quant(x, amax, global_amax),
         "static scales": lambda: compute_fp4_scales(amax, global_amax),
@@ -199,7 +199,7 @@ def time_whole_model(
     masters = [torch.randn(shape, device="cuda") * 0.02 for shape in shapes]
     num_elements = sum(master.numel() for master in masters)
     decoded = [torch.empty_like(master, dtype=BF16) for master in masters]
-    slots = multi_tensor.slots_of_groups(masters, list(range(len(masters))))
+    slots = chunks.slots_of_groups(masters, list(range(len(masters))))
     quantizer = multi_tensor.MultiTensorQuantizer(masters, *slots, decoded=decoded)
     quantizer.step()
     kernel_checks.check_scales(quantizer)

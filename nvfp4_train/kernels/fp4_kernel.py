@@ -104,13 +104,6 @@ def nvfp4_block_amax(x: Tensor) -> Tensor:
     return torch.ops.nvfp4.block_amax(x)
 
 
-def nvfp4_amax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`nvfp4_block_amax` and the largest of them, a float32 scalar (0 if x is empty), in one pass over x."""
-    _check_float(x=x)
-    _check_blocks("x", x)
-    return torch.ops.nvfp4.amax(x)
-
-
 def nvfp4_global_scale(global_amax: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
     """s2 of each global amax, same shape, float32: global_amax / (6 * rule.largest), as pow2 raised to the next power of two."""
     _check_float(global_amax=global_amax)

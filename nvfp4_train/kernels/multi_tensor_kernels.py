@@ -1,8 +1,7 @@
 """The passes of `multi_tensor` over all weights in one Triton launch each.
 
-A weight is cut into chunks of blocks that share one s2. The table has a row per chunk: addresses of the chunk in master, decoded
-weight, packed codes and scales, its number of blocks and its slot. A program takes a chunk and streams through it. The maximum of
-a slot is an atomic maximum of integers, so the order in which programs arrive changes nothing.
+A program takes a chunk, a row of `chunks.table_of_addresses`, and streams through its blocks. The maximum of a slot is an atomic
+maximum of integers, so the order in which programs arrive changes nothing.
 """
 
 from typing import Any
@@ -15,16 +14,17 @@ from torch import Tensor
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
 from nvfp4_train.kernels import triton_scales as scale_arithmetic
-from nvfp4_train.kernels.multi_tensor import into_chunks, num_slots_of
+from nvfp4_train.kernels.chunks import Slots, Weights, table_of_addresses
+from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.kernels.triton_kernels import TILES, launch
 
 TILE = 64
 NUM_WARPS = 2
 BLOCKS_PER_CHUNK = 512
-"""8192 elements: small enough that those of a 125M model fill a GPU evenly."""
+"""8192 elements: small enough that the chunks of a 125M model fill a GPU evenly."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 16
-"""Of the pass that finds most chunks done."""
+"""Programs per SM of the pass over slots that moved. Most chunks have nothing left to do there, so a small grid loops over all."""
 
 COLUMNS = tl.constexpr(6)
 SHARD_COLUMNS = tl.constexpr(5)
@@ -153,90 +153,64 @@ def decode_shards_kernel(received_ptr, table_ptr, s2_ptr, out_ptr, TILE: tl.cons
 
 
 class TritonPasses:
-    """One launch a pass. With a power-of-two s2, `measure` also quantizes, under the last s2."""
+    """One launch a pass; see `multi_tensor_reference.ReferencePasses`.
 
-    def __init__(self, quantizer) -> None:
-        self.quantizer = quantizer
-        weights = quantizer.weights
+    With a power-of-two s2, `measure` also quantizes, under the last s2, and `quantize` only the slots whose s2 has moved since.
+    """
+
+    def __init__(self, weights: Weights, slots: Slots, rule: ScaleRule) -> None:
+        self.weights = weights
+        self.slots = slots
+        self.rule = rule
+        self._is_moved = torch.zeros_like(slots.measured)
         self._tensors = weights.tensors()
-        self._is_moved = torch.zeros_like(quantizer.measured)
         self._tabled: tuple[Any, ...] = ()
-        """What the table was made of."""
+        """Dtype and addresses that the table was made of."""
         self._table = torch.empty(0, COLUMNS.value, dtype=torch.int64)
         self._constants: dict[str, Any] = {}
-        device = weights.masters[0].device
-        num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        is_cuda = weights.device.type == "cuda"
+        num_multiprocessors = torch.cuda.get_device_properties(weights.device).multi_processor_count if is_cuda else 1
         self._num_persistent = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
 
     def measure(self) -> None:
-        weights = self.quantizer.weights
-        # Memory that one dtype has left may be taken by another.
+        weights = self.weights
+        # The dtype too: memory that masters of one dtype have left may be taken by masters of another.
         tabled = weights.masters[0].dtype, *map(Tensor.data_ptr, self._tensors)
         if tabled != self._tabled:
             weights.check()
             self._tabled = tabled
-            self._table = chunk_table(weights).to(self.quantizer.measured.device)
+            self._table = table_of_addresses(weights, BLOCKS_PER_CHUNK).to(weights.device)
             self._constants = {
                 "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
                 "DECODED": TRITON_DTYPES[weights.decoded[0].dtype] if weights.decoded else None,
                 "IS_PACKED": bool(weights.packed),
-                "FACTORS": self.quantizer.rule.factors,
+                "FACTORS": self.rule.factors,
             }
-        self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=self.quantizer.rule.is_pow2, ONLY_MOVED=False)
+        self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=self.rule.is_pow2, ONLY_MOVED=False)
 
     def update_scales(self) -> None:
-        quantizer = self.quantizer
-        num_slots = quantizer.measured.numel()
-        args = quantizer.measured, quantizer.global_amax, quantizer.global_scales, self._is_moved, num_slots
-        rule = quantizer.rule
-        constants = {"DIVISOR": reference.FP4_MAX * rule.largest, "IS_POW2": rule.is_pow2, "TILE": 256}
-        launch("update_scales", update_scales_kernel, -(-num_slots // 256), 4, quantizer.measured, args, constants)
+        slots = self.slots
+        num_slots = slots.measured.numel()
+        args = slots.measured, slots.global_amax, slots.global_scales, self._is_moved, num_slots
+        constants = {"DIVISOR": reference.FP4_MAX * self.rule.largest, "IS_POW2": self.rule.is_pow2, "TILE": 256}
+        launch("update_scales", update_scales_kernel, -(-num_slots // 256), 4, slots.measured, args, constants)
 
     def quantize(self) -> None:
-        is_pow2 = self.quantizer.rule.is_pow2
-        num_programs = min(self._num_persistent, self._table.shape[0]) if is_pow2 else self._table.shape[0]
-        self._pass(num_programs, IS_MEASURED=False, IS_QUANTIZED=True, ONLY_MOVED=is_pow2)
+        num_programs = self._table.shape[0]
+        if self.rule.is_pow2:
+            num_programs = min(self._num_persistent, num_programs)
+        self._pass(num_programs, IS_MEASURED=False, IS_QUANTIZED=True, ONLY_MOVED=self.rule.is_pow2)
 
     def _pass(self, num_programs: int, **passed: bool) -> None:
         if num_programs == 0:
             return
-        quantizer = self.quantizer
-        args = self._table, quantizer.measured, quantizer.global_scales, self._is_moved, self._table.shape[0]
+        slots = self.slots
+        args = self._table, slots.measured, slots.global_scales, self._is_moved, self._table.shape[0]
         constants = {**self._constants, **passed, "TILE": TILE}
-        launch("whole_model", pass_kernel, num_programs, NUM_WARPS, quantizer.measured, args, constants)
+        launch("whole_model", pass_kernel, num_programs, NUM_WARPS, slots.measured, args, constants)
 
 
 def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> None:
     """`reference.decode_shards` in one launch. Tensors start on 16-byte boundaries."""
     tile, num_warps = TILES["dequantize"]
     launch("decode_shards", decode_shards_kernel, table.shape[0], num_warps, out, (received, table, s2, out), {"TILE": tile})
-
-
-def chunk_table(weights) -> Tensor:
-    """int64 [chunks, 6] on the CPU, one row per chunk; address 0 stands for an output that is not wanted."""
-    segments = [torch.empty(0, COLUMNS.value, dtype=torch.int64)]
-    names = "masters", "decoded", "packed", "scales"
-    lists = [getattr(weights, name) for name in names]
-    for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
-        if master.numel() == 0:
-            continue
-        segment = torch.arange(num_slots_of(master))
-        columns = torch.zeros(len(segment), COLUMNS.value, dtype=torch.int64)
-        for column, (name, tensors) in enumerate(zip(names, lists, strict=True)):
-            if tensors:
-                _check_aligned(f"{name}[{index}]", tensors[index])
-                columns[:, column] = tensors[index].data_ptr() + segment * (tensors[index].nbytes // len(segment))
-        columns[:, 4] = master.numel() // len(segment) // reference.BLOCK_SIZE
-        columns[:, 5] = slot + segment
-        segments.append(columns)
-    elements_per_block = reference.BLOCK_SIZE, reference.BLOCK_SIZE, reference.BLOCK_SIZE // 2, 1
-    steps = [
-        num_elements * tensors[0].element_size() if tensors else 0
-        for tensors, num_elements in zip(lists, elements_per_block, strict=True)
-    ]
-    return into_chunks(torch.cat(segments), steps, BLOCKS_PER_CHUNK)
-
-
-def _check_aligned(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.float8_e4m3fn and tensor.data_ptr() % 16:
-        raise ValueError(f"{name} must start on a 16-byte boundary, got address {tensor.data_ptr()}")

@@ -1,9 +1,9 @@
-"""`torch.ops.nvfp4`: the arithmetic as registered operators, the one place where CPU and CUDA part ways.
+"""The one place where CPU and CUDA part ways: `torch.ops.nvfp4`, the arithmetic as operators, and the passes of `multi_tensor`.
 
 CPU tensors go to `reference`, CUDA tensors to `triton_kernels` and `multi_tensor_kernels`, meta and fake tensors get shapes, so
-torch.compile traces through. They are registered on a bare `Library`, whose calls cost less than those of
-`torch.library.custom_op`. Operators check neither values nor shapes: `fp4_kernel` does. None has a gradient, on any device: the
-straight-through estimator belongs to the caller.
+torch.compile traces through. The operators are registered on a bare `Library`, whose calls cost less than those of
+`torch.library.custom_op`. They check neither values nor shapes: `fp4_kernel` does. None has a gradient, on any device: the
+straight-through estimator (STE) belongs to the caller.
 """
 
 import functools
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.chunks import Slots, Weights
+from nvfp4_train.kernels.multi_tensor_reference import ReferencePasses
 from nvfp4_train.kernels.scale_rules import ScaleRule
 
 _library = torch.library.Library("nvfp4", "DEF")
@@ -60,9 +62,11 @@ def _register(schema: str, on_cpu: Callable, fake: Callable, module: str = "trit
     torch.library.register_fake(f"nvfp4::{name}", fake, lib=_library)
 
 
-def _amax(x: Tensor) -> tuple[Tensor, Tensor]:
-    block_amax = reference.block_amax(x)
-    return block_amax, block_amax.amax()
+def passes(weights: Weights, slots: Slots, rule: ScaleRule) -> ReferencePasses:
+    """The passes over all weights of a model, on the device of the weights."""
+    # No operators: an operator would look at every tensor of every list at every step, which takes longer than the launches.
+    make = _kernels("multi_tensor_kernels").TritonPasses if weights.device.type == "cuda" else ReferencePasses
+    return make(weights, slots, rule)
 
 
 def _static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
@@ -87,7 +91,6 @@ def _fake_quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Ten
 
 
 _register("block_amax(Tensor x) -> Tensor", reference.block_amax, _fake_block_amax)
-_register("amax(Tensor x) -> (Tensor, Tensor)", _amax, lambda x: (_fake_block_amax(x), x.new_zeros((), dtype=torch.float32)))
 _register(
     "static_scales(Tensor amax, Tensor global_amax, bool quantize_block_scales=True) -> Tensor",
     reference.static_scales,

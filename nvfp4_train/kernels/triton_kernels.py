@@ -19,8 +19,6 @@ from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
 TILES = {
     "block_amax": (512, 16),
-    "amax": (512, 16),
-    "max": (1024, 4),
     "fake_quant": (64, 2),
     "quantize": (128, 4),
     "static_scales": (256, 4),
@@ -30,7 +28,7 @@ TILES = {
 }
 """Rows and warps per program, by operation. A row is a block of 16 elements, but 8 elements in the last two."""
 
-TILES_PER_PROGRAM = {"amax": (8, 1024), "quantize": (4, 4096)}
+TILES_PER_PROGRAM = {"quantize": (4, 4096)}
 """Of the operations that loop: most tiles a program, and how many programs there have to be before one gets a second tile."""
 
 
@@ -57,33 +55,6 @@ def block_amax_kernel(x_ptr, amax_ptr, num_blocks: tl.int64, TILE: tl.constexpr)
     start, rows, is_row = _place(num_blocks, TILE)
     a, b, c, d = _load(x_ptr, start, is_row, TILE)
     tl.store(amax_ptr + start + rows, arithmetic.block_amax(a, b, c, d), mask=is_row)
-
-
-@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
-def amax_kernel(x_ptr, amax_ptr, partial_ptr, num_tiles: tl.int32, num_blocks: tl.int64, TILE: tl.constexpr):
-    """Block amax, and the largest of num_tiles tiles."""
-    first = tl.program_id(0).to(tl.int64) * (num_tiles * TILE)
-    rows = tl.arange(0, TILE)
-    largest = tl.zeros([TILE], tl.float32)
-    for tile in range(num_tiles):
-        start = first + tile * TILE
-        is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
-        a, b, c, d = _load(x_ptr, start, is_row, TILE)
-        amax = arithmetic.block_amax(a, b, c, d)
-        tl.store(amax_ptr + start + rows, amax, mask=is_row)
-        largest = arithmetic.larger(largest, amax)
-    tl.store(partial_ptr + tl.program_id(0), tl.reduce(largest, 0, arithmetic.larger))
-
-
-@triton.jit(do_not_specialize=["num_values"])
-def max_kernel(values_ptr, max_ptr, num_values: tl.int64, TILE: tl.constexpr):
-    """The largest of non-negative values, or NaN; in one program."""
-    offsets = tl.arange(0, TILE)
-    largest = tl.zeros([TILE], tl.float32)
-    for start in range(0, num_values, TILE):
-        values = tl.load(values_ptr + start + offsets, mask=start + offsets < num_values, other=0.0)
-        largest = arithmetic.larger(largest, values)
-    tl.store(max_ptr, tl.reduce(largest, 0, arithmetic.larger))
 
 
 @triton.jit
@@ -250,21 +221,6 @@ def block_amax(x: Tensor) -> Tensor:
     amax = x.new_empty(_block_shape(x), dtype=torch.float32)
     _launch("block_amax", block_amax_kernel, amax.numel(), x, _flat(x), amax)
     return amax
-
-
-def amax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.block_amax` and its maximum, in one pass over x."""
-    block_amax = x.new_empty(_block_shape(x), dtype=torch.float32)
-    if x.numel() == 0:
-        return block_amax, x.new_zeros((), dtype=torch.float32)
-    num_tiles = _tiles_per_program("amax", block_amax.numel())
-    partial = x.new_empty(_cdiv(block_amax.numel(), TILES["amax"][0] * num_tiles), dtype=torch.float32)
-    global_amax = x.new_empty((), dtype=torch.float32)
-    tensors = _flat(x), block_amax, partial, num_tiles
-    _launch("amax", amax_kernel, block_amax.numel(), x, *tensors, num_tiles=num_tiles)
-    # All values in one program.
-    _launch("max", max_kernel, partial.numel(), x, partial, global_amax, num_tiles=partial.numel())
-    return block_amax, global_amax
 
 
 def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max") -> Tensor:

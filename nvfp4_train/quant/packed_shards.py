@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
-from nvfp4_train.kernels.multi_tensor import into_chunks
+from nvfp4_train.kernels.chunks import into_chunks
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 
 ALIGNMENT = 16

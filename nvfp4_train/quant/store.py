@@ -15,7 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
-from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, num_slots_of, slots_of_groups
+from nvfp4_train.kernels.chunks import num_slots_of, slots_of_groups
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.served import SERVED_DTYPE, Shown

@@ -35,7 +35,6 @@ SIZES = {"num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32"}
 """Scalars that are not int64."""
 UNALIGNED = ("s2_ptr", "global_amax_ptr")
 
-X_TO_AMAX = {"amax_ptr": FLOAT, "partial_ptr": FLOAT}
 TO_PACKED = {"s2_ptr": FLOAT, "packed_ptr": BYTES, "scales_ptr": BYTES}
 STATIC = {"amax_ptr": FLOAT, "global_amax_ptr": FLOAT}
 TABLES = {"table_ptr": LONG, "measured_ptr": INT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
@@ -56,9 +55,6 @@ TILES = kernels.TILES
 
 KERNELS = {
     "block_amax": (kernels.block_amax_kernel, TILES["block_amax"], {"x_ptr": BF16, "amax_ptr": FLOAT}, {}),
-    "amax_bf16": (kernels.amax_kernel, TILES["amax"], {"x_ptr": BF16, **X_TO_AMAX}, {}),
-    "amax_fp32": (kernels.amax_kernel, TILES["amax"], {"x_ptr": FLOAT, **X_TO_AMAX}, {}),
-    "max": (kernels.max_kernel, TILES["max"], {"values_ptr": FLOAT, "max_ptr": FLOAT}, {}),
     "fake_quant_bf16": (
         kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, MAX,
     ),

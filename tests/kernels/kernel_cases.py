@@ -15,8 +15,7 @@ TRITON = torch.ops.nvfp4 if DEVICE == "cuda" else triton_kernels
 class TritonQuantizer(MultiTensorQuantizer):
     """Takes Triton's passes on the CPU too, in the interpreter."""
 
-    def _passes_class(self):
-        return multi_tensor_kernels.TritonPasses
+    _make_passes = multi_tensor_kernels.TritonPasses
 
 
 QUANTIZERS = [MultiTensorQuantizer, TritonQuantizer]

@@ -11,8 +11,10 @@ import torch
 from kernel_cases import DEVICE, QUANTIZERS, TritonQuantizer, assert_same_bits, outputs_of
 from torch import distributed, multiprocessing
 
-from nvfp4_train.kernels import multi_tensor, multi_tensor_kernels, reference
-from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer, slots_of_groups
+from nvfp4_train.kernels import multi_tensor_kernels, reference
+from nvfp4_train.kernels.chunks import slots_of_groups
+from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
+from nvfp4_train.kernels.multi_tensor_reference import ReferencePasses
 from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 SHAPES = [(48, 64), (8, 64), (8, 64), (3, 16, 32), (3, 16, 32), (1, 16), (20, 256)]
@@ -177,12 +179,12 @@ def test_scales_of_every_exponent(quantizer_class, rule):
     bits = torch.cat([((torch.arange(256) << 23)[:, None] + mantissas).flatten(), smallest + torch.arange(-3, 4)]).int()
     masters = [torch.zeros(len(bits), 1, 16, device=DEVICE)]
     quantizer = quantizer_class(masters, [0], len(bits), decoded=outputs_of(masters)["decoded"], rule=rule)
-    quantizer.measured.copy_(bits)
+    quantizer.slots.measured.copy_(bits)
     quantizer._passes.update_scales()
     amax = bits.view(torch.float32)
     assert_same_bits(quantizer.global_amax, amax)
     assert_same_bits(quantizer.global_scales, reference.global_scale(amax, rule))
-    assert not quantizer.measured.any()
+    assert not quantizer.slots.measured.any()
 
 
 def test_a_master_that_the_kernels_cannot_read_any_longer_is_refused():
@@ -249,7 +251,7 @@ def test_a_step_is_three_launches_and_one_reduction(monkeypatch, rule):
     monkeypatch.setattr(multi_tensor_kernels, "launch", lambda name, *args: (done.append(name), launch(name, *args)))
     quantizer.step(lambda measured: done.append(measured))
     assert done[0] == "whole_model"
-    assert done[1] is quantizer.measured
+    assert done[1] is quantizer.slots.measured
     assert done[2:] == ["update_scales", "whole_model"]
 
 
@@ -378,4 +380,4 @@ def test_ranks_that_hold_shards_get_the_bits_of_one_that_holds_all():
 def test_the_cpu_takes_plain_pytorch():
     masters = [torch.randn(4, 32)]
     quantizer = MultiTensorQuantizer(masters, [0], 1, decoded=[torch.empty(4, 32)])
-    assert isinstance(quantizer._passes, multi_tensor.ReferencePasses)
+    assert isinstance(quantizer._passes, ReferencePasses)

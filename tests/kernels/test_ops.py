@@ -7,7 +7,7 @@ from kernel_cases import CASES, DEVICE, DTYPES, assert_same_bits
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvfp4_train.kernels import fp4_kernel, multi_tensor, reference, triton_kernels
+from nvfp4_train.kernels import chunks, fp4_kernel, multi_tensor, reference, triton_kernels
 
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
@@ -16,7 +16,6 @@ PACKED, BLOCK_SCALES = reference.quantize(X, S2)
 
 OP_ARGUMENTS = {
     "block_amax": [(X,), (X.bfloat16(),), (X.transpose(0, 1),), (X[:0],)],
-    "amax": [(X,), (X.half().transpose(0, 1),), (X[:0],)],
     "static_scales": [(AMAX, AMAX.max()), (AMAX.half(), AMAX.max(), False)],
     "static_fake_quant": [
         (X, AMAX, AMAX.max(), True, torch.bfloat16),
@@ -80,7 +79,8 @@ def test_public_functions_take_tensors_without_values(kind):
     with FakeTensorMode() if kind == "fake" else torch.device("meta"):
         x, s2 = torch.empty(3, 48), torch.empty(1)
         packed, scales = fp4_kernel.nvfp4_quantize(x, s2)
-        block_amax, global_amax = fp4_kernel.nvfp4_amax(x)
+        block_amax = fp4_kernel.nvfp4_block_amax(x)
+        global_amax = block_amax.max()
         assert fp4_kernel.fp4_dequantize(packed, scales, fp4_kernel.nvfp4_global_scale(global_amax)).shape == x.shape
         assert fp4_kernel.nvfp4_fake_quant(x, s2).shape == x.shape
         assert fp4_kernel.static_blockwise_fp4_fake_quant(x, block_amax).shape == x.shape
@@ -108,7 +108,6 @@ def _every_operation(x, amax, s2, table):
         fp4_kernel.compute_fp4_scales(amax),
         fp4_kernel.static_blockwise_fp4_fake_quant(x, amax, out_dtype=torch.bfloat16),
         fp4_kernel.nvfp4_block_amax(x),
-        *fp4_kernel.nvfp4_amax(x),
         fp4_kernel.nvfp4_global_scale(amax),
         fp4_kernel.nvfp4_fake_quant(x, s2),
         fp4_kernel.fp4_dequantize(packed, scales, s2),
@@ -188,7 +187,7 @@ def test_a_new_shape_compiles_nothing(monkeypatch):
 def test_the_whole_model_pass_replays_from_a_cuda_graph():
     masters = [torch.randn(64, 128, device=DEVICE), torch.randn(2, 32, 64, device=DEVICE)]
     decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in masters]
-    quantizer = multi_tensor.MultiTensorQuantizer(masters, *multi_tensor.slots_of_groups(masters, [0, 1]), decoded=decoded)
+    quantizer = multi_tensor.MultiTensorQuantizer(masters, *chunks.slots_of_groups(masters, [0, 1]), decoded=decoded)
     quantizer.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

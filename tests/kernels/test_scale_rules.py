@@ -5,7 +5,7 @@ import torch
 from kernel_cases import CASES, DEVICE, DTYPES, QUANTIZERS, TRITON, assert_same_bits, outputs_of
 
 from nvfp4_train.kernels import fp4_kernel, reference
-from nvfp4_train.kernels.multi_tensor import slots_of_groups
+from nvfp4_train.kernels.chunks import slots_of_groups
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES, BlockScaleRule, ScaleRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

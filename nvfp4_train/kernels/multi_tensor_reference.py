@@ -1,0 +1,52 @@
+"""The passes of `multi_tensor` in plain PyTorch, one weight after the other: the path that CPU tensors take."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_train.kernels import reference
+from nvfp4_train.kernels.chunks import Slots, Weights, num_slots_of
+from nvfp4_train.kernels.scale_rules import ScaleRule
+
+
+class ReferencePasses:
+    """Three passes; `multi_tensor_kernels.TritonPasses` has the same methods."""
+
+    def __init__(self, weights: Weights, slots: Slots, rule: ScaleRule) -> None:
+        self.weights = weights
+        self.slots = slots
+        self.rule = rule
+
+    def measure(self) -> None:
+        """Raise `measured` to the amax of the masters."""
+        for master, slot in zip(self.weights.masters, self.weights.first_slots, strict=True):
+            if master.numel():
+                amax = reference.block_amax(master).reshape(num_slots_of(master), -1).amax(1)
+                measured = self._of_master(self.slots.measured, master, slot)
+                # A NaN may come with a sign bit.
+                measured.copy_(torch.maximum(measured, amax.view(torch.int32) & 0x7FFFFFFF))
+
+    def update_scales(self) -> None:
+        """Take over `measured` as global amax, with the global scales of it, and set it to 0."""
+        slots = self.slots
+        slots.global_amax.copy_(slots.measured.view(torch.float32))
+        slots.global_scales.copy_(reference.global_scale(slots.global_amax, self.rule))
+        slots.measured.zero_()
+
+    def quantize(self) -> None:
+        """Write the outputs under the global scales."""
+        weights = self.weights
+        for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
+            if master.numel() == 0:
+                continue
+            s2 = self._of_master(self.slots.global_scales, master, slot).reshape(-1, *[1] * (master.dim() - 1))
+            if weights.decoded:
+                decoded = weights.decoded[index]
+                decoded.copy_(reference.fake_quant(master, s2, decoded.dtype, self.rule))
+            if weights.packed:
+                packed, scales = reference.quantize(master, s2, self.rule)
+                weights.packed[index].copy_(packed)
+                weights.scales[index].copy_(scales)
+
+    @staticmethod
+    def _of_master(values: Tensor, master: Tensor, first_slot: int) -> Tensor:
+        return values[first_slot : first_slot + num_slots_of(master)]
