@@ -43,19 +43,16 @@ def static_blockwise_fp4_fake_quant(
     quantize_block_scales: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [..., K], quantized to NVFP4 and back under given block amax: shaped like x, in out_dtype (that of x if None).
+    """x [..., K], quantized to FP4 and back under given block amax: shaped like x, in out_dtype (that of x if None).
 
-    amax has x.numel() // 16 elements in the order of the blocks, in any shape. Its scales are those of `compute_fp4_scales`.
+    amax has one element per block, in the order of the blocks and in any shape; its scales are those of `compute_fp4_scales`. The
+    block size is x.numel() // amax.numel() and divides K. On CUDA multiples of 8 are one kernel, compiled once for each size;
+    other sizes are several PyTorch operations.
     """
     out_dtype = _checked_out_dtype(x, out_dtype)
     _check_float(amax=amax)
-    _check_blocks("x", x)
-    if amax.numel() * BLOCK_SIZE != x.numel():
-        raise ValueError(
-            f"amax must have one element per block of {BLOCK_SIZE}, {x.numel() // BLOCK_SIZE} for x of shape {tuple(x.shape)}, "
-            f"got {amax.numel()} in shape {tuple(amax.shape)}"
-        )
     _check_same_device(x, amax=amax)
+    _check_divides_into_blocks(x, amax)
     global_amax = _checked_global_amax(amax, global_amax)
     if x.numel() == 0:
         return torch.empty_like(x, dtype=out_dtype)
@@ -163,6 +160,24 @@ def _check_blocks(name: str, x: Tensor) -> None:
     if x.dim() == 0 or x.shape[-1] % BLOCK_SIZE:
         raise ValueError(
             f"the last dimension of {name} must be a multiple of the block size {BLOCK_SIZE}, got shape {tuple(x.shape)}"
+        )
+
+
+def _check_divides_into_blocks(x: Tensor, amax: Tensor) -> None:
+    """Raise ValueError unless amax has one element for each of equally large blocks of the last dimension of x."""
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    num_blocks = amax.numel()
+    got = f"got {num_blocks} in shape {tuple(amax.shape)} for x of shape {tuple(x.shape)}"
+    if x.numel() == 0:
+        if num_blocks:
+            raise ValueError(f"amax must have no element where x has none, {got}")
+    elif num_blocks == 0 or x.numel() % num_blocks:
+        raise ValueError(f"amax must have a number of elements that divides the {x.numel()} of x, {got}")
+    elif x.shape[-1] % (x.numel() // num_blocks):
+        raise ValueError(
+            f"the block size x.numel() // amax.numel() must divide the last dimension of x, {x.shape[-1]}, but it is "
+            f"{x.numel() // num_blocks}: amax must have one element per block, {got}"
         )
 
 

@@ -133,8 +133,8 @@ def encode_e2m1(magnitude: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, scales: Tensor) -> Tensor:
-    """Signed E2M1 codes 0..15 of x [..., K] under its decode scales [..., K // 16] (all positive): uint8 [..., K]."""
-    blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
+    """Signed E2M1 codes 0..15 of x [..., K] under its decode scales [..., K // block] (all positive): uint8 [..., K]."""
+    blocks = x.float().unflatten(-1, (scales.shape[-1], -1))
     codes = encode_e2m1(blocks.abs() / scales.unsqueeze(-1))
     return (codes + 8 * (blocks < 0).to(torch.uint8)).flatten(-2)
 
@@ -189,12 +189,12 @@ def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, rule: ScaleRule = MAX_
 
 
 def static_fake_quant(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., K] on the grid of given decode scales (`static_scales`, x.numel() // 16 of them); a zero scale gives a zero block.
+    """x [..., K] on the grid of decode scales (`static_scales`), one per block of any size that divides K, in any shape.
 
-    A zero is +0.0 whatever its sign was, as Model Optimizer has it. NaN stays NaN.
+    A zero scale makes its block zero. A zero is +0.0 whatever its sign was, as Model Optimizer has it. NaN stays NaN.
     """
     scales = scales.reshape(*x.shape[:-1], -1)
     is_zero = scales == 0
     x_hat = decode(encode(x, scales.masked_fill(is_zero, 1.0)), scales.masked_fill(is_zero, 1.0))
-    x_hat = x_hat.unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).add(0.0)
+    x_hat = x_hat.unflatten(-1, (scales.shape[-1], -1)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).add(0.0)
     return x_hat.masked_fill(x.isnan(), torch.nan).to(dtype)

@@ -41,6 +41,23 @@ def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
 
 
 @triton.jit
+def load_octets(x_ptr, is_row, TILE: tl.constexpr):
+    """`load_quarters` for TILE consecutive octets of 8 elements, which have two quarters."""
+    rows = tl.arange(0, TILE)[:, None]
+    columns = tl.arange(0, 4)[None, :]
+    mask = is_row[:, None]
+    if x_ptr.dtype.element_ty == tl.float32:
+        x_ptr += rows * 8 + columns
+        a = tl.load(x_ptr, mask=mask, other=0.0)
+        b = tl.load(x_ptr + 4, mask=mask, other=0.0)
+    else:
+        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * 4 + columns
+        a = tl.load(pairs_ptr, mask=mask, other=0)
+        b = a
+    return a, b
+
+
+@triton.jit
 def widen(a, b, c, d, dtype: tl.constexpr):
     """`load_quarters` as float32, with 0.0 for -0.0: a zero has code 0, of whichever sign.
 
@@ -74,6 +91,14 @@ def store_quarters(out_ptr, a, b, c, d, is_row, IS_INTERLEAVED: tl.constexpr, TI
     out_ptr += tl.arange(0, TILE)[:, None] * 16 + tl.arange(0, 8)[None, :]
     tl.store(out_ptr, tl.reshape(first, [TILE, 8]).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
     tl.store(out_ptr + 8, tl.reshape(second, [TILE, 8]).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit
+def store_octets(out_ptr, a, b, is_row, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
+    """`store_quarters` for rows of 8 elements, one after the other."""
+    values = tl.join(a, b) if IS_INTERLEAVED else tl.permute(tl.join(a, b), (0, 2, 1))
+    out_ptr += tl.arange(0, TILE)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr, tl.reshape(values, [TILE, 8]).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
 @triton.jit

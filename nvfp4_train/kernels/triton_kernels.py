@@ -25,20 +25,21 @@ TILES = {
     "quantize": (128, 4),
     "static_scales": (256, 4),
     "static_fake_quant": (64, 2),
+    "static_fake_quant_octets": (128, 2),
     "dequantize": (256, 4),
 }
-"""Blocks a program (for dequantize, words of eight codes) and warps a program, by operation."""
+"""Rows and warps per program, by operation. A row is a block of 16 elements, but 8 elements in the last two."""
 
 TILES_PER_PROGRAM = {"amax": (8, 1024), "quantize": (4, 4096)}
 """Of the operations that loop: most tiles a program, and how many programs there have to be before one gets a second tile."""
 
 
 @triton.jit
-def _place(num_blocks, TILE: tl.constexpr):
-    """First block of this program, its rows, and which of them exist."""
+def _place(num_rows, TILE: tl.constexpr):
+    """First row of this program's tile, the rows of a tile, and which of them exist. A row is a block, an octet or a word."""
     start = tl.program_id(0).to(tl.int64) * TILE
     rows = tl.arange(0, TILE)
-    return start, rows, rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
+    return start, rows, rows < tl.minimum(num_rows - start, TILE).to(tl.int32)
 
 
 @triton.jit
@@ -189,22 +190,53 @@ def static_fake_quant_kernel(
     arithmetic.store_quarters(out_ptr + start * 16, a, b, c, d, is_row, arithmetic.is_narrow(x_ptr), TILE)
 
 
+@triton.jit(do_not_specialize=["num_octets"], do_not_specialize_on_alignment=["global_amax_ptr"])
+def static_fake_quant_octets_kernel(
+    x_ptr,
+    amax_ptr,
+    global_amax_ptr,
+    out_ptr,
+    num_octets: tl.int64,
+    OCTETS_PER_SCALE: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr,
+    IS_PRODUCT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`static_fake_quant_kernel` for blocks of any multiple of 8 elements: a row is an octet, which has one scale."""
+    start, rows, is_row = _place(num_octets, TILE)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    a, b = arithmetic.load_octets(x_ptr + start * 8, is_row, TILE)
+    # Half a block: the other half of these results is not computed, since nothing uses it.
+    a, b, _, _ = arithmetic.widen(a, b, a, b, dtype)
+    amax = tl.load(amax_ptr + _scale_offsets(start, rows, OCTETS_PER_SCALE, TILE), mask=is_row, other=0.0).to(tl.float32)
+    scales = scale_arithmetic.static_scales(amax, tl.load(global_amax_ptr).to(tl.float32), IS_QUANTIZED, IS_PRODUCT)
+    divisors = tl.where(scales == 0.0, 1.0, scales)
+    factor = arithmetic.factor_of(divisors)[:, None]
+    a, b, _, _ = arithmetic.fake_quant(a, b, a, b, divisors, scales, factor, False, arithmetic.is_narrow(x_ptr))
+    arithmetic.store_octets(out_ptr + start * 8, a + 0.0, b + 0.0, is_row, arithmetic.is_narrow(x_ptr), TILE)
+
+
+@triton.jit
+def _scale_offsets(start, rows, ROWS_PER_SCALE: tl.constexpr, TILE: tl.constexpr):
+    """Index of the scale of each row, where ROWS_PER_SCALE consecutive rows share one."""
+    if TILE % ROWS_PER_SCALE == 0:
+        # No division of 64-bit numbers, one a row.
+        offsets = start // ROWS_PER_SCALE + rows // ROWS_PER_SCALE
+    else:
+        offsets = (start + rows) // ROWS_PER_SCALE
+    return offsets
+
+
 @triton.jit(do_not_specialize=["num_words"], do_not_specialize_on_alignment=["s2_ptr"])
 def dequantize_kernel(
     packed_ptr, scales_ptr, s2_ptr, out_ptr, num_words: tl.int64,
     WORDS_PER_SCALE: tl.constexpr, IS_E4M3: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """An int32 holds eight codes, which share a scale."""
-    start = tl.program_id(0).to(tl.int64) * TILE
-    rows = tl.arange(0, TILE)
-    is_row = rows < tl.minimum(num_words - start, TILE).to(tl.int32)
+    start, rows, is_row = _place(num_words, TILE)
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     words = tl.load(words_ptr + start + rows, mask=is_row, other=0)
-    if TILE % WORDS_PER_SCALE == 0:
-        scales_ptr += start // WORDS_PER_SCALE + rows // WORDS_PER_SCALE
-    else:
-        scales_ptr += (start + rows) // WORDS_PER_SCALE
-    scales = tl.load(scales_ptr, mask=is_row, other=0)
+    scales = tl.load(scales_ptr + _scale_offsets(start, rows, WORDS_PER_SCALE, TILE), mask=is_row, other=0)
     scales = arithmetic.e4m3_value(scales) if IS_E4M3 else scales.to(tl.float32)
     scales *= tl.load(s2_ptr).to(tl.float32)
     values = arithmetic.decode(words, scales).to(out_ptr.dtype.element_ty)
@@ -270,18 +302,22 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
 
 
 def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
-    """`reference.static_fake_quant` of `reference.static_scales`, in one pass."""
+    """`reference.static_fake_quant` of `reference.static_scales`, in one pass for blocks of a multiple of 8 elements."""
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return out
+    block_size = x.numel() // amax.numel()
     tensors = _flat(x), _flat(amax), global_amax, out
-    _launch(
-        "static_fake_quant",
-        static_fake_quant_kernel,
-        amax.numel(),
-        x,
-        *tensors,
-        IS_QUANTIZED=quantize_block_scales,
-        IS_PRODUCT=amax.is_cuda,
-    )
+    constants = {"IS_QUANTIZED": quantize_block_scales, "IS_PRODUCT": amax.is_cuda}
+    if block_size == reference.BLOCK_SIZE:
+        _launch("static_fake_quant", static_fake_quant_kernel, amax.numel(), x, *tensors, **constants)
+    elif block_size % 8 == 0:
+        constants = {"OCTETS_PER_SCALE": block_size // 8, **constants}
+        _launch("static_fake_quant_octets", static_fake_quant_octets_kernel, x.numel() // 8, x, *tensors, **constants)
+    else:
+        with torch.no_grad():
+            scales = reference.static_scales(amax, global_amax, quantize_block_scales)
+            return reference.static_fake_quant(x, scales, dtype)
     return out
 
 

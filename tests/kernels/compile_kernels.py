@@ -78,6 +78,12 @@ KERNELS = {
     "static_fake_quant": (
         kernels.static_fake_quant_kernel, TILES["static_fake_quant"], {"x_ptr": BF16, **STATIC, "out_ptr": BF16}, IS_STATIC,
     ),
+    "static_fake_quant_octets": (
+        kernels.static_fake_quant_octets_kernel,
+        TILES["static_fake_quant_octets"],
+        {"x_ptr": BF16, **STATIC, "out_ptr": BF16},
+        {"OCTETS_PER_SCALE": 1, **IS_STATIC},
+    ),
     "dequantize": (
         kernels.dequantize_kernel,
         TILES["dequantize"],
@@ -103,6 +109,18 @@ VARIANTS = {
     ),
     "static_fake_quant_fp32": (
         kernels.static_fake_quant_kernel, TILES["static_fake_quant"], {"x_ptr": FLOAT, **STATIC, "out_ptr": FLOAT}, IS_STATIC,
+    ),
+    "static_fake_quant_octets_fp32_blocks_of_24": (
+        kernels.static_fake_quant_octets_kernel,
+        TILES["static_fake_quant_octets"],
+        {"x_ptr": FLOAT, **STATIC, "out_ptr": FLOAT},
+        {"OCTETS_PER_SCALE": 3, **IS_STATIC},
+    ),
+    "dequantize_blocks_of_128": (
+        kernels.dequantize_kernel,
+        TILES["dequantize"],
+        {**TO_PACKED, "out_ptr": BF16},
+        {"WORDS_PER_SCALE": 16, "IS_E4M3": True},
     ),
     "dequantize_fp32_scales_to_fp32": (
         kernels.dequantize_kernel,

@@ -29,6 +29,9 @@ ACCESSES = {
     "static_scales": ({"32": 3}, {"32": 2}),
     "static_fake_quant": ({"128": 2, "32": 2}, {"128": 2}),
     "static_fake_quant_fp32": ({"128": 4, "32": 2}, {"128": 4}),
+    "static_fake_quant_octets": ({"128": 2, "32": 3}, {"128": 2}),
+    "static_fake_quant_octets_fp32_blocks_of_24": ({"128": 4, "32": 3}, {"128": 4}),
+    "dequantize_blocks_of_128": ({"32": 3, "U8": 2}, {"128": 2}),
     "dequantize": ({"32": 3, "U8": 2}, {"128": 2}),
     "dequantize_fp32_scales_to_fp32": ({"32": 5}, {"128": 4}),
     "dequantize_shards": ({"32": 2, "U8": 2, "64": 5}, {"128": 2}),
@@ -49,7 +52,7 @@ ACCESSES = {
 Values move in 16-byte accesses. What a thread has less of is narrower: of a block 8 bytes of codes, one of scale and 4 of amax;
 8 codes are 4 bytes. Table rows (64) and s2 (32) are single values.
 """
-VARIANTS = 9
+VARIANTS = 11
 """Kernels that are compiled for 80, 90 and 100 only."""
 
 

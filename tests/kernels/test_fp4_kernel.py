@@ -59,6 +59,48 @@ def test_static_fake_quant_takes_amax_of_any_shape(shape):
     assert_same_bits(x_hat, reference.static_fake_quant(X, scales, torch.bfloat16))
 
 
+BLOCK_SIZES = [1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 64, 96, 120, 128, 480]
+
+
+def _fake_quant_in_floats(x, amax, global_amax, is_quantized, block_size):
+    """Element by element: the quotient, its place between the midpoints of E2M1, and the value there."""
+    # On DEVICE: torch divides by 6 in another way on CUDA.
+    scales = (amax.to(DEVICE).float() / 6).cpu()
+    if is_quantized:
+        # In Model Optimizer's arithmetic, a reciprocal and a product.
+        inverse = ((global_amax.to(DEVICE).float() / 6).cpu().reciprocal() * 448).item()
+        scales = (scales * inverse).clamp(max=448).to(torch.float8_e4m3fn).float() * torch.tensor(inverse).reciprocal()
+    scales = scales.flatten().repeat_interleave(block_size).view(x.shape)
+    quotients = x.float().abs() / scales
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    is_above = (quotients.unsqueeze(-1) > midpoints) | (quotients.unsqueeze(-1) == midpoints) & (torch.arange(7) % 2 == 1)
+    values = torch.tensor(reference.E2M1_VALUES)[is_above.sum(-1)] * scales * x.float().sign()
+    return torch.where(scales == 0, 0.0, values).where(x.isfinite(), torch.nan) + 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_static_fake_quant_takes_blocks_of_any_size(block_size, dtype):
+    """The size is that of x over that of amax; a zero scale makes zeros, and NaN stays NaN."""
+    num_columns = next(columns for columns in (96, 120, 128, 480) if columns % block_size == 0)
+    x = torch.randn(3, 2, num_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    amax = x.unflatten(-1, (-1, block_size)).abs().amax(-1)
+    amax[1, 0] *= 0.3  # stale statistics, which saturate
+    amax[2, 1] = 0.0
+    x[0, 0, 1] = torch.nan
+    x[2, 1, 0] = -1.0
+    for global_amax in (None, torch.tensor(1.7)):
+        for is_quantized in (True, False):
+            arguments = amax.to(DEVICE), None if global_amax is None else global_amax.to(DEVICE), is_quantized
+            x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(x.to(DEVICE), *arguments)
+            wanted = _fake_quant_in_floats(
+                x, amax, amax.max() if global_amax is None else global_amax, is_quantized, block_size
+            )
+            assert_same_bits(x_hat, wanted.to(dtype))
+            assert (x_hat[2, 1] == 0).all()
+            assert x_hat[0, 0, 1].isnan()
+
+
 def test_fake_quant_lands_on_the_grid_and_keeps_fixed_points():
     scales = fp4_kernel.compute_fp4_scales(AMAX)
     x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX)
@@ -120,12 +162,21 @@ BAD_CALLS = {
     "two global scales": (lambda: fp4_kernel.nvfp4_quantize(X, S2.repeat(2)), "global_scale must have one element, got 2"),
     "integer global scale": (lambda: fp4_kernel.nvfp4_quantize(X, S2.int()), "dtype of global_scale must be one of"),
     "out_dtype": (lambda: fp4_kernel.nvfp4_fake_quant(X, S2, torch.int8), "out_dtype must be one of .* got torch.int8"),
-    "amax too small": (
-        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX[:1]),
-        "one element per block of 16, 45 for .* got 15",
+    "amax has no divisor of x": (
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX.flatten()[:7]),
+        r"a number of elements that divides the 720 of x, got 7 in shape \(7,\) for x of shape \(3, 5, 48\)",
+    ),
+    "blocks across rows": (
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX.flatten()[:10]),
+        "must divide the last dimension of x, 48, but it is 72: amax must have one element per block, got 10",
+    ),
+    "no amax": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX[:0]), "divides the 720 of x, got 0 in shape"),
+    "amax of nothing": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X[:0], AMAX), "no element where x has none, got 45"),
+    "static x is a scalar": (
+        lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X.sum(), AMAX.max()),
+        "x must have at least one dimension",
     ),
     "amax K is 24": (lambda: fp4_kernel.nvfp4_amax(X[..., :24]), "multiple of the block size 16"),
-    "static K is 24": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X[..., :24], AMAX), "multiple of the block size"),
     "static x is integer": (lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X.int(), AMAX), "dtype of x must be"),
     "static out_dtype": (
         lambda: fp4_kernel.static_blockwise_fp4_fake_quant(X, AMAX, out_dtype=torch.float64),

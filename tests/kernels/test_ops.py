@@ -21,9 +21,15 @@ OP_ARGUMENTS = {
     "static_fake_quant": [
         (X, AMAX, AMAX.max(), True, torch.bfloat16),
         (X.transpose(0, 1), AMAX, AMAX.max(), False, torch.float32),
+        (X, AMAX[..., :1], AMAX.max(), True, torch.float32),
+        (X, X.unflatten(-1, (-1, 6)).abs().amax(-1), AMAX.max(), True, torch.float32),
     ],
-    "quantize": [(X, S2), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
-    "fake_quant": [(X, S2, torch.bfloat16), (X.bfloat16().transpose(0, 1), S2, torch.float32)],
+    "quantize": [(X, S2), (X, S2, "mse"), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
+    "fake_quant": [
+        (X, S2, torch.bfloat16),
+        (X, S2, torch.float32, "four_over_six"),
+        (X.bfloat16().transpose(0, 1), S2, torch.float32),
+    ],
     "decode_shards": [
         (
             torch.cat((PACKED.flatten(), BLOCK_SCALES.flatten().view(torch.uint8))),

@@ -99,6 +99,19 @@ def test_static_ops_match_reference_bitwise(case, dtype):
     _assert_static_ops_match(x, (amax * 0.3).to(dtype), (amax.max() * 0.2).to(dtype), out_dtypes=(dtype,))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [1, 4, 8, 10, 12, 24, 32, 48, 64, 96, 120, 128, 480])
+def test_static_fake_quant_matches_reference_for_any_block_size(block_size, dtype):
+    """On odd numbers of blocks, in more than a program of them, out of step with the tile for 24, 48, 96 and 120."""
+    num_columns = next(columns for columns in (96, 120, 128, 480) if columns % block_size == 0)
+    x = (torch.randn(23, num_columns, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    x[5] *= 1e-4
+    x[7, ::3], x[8, 1::3] = -0.0, torch.nan
+    amax = x.nan_to_num(0.0).unflatten(-1, (-1, block_size)).abs().amax(-1)
+    amax[3], amax[4] = amax[3] * 0.3, 0.0
+    _assert_static_ops_match(x, amax, amax.max(), out_dtypes=(dtype, torch.float32))
+
+
 @pytest.mark.parametrize("global_amax", [0.0, 1e-45, 6 * 2.0**-24, 7 * 2.0**-24, 1e-3, 2.0**68, 1e38])
 def test_static_scales_match_reference_under_any_global_amax(global_amax):
     x = CASES["many_magnitudes"]
@@ -153,7 +166,24 @@ def test_dequantize_decodes_every_code_under_every_scale(scale_dtype):
 
 
 @pytest.mark.parametrize(
-    ("num_columns", "block_size"), [(48, 8), (96, 24), (96, 32), (6, 2), (6, 6), (24, 4), (2, 1), (4096, 4096)]
+    ("num_columns", "block_size"),
+    [
+        (48, 8),
+        (48, 16),
+        (96, 24),
+        (96, 32),
+        (96, 48),
+        (192, 64),
+        (256, 128),
+        (2, 1),
+        (6, 2),
+        (24, 4),
+        (6, 6),
+        (60, 10),
+        (48, 12),
+        (36, 36),
+        (4096, 4096),
+    ],
 )
 def test_dequantize_takes_any_block_size(num_columns, block_size):
     generator = torch.Generator().manual_seed(1)

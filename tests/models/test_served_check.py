@@ -7,6 +7,7 @@ import torch
 from lightning import Trainer
 from tiny_models import tiny_config
 from torch import nn
+from torch.utils.data import DataLoader
 
 from nvfp4_train.callbacks.served_check import ServedCheck
 from nvfp4_train.models.build import BuiltModel, build_model
@@ -78,7 +79,7 @@ def computes_otherwise(built: BuiltModel) -> None:
 @pytest.mark.parametrize(
     ("spoil", "name"),
     [
-        (shows_a_master, r"model\.layers\.0\.conv"),
+        (shows_a_master, r"model\.layers\.0\.conv\.out_proj"),
         (has_another_buffer, r"model\.rotary_emb"),
         (computes_otherwise, r"model\.layers\.1\.ffn_norm"),
     ],
@@ -109,7 +110,7 @@ def fit(spoiled: bool, **options: int) -> None:
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, callbacks=[ServedCheck(**options)],
     )  # fmt: skip
-    trainer.fit(module, [{"input_ids": IDS}])
+    trainer.fit(module, DataLoader([{"input_ids": IDS}], batch_size=None))
 
 
 def test_a_run_is_checked_before_its_first_step(capsys: pytest.CaptureFixture[str]) -> None:
