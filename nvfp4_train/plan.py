@@ -91,7 +91,7 @@ class _Unit:
     ) -> None:
         """Parameters in `gathered`, by id, are those of other units; this one adds its own."""
         parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
-        gathered |= parameters.keys()
+        gathered.update(parameters)
         self.quantized_bytes = quantized_bytes
         """Bytes of a quantized element, gathered."""
         self.served_bytes = 4 if unit.in_fp32 else 2
