@@ -5,8 +5,8 @@
 A step is two micro-batches of forward, loss and backward, gradients reduced once, clipping, fused AdamW and, with quantization on,
 the weight store's update. Weights and tokens are random. One model serves all sides, which take turns, each round in another
 order. Times are medians of device-synchronised steps of the slowest rank; `host` is when the host had issued the step. Memory is
-the peak that the allocator reached on one rank, of the first turn for `off`, before anything was quantized. Bytes are those that a
-rank receives by all-gather in one step, as the profiler counts them, and those of decoder layers alone.
+the peak that the allocator reached on one rank; for `off` it is that of the first turn, before anything was quantized. Bytes are
+what a rank receives by all-gather in one step, as the profiler counts them, in all and for one decoder layer.
 
 Without GPUs `--cases tiny` runs the same code over gloo.
 """
@@ -244,7 +244,7 @@ def main() -> None:
         print(f"{distributed.get_world_size()} x {device}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     for case in arguments.cases:
         measure(case, arguments.steps, arguments.rounds, arguments.profile)
-        # FSDP2's states and modules refer to each other.
+        # FSDP2's states and modules form reference cycles.
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
