@@ -1,4 +1,4 @@
-"""Whether the kernels give the bits of `reference` on a device, over far more input than the tests have time for.
+"""Checks that the kernels give the bits of `reference` on a device, over far more input than the tests have time for.
 
 A check returns what it has covered, in words, or raises. `ops` is `torch.ops.nvfp4`, or a module with the same functions.
 """
@@ -32,7 +32,7 @@ def bits_differ(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_ops(ops, x: Tensor, s2: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """All that depends on x and s2 alone; returns the codes and scales of the reference."""
+    """Check the operators that depend on x and s2 alone. Returns the codes and scales of the reference."""
     assert_same(ops.block_amax(x), reference.block_amax(x), f"block_amax, {what}")
     packed, scales = ops.quantize(x, s2)
     expected = reference.quantize(x, s2)
@@ -45,7 +45,7 @@ def check_ops(ops, x: Tensor, s2: Tensor, what: str) -> tuple[Tensor, Tensor]:
 
 
 def check_static_ops(ops, x: Tensor, amax: Tensor, global_amax: Tensor, is_quantized: bool, what: str) -> Tensor:
-    """Returns the scales."""
+    """Check the operators with static scales. Returns the scales."""
     scales = reference.static_scales(amax, global_amax, is_quantized)
     assert_same(ops.static_scales(amax, global_amax, is_quantized), scales, f"static_scales, {what}")
     x_hat = ops.static_fake_quant(x, amax, global_amax, is_quantized, x.dtype)
@@ -57,7 +57,7 @@ def check_static_ops(ops, x: Tensor, amax: Tensor, global_amax: Tensor, is_quant
 def _division_kernel(wrong_ptr, TILE: tl.constexpr):
     """Count disagreements of the fast division with IEEE division next to every place where a rounding could turn.
 
-    Of a divisor every significand; of the quotient every tie of E2M1 and E4M3, and its neighbours.
+    Divisors have every significand; quotients are every tie of E2M1 and E4M3, and its neighbours.
     """
     b = triton_arithmetic.from_bits(0x3F800000 + tl.program_id(0) * TILE + tl.arange(0, TILE))
     one_over = triton_arithmetic.reciprocal(b)
@@ -123,7 +123,7 @@ def check_random(num_elements: float = 1e9, chunk: int = 2**22, device: str = "c
         x, s2, what = source.draw(index)
         packed, scales = check_ops(ops, x, s2, what)
         amax = reference.block_amax(x)
-        # Statistics of these values, and stale ones.
+        # The first factor gives the statistics of these values, the second stale ones.
         for factor in (1.0, 0.3):
             check_static_ops(ops, x, amax * factor, amax.amax() * factor, index % 2 == 0, f"{what}, amax times {factor}")
         is_subnormal = x.abs().float() < torch.finfo(x.dtype).smallest_normal
@@ -170,7 +170,7 @@ def check_every_bf16(
     """Every finite bf16 value, or every so many, under every block scale, and under many static scales."""
     values = torch.arange(2**16, device=device).to(torch.int16).view(BF16)
     values = values[values.isfinite()]
-    # Neighbours in magnitude share a block, whose last element gives the block its scale where the others are smaller.
+    # Neighbours in magnitude share a block. Where they are smaller than the block's last element, that one sets the scale.
     values = values[values.abs().argsort(stable=True)][::stride].view(-1, 15)
     bytes_of_scales = torch.arange(8, 127, dtype=torch.uint8, device=device)
     tops = 6 * bytes_of_scales.view(torch.float8_e4m3fn).float()

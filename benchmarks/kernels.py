@@ -3,9 +3,9 @@
     python benchmarks/kernels.py [--checks] [--times] [--whole-model]      (all three without an option)
     compute-sanitizer --tool memcheck python benchmarks/kernels.py --small  (every kernel on small tensors; also racecheck, initcheck)
 
-A time is of the public functions: the median over replays of a CUDA graph of several calls, on as many sets of tensors as exceed the
-L2 cache. Beside it stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is
-copy / ours. Bytes count once per element read or written. A peer that is installed (Model Optimizer, torchao) runs on the same
+Times are of the public functions: medians over replays of a CUDA graph of several calls, on as many sets of tensors as exceed the
+L2 cache. Beside each stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is
+copy / ours. Bytes count once per element read or written. Peers that are installed (Model Optimizer, torchao) run on the same
 tensors in the same rotation, but not from a graph, which some of them do not allow: events enclose calls made one after the other.
 """
 
@@ -35,7 +35,7 @@ from nvfp4_train.kernels.scale_rules import ScaleRule
 
 BF16 = torch.bfloat16
 L2_BYTES = 128 * 2**20
-"""Sets of tensors rotate until they exceed this."""
+"""Sets of tensors that rotate exceed this together."""
 
 LLAMA_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)] * 32
 LLAMA_125M = ([(768, 768)] * 4 + [(3072, 768)] * 2 + [(768, 3072)]) * 13
@@ -195,7 +195,7 @@ def time_whole_model(
     most_ms: float | None = None,
     most_host_ms: float | None = None,
 ) -> None:
-    """A step of fp32 masters to bf16 compute weights, while exponents stay and when all move; target as a ratio to the copy."""
+    """Time a step from fp32 masters to bf16 compute weights, while exponents stay and when all move. `target` is copy / ours."""
     masters = [torch.randn(shape, device="cuda") * 0.02 for shape in shapes]
     num_elements = sum(master.numel() for master in masters)
     decoded = [torch.empty_like(master, dtype=BF16) for master in masters]
@@ -253,7 +253,7 @@ def main() -> None:
             time_small()
         if options.whole_model or is_all:
             time_whole_model("Llama 8B", LLAMA_8B)
-            # Of small models times are asked for, in place of a ratio.
+            # Small models have targets for times instead of a ratio.
             time_whole_model("Llama 125M", LLAMA_125M, target=None, most_ms=0.15, most_host_ms=0.1)
             time_whole_model("Llama 85M", LLAMA_85M, target=None, most_ms=0.15, most_host_ms=0.1)
             time_whole_model("MoE, 128 experts", MOE_128)

@@ -1,7 +1,7 @@
 """What Model Optimizer and torchao have for the same work, where they are installed; each with the settings that suit it best.
 
-But for one: Model Optimizer's CUDA extension, which takes a minute to compile, is off. It rounds block scales to E4M3, a sixteenth
-of the elements; without it PyTorch does.
+There is one exception: Model Optimizer's CUDA extension is off, because it takes a minute to compile. It rounds block scales, a
+sixteenth of the elements, to E4M3; without it PyTorch does.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ def model_optimizer_functions():
     from modelopt.torch.kernels.quantization.gemm import fp4_kernel
     from modelopt.torch.quantization import extensions
 
-    # The extension; the PyTorch formula in its place is the same arithmetic.
+    # This turns the extension off. The PyTorch formula in its place is the same arithmetic.
     extensions.get_cuda_ext_fp8.extension = None
     return fp4_kernel
 

@@ -91,7 +91,7 @@ _servers: list[subprocess.Popen] = []
 
 
 def exit_codes(output: str) -> set[int]:
-    """Of the ranks that did not end with 0, as torchrun reports them."""
+    """Exit codes of the ranks that did not end with 0, as torchrun reports them."""
     return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", output)}
 
 

@@ -144,7 +144,7 @@ def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str
         found = getattr(trainer, how)(module, loader, weights_only=True, **options)
         if how != "predict":
             return found[0]["val/loss"]
-        # Of two sequences and of one.
+        # The first batch has two sequences, the second has one.
         return (2 * found[0].item() + found[1].item()) / 3
 
     assert evaluate() == pytest.approx(module.results["val/loss_quantized"], rel=1e-6)

@@ -1,9 +1,9 @@
-"""Shows every parameter as it will be served, to whoever reads it, while every parameter stays an fp32 master.
+"""Shows the forward every parameter as it will be served, while the parameter itself stays an fp32 master.
 
-A model is cut into units: decoder layers, and the root, which owns the modules that are in no layer. While the forward of a unit runs,
-its first one or one that recomputes activations, the `_parameters` of all its modules hold served values: the decoded NVFP4 of
-quantized parameters, all others rounded to bf16. It does not matter whose forward reads them. Outside of it the modules hold
-their masters, whatever was raised inside, so a checkpoint taken at any moment holds the masters. Gradients pass straight through.
+A model is cut into units: the decoder layers, and the root, which owns the modules that are in no layer. While the forward of a unit
+runs, also one that recomputes activations, the `_parameters` of all its modules hold served values: decoded NVFP4 for quantized
+parameters, bf16 for all others. The forward of any module may read them. Afterwards, also after an error, the modules hold their
+masters again, so a checkpoint taken at any moment holds the masters. Gradients pass straight through.
 
 A parameter that transformers keeps in fp32 is served in fp32, so it is shown as it is. Where products are slow in bf16 the model
 computes in float32, with the same served values.
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 SERVED_DTYPE = torch.bfloat16
-"""The dtype in which readers hold what is not quantized, and into which they decode what is."""
+"""The dtype in which readers hold unquantized parameters, and to which they decode quantized ones."""
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Value of the served parameter, gradient to the master."""
+    """The forward gives the served value; the backward passes the gradient to the master."""
 
     @staticmethod
     def forward(ctx: Any, master: Tensor, served: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """float32, rounded to bf16. The gradient is not: it is the master's."""
+    """Rounds float32 to bf16 values. The gradient, which is the master's, is not rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class Shown:
-    """One place where a unit shows a quantized parameter: the store puts there what is shown instead of the master."""
+    """One place where a unit shows a parameter. The store puts there the compute weight to show instead of the master."""
 
     def __init__(self, compute_weights: dict[str, Tensor], key: str) -> None:
         self._compute_weights = compute_weights
@@ -52,7 +52,7 @@ class Shown:
 
     @property
     def compute_weight(self) -> Tensor | None:
-        """None where the master is shown, rounded."""
+        """None where the rounded master is shown."""
         return self._compute_weights.get(self._key)
 
     @compute_weight.setter
@@ -69,7 +69,7 @@ def to_served(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 class _ServedWhenRead(dict[str, Any]):
-    """Parameters of an embedding as the rest of its unit sees them: the table is rounded, whole, if somebody does read it."""
+    """Parameters of an embedding as the other modules of its unit see them. The table is rounded, whole, when one of them reads it."""
 
     def __init__(self, masters: dict[str, Any], compute_dtype: torch.dtype) -> None:
         super().__init__(masters)
@@ -91,7 +91,7 @@ class _ServedWhenRead(dict[str, Any]):
 
 
 class _ServedEmbedding(nn.Embedding):
-    """Looks up rows of the master and rounds those, instead of the whole table: less work, and their gradients add up in fp32."""
+    """Looks up rows of the master and rounds those instead of the whole table. That is less work, and gradients add up in fp32."""
 
     compute_dtype: torch.dtype
 
@@ -105,24 +105,24 @@ class _ServedEmbedding(nn.Embedding):
 
 
 def set_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
-    """Exchange the dictionary of a module. Not by `nn.Module.__setattr__`, whose steps torch.compile would check in every call."""
+    """Replace `_parameters` of a module. `nn.Module.__setattr__` is avoided: torch.compile would guard its steps in every call."""
     object.__setattr__(module, "_parameters", parameters)
 
 
 class _ServedModule(NamedTuple):
-    """A module of a unit whose parameters are shown otherwise than they are held."""
+    """A module of a unit whose shown parameters differ from the held ones."""
 
     module: nn.Module
     path: tuple[str, ...]
-    """Names that lead to it from the unit."""
+    """Names of the submodules that lead from the unit to the module."""
     names: tuple[tuple[str, str | None], ...]
-    """Each parameter's name in the module, and in the unit; None instead of the latter where it is shown as it is held."""
+    """Each parameter's name in the module, and in the unit. The latter is None where the parameter is shown as it is held."""
 
 
 class _ServedUnit:
-    """Mixin before the class of a unit.
+    """Mixin, put before the class of a unit. While `forward` runs, the parameters of the unit's modules have served values.
 
-    torch.compile checks what it has read in every call of a layer, so the unit holds in one place what it needs of its modules.
+    torch.compile guards all that a layer reads in every call, so the unit holds in one place what it needs of its modules.
     """
 
     served_modules: tuple[_ServedModule, ...]
@@ -160,7 +160,7 @@ class _ServedUnit:
     def _modules_to_serve(self) -> list[Any]:
         if not torch.compiler.is_compiling():
             return [served.module for served in self.served_modules]
-        # What is compiled finds its modules where the forward does, and checks each of them once.
+        # Compiled code finds its modules where the forward does, and guards each of them once.
         modules = []
         for _, path, _ in self.served_modules:
             module: Any = self
@@ -170,7 +170,7 @@ class _ServedUnit:
         return modules
 
     def served(self) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
-        """What is shown now, by module and by name there; of a sharded unit while it is unsharded."""
+        """The parameters shown now, by module and by name there. A sharded unit must be unsharded."""
         names = {served.module: dict(served.names) for served in self.served_modules}
         found = []
         for module in self.modules_with_parameters:
@@ -188,7 +188,7 @@ class _ServedUnit:
 def served_units(model: nn.Module) -> list[nn.Module]:
     """The units of a Hugging Face model beside the root: its decoder layers, and all layers that recompute their activations.
 
-    Decoder layers are what the model never splits over devices (`_no_split_modules`). Other modules have no units.
+    Decoder layers are the modules that transformers never splits over devices (`_no_split_modules`). Models of other kinds have none.
     """
     layers = set(getattr(model, "_no_split_modules", None) or ())
     return [
@@ -208,9 +208,9 @@ def show_served(
 ) -> dict[str, list[Shown]]:
     """Let the forwards of a model and of its `units` compute with served values, in place.
 
-    `kept` are names of parameters that are served in fp32; of the modules `gathered_as_served`, FSDP2 gathers served values. Units
+    `kept` are names of parameters that are served in fp32. `gathered_as_served` are modules whose served values FSDP2 gathers. Units
     may lie within one another; a module belongs to the innermost.
-    Returns the places that show a parameter, by every name of it (`named_parameters(remove_duplicate=False)`).
+    Returns the places that show each parameter, by all of its names (`named_parameters(remove_duplicate=False)`).
     """
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -265,7 +265,7 @@ def modules_of_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
-    """What a unit shows now, by module and by name there; outside of its forward, and of a sharded one while it is unsharded."""
+    """The parameters that a unit shows, by module and by name there. Not for use in its forward. A sharded unit must be unsharded."""
     if isinstance(unit, _ServedUnit):
         return unit.served()
     return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
@@ -286,6 +286,6 @@ def _mix_in(unit: nn.Module) -> None:
     if issubclass(cls, _ServedUnit):
         return
     if cls not in _classes:
-        # Checkpointing layers of transformers wrap the forward of a subclass, too: what is recomputed begins with this one.
+        # Checkpointing layers of transformers wrap the forward of a subclass too, so recomputation begins with this one.
         _classes[cls] = type(cls.__name__, (_ServedUnit, cls), {"__module__": cls.__module__})
     unit.__class__ = _classes[cls]

@@ -31,7 +31,7 @@ def check_targets(options: Any, where: str = "") -> None:
         if target is WandbLogger:
             import wandb
 
-            # It hands what it does not know to wandb.init.
+            # WandbLogger hands what it does not know to wandb.init.
             own = inspect.signature(WandbLogger).parameters
             check_options(wandb.init, {name: value for name, value in plain.items() if name not in own}, where)
 

@@ -1,7 +1,7 @@
 """The forward that trains is that of the plain transformers class in bf16: loaded from a folder of the served values, difference 0.0.
 
-Of families that read parameters past their owner's forward, or keep some in fp32: on one device, under DDP, sharded by FSDP2, and with
-recomputed activations, whose gradients are those without.
+The families read parameters past their owner's forward, or keep some in fp32. They run on one device, under DDP, sharded by FSDP2, and
+with recomputed activations, whose gradients are those without.
 """
 
 import tempfile

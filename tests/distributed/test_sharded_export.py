@@ -1,4 +1,4 @@
-"""Shards, of ranks and of their checkpoints, are exported into the very files that one rank writes of the whole masters."""
+"""An export of shards, of ranks or of their checkpoints, gives the very files that one rank writes of the whole masters."""
 
 import hashlib
 import os
