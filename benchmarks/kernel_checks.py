@@ -1,9 +1,12 @@
-"""Checks that the kernels give the bits of `reference` on a device, over far more input than the tests have time for.
+"""Whether the kernels give the bits of `reference` on a device, over far more input than the tests have time for.
 
-A check returns what it has covered, in words, or raises. `ops` is `torch.ops.nvfp4`, or a module with the same functions.
+A check returns what it has covered, in words, or raises AssertionError. `ops` is `torch.ops.nvfp4`, or a module with the same
+functions. `whole_model_checks` has the checks of the passes over whole models, and of every kernel on small tensors.
 """
 
 import collections
+import itertools
+import math
 
 import peers
 import torch
@@ -11,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_train.kernels import chunks, fp4_kernel, multi_tensor, reference, triton_arithmetic
-from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
+from nvfp4_train.kernels import fp4_kernel, reference, triton_arithmetic
+from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES, MAX_RULE, ScaleRule
 
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, BF16, torch.float16)
-RULES = ScaleRule(global_scale="exact"), MAX_RULE
+EXACT_RULE = ScaleRule(global_scale="exact")
+SEARCHING = [name for name, rule in BLOCK_SCALE_RULES.items() if len(rule.factors) > 1]
+BLOCK_SIZES = (1, 4, 8, 10, 12, 24, 32, 48, 64, 96, 120, 128, 480)
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -32,20 +37,27 @@ def bits_differ(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_ops(ops, x: Tensor, s2: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Check the operators that depend on x and s2 alone. Returns the codes and scales of the reference."""
+    """Every operation of x and s2 alone, under the rule max. Returns the codes and scales of the reference."""
     assert_same(ops.block_amax(x), reference.block_amax(x), f"block_amax, {what}")
-    packed, scales = ops.quantize(x, s2)
-    expected = reference.quantize(x, s2)
+    packed, scales, x_hat = check_rule(ops, x, s2, "max", what)
+    assert_same(ops.dequantize(packed, scales, s2, x.dtype), x_hat, f"dequantize, {what}")
+    return packed, scales
+
+
+def check_rule(ops, x: Tensor, s2: Tensor, block_scale: str, what: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Both operations that choose block scales. Returns codes, scales and decoded values of the reference."""
+    rule, what = ScaleRule(block_scale=block_scale), f"{block_scale}, {what}"
+    packed, scales = ops.quantize(x, s2, block_scale)
+    expected = reference.quantize(x, s2, rule)
     assert_same(scales, expected[1], f"scales, {what}")
     assert_same(packed, expected[0], f"codes, {what}")
-    x_hat = reference.fake_quant(x, s2, x.dtype)
-    assert_same(ops.fake_quant(x, s2, x.dtype), x_hat, f"fake_quant, {what}")
-    assert_same(ops.dequantize(packed, scales, s2, x.dtype), x_hat, f"dequantize, {what}")
-    return expected
+    x_hat = reference.fake_quant(x, s2, x.dtype, rule)
+    assert_same(ops.fake_quant(x, s2, x.dtype, block_scale), x_hat, f"fake_quant, {what}")
+    return *expected, x_hat
 
 
 def check_static_ops(ops, x: Tensor, amax: Tensor, global_amax: Tensor, is_quantized: bool, what: str) -> Tensor:
-    """Check the operators with static scales. Returns the scales."""
+    """Both static operations, for blocks of x.numel() // amax.numel() elements. Returns the scales of the reference."""
     scales = reference.static_scales(amax, global_amax, is_quantized)
     assert_same(ops.static_scales(amax, global_amax, is_quantized), scales, f"static_scales, {what}")
     x_hat = ops.static_fake_quant(x, amax, global_amax, is_quantized, x.dtype)
@@ -57,7 +69,7 @@ def check_static_ops(ops, x: Tensor, amax: Tensor, global_amax: Tensor, is_quant
 def _division_kernel(wrong_ptr, TILE: tl.constexpr):
     """Count disagreements of the fast division with IEEE division next to every place where a rounding could turn.
 
-    Divisors have every significand; quotients are every tie of E2M1 and E4M3, and its neighbours.
+    Divisors have every significand. Quotients are every tie of E2M1 and E4M3, and neighbours of it.
     """
     b = triton_arithmetic.from_bits(0x3F800000 + tl.program_id(0) * TILE + tl.arange(0, TILE))
     one_over = triton_arithmetic.reciprocal(b)
@@ -104,7 +116,7 @@ class RandomInput:
         is_pow2 = bool(self.integers(0, 2, 1))
         if self.integers(0, 2, 1):
             kind = "of the largest amax"
-            s2 = reference.global_scale(reference.block_amax(x).amax(), RULES[is_pow2])
+            s2 = reference.global_scale(reference.block_amax(x).amax(), MAX_RULE if is_pow2 else EXACT_RULE)
         else:
             kind = "of its own"
             mantissa = 1.0 if is_pow2 else 1 + int(self.integers(1, 2**23, 1)) / 2**23
@@ -123,7 +135,7 @@ def check_random(num_elements: float = 1e9, chunk: int = 2**22, device: str = "c
         x, s2, what = source.draw(index)
         packed, scales = check_ops(ops, x, s2, what)
         amax = reference.block_amax(x)
-        # The first factor gives the statistics of these values, the second stale ones.
+        # Statistics of these values, and stale ones.
         for factor in (1.0, 0.3):
             check_static_ops(ops, x, amax * factor, amax.amax() * factor, index % 2 == 0, f"{what}, amax times {factor}")
         is_subnormal = x.abs().float() < torch.finfo(x.dtype).smallest_normal
@@ -142,6 +154,43 @@ def check_random(num_elements: float = 1e9, chunk: int = 2**22, device: str = "c
         f"{num_chunks * chunk:.2e} random elements around 2^-140 to 2^115, every operation; s2: {by_branch}; "
         f"{int(num_subnormal):.1e} subnormals with a code above 0; {int(num_subnormal_sixths):.1e} scales of a subnormal amax / 6"
     )
+
+
+def check_rules(num_elements: float = 2e8, chunk: int = 2**22, device: str = "cuda", ops=torch.ops.nvfp4) -> str:
+    """The rules that search, on the input of `check_random`."""
+    source = RandomInput(chunk, device)
+    num_chunks = -(-int(num_elements) // chunk)
+    num_other = torch.zeros((), dtype=torch.int64, device=device)
+    for index in range(num_chunks):
+        x, s2, what = source.draw(index)
+        largest = reference.block_scales(x, s2)
+        for block_scale in SEARCHING:
+            _, scales, _ = check_rule(ops, x, s2, block_scale, what)
+            num_other += (scales.float() != largest).sum()
+    assert num_other > 0
+    return (
+        f"{num_chunks * chunk:.2e} random elements under each of {', '.join(SEARCHING)}, quantize and fake_quant; "
+        f"{int(num_other):.1e} block scales other than that of max"
+    )
+
+
+def check_block_sizes(num_elements: int = 480 * 128 * 64, device: str = "cuda", ops=torch.ops.nvfp4) -> str:
+    """Static operations and dequantize, whose blocks may have any size."""
+    source = RandomInput(num_elements, device)
+    for index, (block_size, dtype) in enumerate(itertools.product(BLOCK_SIZES, DTYPES)):
+        columns = math.lcm(block_size, 2, 16)
+        x = torch.randn(num_elements // columns, columns, generator=source.generator, device=device).to(dtype)
+        x[0], x[1, ::2] = 0.0, -0.0
+        amax = x.unflatten(-1, (-1, block_size)).abs().amax(-1)
+        what = f"blocks of {block_size}, {dtype}"
+        for factor in (1.0, 0.3):
+            check_static_ops(ops, x, amax * factor, amax.amax() * factor, index % 2 == 0, f"{what}, amax times {factor}")
+        packed = source.integers(0, 256, x.shape[0], columns // 2).to(torch.uint8)
+        s2 = amax.amax().float()
+        for scales in (amax, amax.float().clamp(max=448).to(torch.float8_e4m3fn)):
+            decoded = ops.dequantize(packed, scales, s2, dtype)
+            assert_same(decoded, reference.dequantize(packed, scales, s2, dtype), f"dequantize, {what}, scales {scales.dtype}")
+    return f"static operations and dequantize in blocks of {', '.join(map(str, BLOCK_SIZES))}, {num_elements:.1e} elements each"
 
 
 def check_subnormal_sixths(num_significands: int = 64, device: str = "cuda", ops=torch.ops.nvfp4) -> str:
@@ -170,7 +219,7 @@ def check_every_bf16(
     """Every finite bf16 value, or every so many, under every block scale, and under many static scales."""
     values = torch.arange(2**16, device=device).to(torch.int16).view(BF16)
     values = values[values.isfinite()]
-    # Neighbours in magnitude share a block. Where they are smaller than the block's last element, that one sets the scale.
+    # Neighbours in magnitude share a block, whose last element gives the block its scale where the others are smaller.
     values = values[values.abs().argsort(stable=True)][::stride].view(-1, 15)
     bytes_of_scales = torch.arange(8, 127, dtype=torch.uint8, device=device)
     tops = 6 * bytes_of_scales.view(torch.float8_e4m3fn).float()
@@ -228,70 +277,6 @@ def check_large(num_rows: int = 2**20 + 64, device: str = "cuda", ops=torch.ops.
             static[rows], reference.static_fake_quant(x[rows], expected_scales, BF16), "static values of a large tensor"
         )
     return f"{x.numel():.3e} elements in one tensor, every operation, its first, middle and last rows; in bf16 and fp32, two s2"
-
-
-def check_small(
-    device: str = "cuda",
-    ops=torch.ops.nvfp4,
-    decode_shards=torch.ops.nvfp4.decode_shards,
-    quantizer_class=multi_tensor.MultiTensorQuantizer,
-) -> str:
-    """Every kernel once or more on small tensors: what compute-sanitizer has the time to watch."""
-    source = RandomInput(16 * 37, device)
-    for index in range(12):
-        x, s2, what = source.draw(index)
-        check_ops(ops, x, s2, what)
-        check_static_ops(ops, x, reference.block_amax(x), reference.block_amax(x).amax(), index % 2 == 0, what)
-    x = torch.randn(64, 48, device=device)
-    s2 = torch.tensor([0.37], device=device)
-    packed, scales = reference.quantize(x, s2)
-    out = ops.dequantize(packed, scales.float(), s2, torch.float32)
-    assert_same(out, reference.dequantize(packed, scales, s2, torch.float32), "dequantize of float32 scales")
-    received = torch.cat((packed.flatten(), scales.flatten().view(torch.uint8)))
-    table = torch.tensor([[0, packed.numel(), 0, scales.numel(), 0]], device=device)
-    decoded = torch.empty(x.numel(), dtype=BF16, device=device)
-    decode_shards(received, table, s2, decoded)
-    assert_same(decoded, reference.dequantize(packed, scales, s2, BF16).flatten(), "decode_shards")
-    for dtype in (torch.float32, BF16):
-        for is_pow2 in (True, False):
-            _check_whole_model(dtype, is_pow2, device, quantizer_class)
-    return "every operation and the whole-model pass on small tensors"
-
-
-def check_scales(quantizer: multi_tensor.MultiTensorQuantizer) -> None:
-    """Global amax and s2 of every slot, against the masters."""
-    amax = torch.zeros_like(quantizer.global_amax)
-    for master, first_slot in zip(quantizer.weights.masters, quantizer.weights.first_slots, strict=True):
-        for expert, piece in enumerate(master if master.dim() == 3 else [master]):
-            amax[first_slot + expert].clamp_(min=piece.abs().max())
-    assert_same(quantizer.global_amax, amax, "global amax of the whole-model pass")
-    assert_same(quantizer.global_scales, reference.global_scale(amax, quantizer.rule), "s2 of the whole-model pass")
-
-
-def _check_whole_model(dtype: torch.dtype, is_pow2: bool, device: str, quantizer_class) -> None:
-    """Sizes next to that of a chunk, siblings, experts; exponents that stay and that move."""
-    shapes = [(512, 16), (513, 16), (3, 7, 32), (1, 16)]
-    masters = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    decoded = [torch.empty_like(master, dtype=BF16) for master in masters]
-    packed = [master.new_empty((*master.shape[:-1], master.shape[-1] // 2), dtype=torch.uint8) for master in masters]
-    scales = [master.new_empty((*master.shape[:-1], master.shape[-1] // 16), dtype=torch.float8_e4m3fn) for master in masters]
-    slots = chunks.slots_of_groups(masters, [0, 0, 1, 2])
-    for outputs in ({"decoded": decoded}, {"packed": packed, "scales": scales, "decoded": decoded}):
-        quantizer = quantizer_class(masters, *slots, rule=RULES[is_pow2], **outputs)
-        for factor in (1.0, 1.0, 8.0, 2.0**-6):
-            masters[1].mul_(factor)
-            quantizer.step()
-            check_scales(quantizer)
-            for index, first_slot in enumerate(slots[0]):
-                pieces = list(masters[index]) if masters[index].dim() == 3 else [masters[index]]
-                for expert, piece in enumerate(pieces):
-                    s2 = quantizer.global_scales[first_slot + expert]
-                    at = expert if masters[index].dim() == 3 else ...
-                    assert_same(decoded[index][at], reference.fake_quant(piece, s2, BF16), "decoded by the whole-model pass")
-                    if "packed" in outputs:
-                        expected = reference.quantize(piece, s2)
-                        assert_same(packed[index][at], expected[0], "packed by the whole-model pass")
-                        assert_same(scales[index][at], expected[1], "scales of the whole-model pass")
 
 
 def check_model_optimizer() -> str:

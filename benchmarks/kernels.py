@@ -3,10 +3,11 @@
     python benchmarks/kernels.py [--checks] [--times] [--whole-model]      (all three without an option)
     compute-sanitizer --tool memcheck python benchmarks/kernels.py --small  (every kernel on small tensors; also racecheck, initcheck)
 
-Times are of the public functions: medians over replays of a CUDA graph of several calls, on as many sets of tensors as exceed the
-L2 cache. Beside each stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is
-copy / ours. Bytes count once per element read or written. Peers that are installed (Model Optimizer, torchao) run on the same
+A time is of the public functions: the median over replays of a CUDA graph of several calls, on as many sets of tensors as exceed the
+L2 cache. Beside it stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is
+copy / ours. Bytes count once per element read or written. A peer that is installed (Model Optimizer, torchao) runs on the same
 tensors in the same rotation, but not from a graph, which some of them do not allow: events enclose calls made one after the other.
+Rows of the rules that search a block's scale have no target: they are bound by arithmetic, not by memory.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import kernel_checks
 import peers
 import torch
 import triton
+import whole_model_checks
+from torch import Tensor
 
 from nvfp4_train.kernels import chunks, multi_tensor, reference
 from nvfp4_train.kernels.fp4_kernel import (
@@ -35,7 +38,10 @@ from nvfp4_train.kernels.scale_rules import ScaleRule
 
 BF16 = torch.bfloat16
 L2_BYTES = 128 * 2**20
-"""Sets of tensors that rotate exceed this together."""
+"""Sets of tensors rotate until they exceed this."""
+
+Row = tuple[str, float, float | None, Callable, tuple]
+"""Name, bytes per element, target as a ratio to the copy, the call, and its arguments: a list for each, an element per set."""
 
 LLAMA_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)] * 32
 LLAMA_125M = ([(768, 768)] * 4 + [(3072, 768)] * 2 + [(768, 3072)]) * 13
@@ -48,6 +54,8 @@ CHECKS = (
     kernel_checks.check_division,
     kernel_checks.check_subnormal_sixths,
     kernel_checks.check_random,
+    kernel_checks.check_rules,
+    kernel_checks.check_block_sizes,
     kernel_checks.check_every_bf16,
     kernel_checks.check_large,
     kernel_checks.check_model_optimizer,
@@ -131,7 +139,7 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
     pow2, exact = (nvfp4_global_scale(global_amax, ScaleRule(global_scale=name)) for name in ("pow2", "exact"))
     packed = [nvfp4_quantize(x, pow2) for x in xs]
     amaxes = [block_amax.clone() for _ in xs]
-    rows: list[tuple[str, float, float | None, Callable, tuple]] = [
+    rows: list[Row] = [
         ("static fake quant bf16", 4.25, 0.97, lambda x, a: static_blockwise_fp4_fake_quant(x, a, global_amax), (xs, amaxes)),
         ("dynamic fake quant bf16", 4, 0.95, lambda x: nvfp4_fake_quant(x, pow2), (xs,)),
         ("dynamic fake quant, exact s2", 4, 0.95, lambda x: nvfp4_fake_quant(x, exact), (xs,)),
@@ -143,6 +151,7 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
         ("quantize and pack fp32", 4.5625, 0.93, lambda x: nvfp4_quantize(x, pow2), (masters,)),
         ("fake quant fp32 to bf16", 6, 0.93, lambda x: nvfp4_fake_quant(x, pow2, BF16), (masters,)),
     ]
+    rows += rows_of_rules(xs, masters, global_amax) + rows_of_block_sizes(xs, packed, pow2)
     times = {}
     for name, bytes_per_element, target, call, inputs in rows:
         calls = [functools.partial(call, *arguments) for arguments in zip(*inputs, strict=True)]
@@ -154,6 +163,36 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
         for name, peer_calls in peers.kernels(row, xs, amaxes, global_amax):
             peer = measure_eagerly(peer_calls)
             print(f"  {row + ', ' + name:42s} {size:>12s} {peer:9.4f} ms, {peer / times[row]:.2f} times ours", flush=True)
+
+
+def rows_of_rules(xs: list[Tensor], masters: list[Tensor], global_amax: Tensor) -> list[Row]:
+    rows: list[Row] = []
+    for name in kernel_checks.SEARCHING:
+        rule = ScaleRule(block_scale=name)
+        s2 = nvfp4_global_scale(global_amax, rule)
+        fake_quant = functools.partial(nvfp4_fake_quant, global_scale=s2, out_dtype=BF16, rule=rule)
+        quantize = functools.partial(nvfp4_quantize, global_scale=s2, rule=rule)
+        rows += [
+            (f"fake quant bf16, {name}", 4, None, fake_quant, (xs,)),
+            (f"fake quant fp32, {name}", 6, None, fake_quant, (masters,)),
+            (f"quantize bf16, {name}", 2.5625, None, quantize, (xs,)),
+            (f"quantize fp32, {name}", 4.5625, None, quantize, (masters,)),
+        ]
+    return rows
+
+
+def rows_of_block_sizes(xs: list[Tensor], packed: list[tuple[Tensor, Tensor]], s2: Tensor) -> list[Row]:
+    rows: list[Row] = []
+    for block_size in (8, 32, 64, 128):
+        amax = xs[0].unflatten(-1, (-1, block_size)).abs().amax(-1).float()
+        scales = (amax / amax.max()).to(torch.float8_e4m3fn)
+        dequantize = functools.partial(fp4_dequantize, global_scale=s2, block_size=block_size, dtype=BF16)
+        codes, amaxes, all_scales = zip(*((codes, amax.clone(), scales.clone()) for codes, _ in packed), strict=True)
+        rows += [
+            (f"static, blocks of {block_size}", 4 + 4 / block_size, 0.5, static_blockwise_fp4_fake_quant, (xs, amaxes)),
+            (f"dequantize, blocks of {block_size}", 2.5 + 1 / block_size, 0.5, dequantize, (codes, all_scales)),
+        ]
+    return rows
 
 
 def time_small() -> None:
@@ -195,14 +234,14 @@ def time_whole_model(
     most_ms: float | None = None,
     most_host_ms: float | None = None,
 ) -> None:
-    """Time a step from fp32 masters to bf16 compute weights, while exponents stay and when all move. `target` is copy / ours."""
+    """A step of fp32 masters to bf16 compute weights, while exponents stay and when all move; target as a ratio to the copy."""
     masters = [torch.randn(shape, device="cuda") * 0.02 for shape in shapes]
     num_elements = sum(master.numel() for master in masters)
     decoded = [torch.empty_like(master, dtype=BF16) for master in masters]
     slots = chunks.slots_of_groups(masters, list(range(len(masters))))
     quantizer = multi_tensor.MultiTensorQuantizer(masters, *slots, decoded=decoded)
     quantizer.step()
-    kernel_checks.check_scales(quantizer)
+    whole_model_checks.check_scales(quantizer)
     for index in (0, -1):
         s2 = quantizer.global_scales[slots[0][index]]
         one = masters[index][0] if masters[index].dim() == 3 else masters[index]
@@ -237,6 +276,7 @@ def main() -> None:
     options = parser.parse_args()
     is_all = not any(vars(options).values())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+    start_of_all = time.perf_counter()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, commit {commit}")
     with torch.no_grad():
         if options.checks or is_all:
@@ -245,7 +285,7 @@ def main() -> None:
                 print(f"equal: {check()}  ({time.perf_counter() - start:.1f} s)", flush=True)
                 torch.cuda.empty_cache()
         if options.small:
-            print(f"equal: {kernel_checks.check_small()}")
+            print(f"equal: {whole_model_checks.check_small()}")
         if options.times or is_all:
             for shape, slack in (((16384, 8192), 1.0), ((8192, 8192), 0.9), ((4096, 4096), 0.9)):
                 time_kernels(shape, slack)
@@ -253,10 +293,11 @@ def main() -> None:
             time_small()
         if options.whole_model or is_all:
             time_whole_model("Llama 8B", LLAMA_8B)
-            # Small models have targets for times instead of a ratio.
+            # For small models the targets are times, not ratios.
             time_whole_model("Llama 125M", LLAMA_125M, target=None, most_ms=0.15, most_host_ms=0.1)
             time_whole_model("Llama 85M", LLAMA_85M, target=None, most_ms=0.15, most_host_ms=0.1)
             time_whole_model("MoE, 128 experts", MOE_128)
+    print(f"all of this in {time.perf_counter() - start_of_all:.0f} s")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-128, 2.0**119
-"""Of global scales."""
+"""Limits of a global scale."""
 
 
 def compute_fp4_scales(amax: Tensor, global_amax: Tensor | None = None, quantize_block_scales: bool = True) -> Tensor:
@@ -186,13 +186,13 @@ def _check_same_device(x: Tensor, **tensors: Tensor) -> None:
 
 
 def _check_scale(global_scale: Tensor) -> None:
-    """Raise ValueError for a global scale under which scales or values would leave fp32; on the CPU alone, as `_check_finite`."""
+    """Raise ValueError for a global scale under which scales or values would leave fp32, where its value can be read."""
     if _is_readable(global_scale) and not SMALLEST_SCALE <= (value := global_scale.item()) <= LARGEST_SCALE:
         raise ValueError(f"global_scale must lie in 2^-128 to 2^119, as nvfp4_global_scale gives it, got {value}")
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device."""
+    """Whether a check may read values: tensors on the CPU, outside of torch.compile."""
     return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
@@ -224,5 +224,5 @@ def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
     _check_single("global_scale", global_scale)
     _check_same_device(x, global_scale=global_scale)
     _check_scale(global_scale)
-    # One with more dimensions than x would lend them to the result.
+    # By broadcasting, a scale of shape [1, 1, 1] would give the result of a matrix three dimensions.
     return global_scale.float().reshape(())

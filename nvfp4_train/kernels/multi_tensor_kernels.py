@@ -46,7 +46,7 @@ def _stream(
     IS_QUANTIZED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One chunk; returns the largest magnitude, per row of a tile."""
+    """Measure or quantize a chunk. Returns the largest magnitude of each row of its tiles, [TILE]."""
     dtype: tl.constexpr = source.dtype.element_ty
     is_narrow: tl.constexpr = dtype != tl.float32
     rows = tl.arange(0, TILE)
@@ -102,7 +102,7 @@ def pass_kernel(
         words = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 8)
         bytes_ptr = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
         s2 = tl.load(scales_ptr + slot)
-        # A loop for each kind of s2: one loop with a branch inside would keep the registers of both.
+        # There is a loop for each kind of s2, because one loop with a branch inside would hold the registers of both kinds.
         if arithmetic.is_simple(s2):
             largest = _stream(
                 source, decoded, words, bytes_ptr, num_blocks, s2, FACTORS, True, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
@@ -121,7 +121,7 @@ def update_scales_kernel(
     measured_ptr, amax_ptr, scales_ptr, is_moved_ptr, num_slots: tl.int32,
     DIVISOR: tl.constexpr, IS_POW2: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`reference.global_scale` of each slot, whether its bits changed, and 0 to measure the next step from."""
+    """Global amax, s2 and whether the bits of s2 have moved, of each slot; and 0 as `measured`, for the next step."""
     slots = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = slots < num_slots
     bits = tl.load(measured_ptr + slots, mask=mask, other=0)
@@ -136,7 +136,7 @@ def update_scales_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["s2_ptr"])
 def decode_shards_kernel(received_ptr, table_ptr, s2_ptr, out_ptr, TILE: tl.constexpr):
-    """A program decodes a chunk, TILE words of eight codes at a time."""
+    """`reference.decode_shards`. A program takes a chunk, TILE words of eight codes at a time."""
     row = table_ptr + tl.program_id(0) * SHARD_COLUMNS
     words_ptr = (received_ptr + tl.multiple_of(tl.load(row), 16)).to(tl.pointer_type(tl.int32), bitcast=True)
     scales_ptr = received_ptr + tl.load(row + 1)

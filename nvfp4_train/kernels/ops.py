@@ -24,7 +24,7 @@ _library = torch.library.Library("nvfp4", "DEF")
 
 @functools.cache
 def _kernels(module: str) -> ModuleType:
-    """Imported at the first call on CUDA: on Windows and macOS there is no Triton to import."""
+    """A module of kernels, imported at the first call on CUDA: on Windows and macOS there is no Triton to import."""
     return importlib.import_module(f"nvfp4_train.kernels.{module}")
 
 
@@ -39,7 +39,7 @@ def _register(schema: str, on_cpu: Callable, fake: Callable, module: str = "trit
                     f"{name} takes contiguous tensors alone, got strides {arg.stride()} of shape {tuple(arg.shape)}"
                 )
 
-    # Autograd would record what `reference` computes with.
+    # Without it autograd would record the operations of `reference`.
     @torch.no_grad()
     def cpu(*args):
         if args[0].numel() == 0:

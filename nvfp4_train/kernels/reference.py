@@ -33,13 +33,13 @@ E4M3_MIN = 2.0**-6
 """The floor of a block scale: the smallest normal E4M3 value. Some readers take subnormal block scales for zero."""
 
 SMALLEST_GLOBAL_AMAX = 7.9e-36
-"""Below it 1 / s2 leaves fp32: the tensor counts as all zero, with s2 = 1."""
+"""Below this global amax 1 / s2 leaves fp32. Such a tensor counts as all zero, with s2 = 1."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def divide(x: Tensor, divisor: float) -> Tensor:
-    """IEEE quotient: for a Python divisor, torch on CUDA multiplies by its rounded reciprocal instead."""
+    """IEEE quotient. Written as x / divisor, torch on CUDA would multiply by the rounded reciprocal instead."""
     return x / torch.full_like(x, divisor)
 
 
@@ -110,8 +110,8 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
     """Decode scale of each block amax, in the arithmetic of Model Optimizer's `compute_fp4_scales`; float32, shaped like amax.
 
     amax / 6; when quantized, E4M3(amax / 6 * m) * (1 / m) with m = (1 / (g / 6)) * 448, where g / 6 counts as 1 at or below 2^-24.
-    There is no lower clamp: a scale may round to zero, and its block is then all zero. Both divisions by 6 are torch's own, as
-    they are there: IEEE divisions on the CPU, products with 1 / 6 rounded on CUDA, an ulp apart for one amax in four.
+    There is no lower clamp: a scale may round to zero, and its block is then all zero. Both divisions by 6 are torch's own, as in
+    Model Optimizer: IEEE divisions on the CPU, products with fp32(1 / 6) on CUDA, an ulp apart for one amax in four.
     """
     scales = amax.float() / FP4_MAX
     if not quantize_block_scales:
@@ -119,12 +119,12 @@ def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool
     global_max = global_amax.float() / FP4_MAX
     global_max = torch.where(global_max <= 2.0**-24, torch.ones_like(global_max), global_max)
     multiplier = global_max.reciprocal() * E4M3_MAX
-    # Of an amax of -0.0, too, the scale is 0.0.
+    # Adding 0.0 makes 0.0 of the -0.0 that an amax of -0.0 leaves.
     return (round_to_e4m3(scales * multiplier) + 0.0) * multiplier.reciprocal()
 
 
 def encode_e2m1(magnitude: Tensor) -> Tensor:
-    """The nearest E2M1 code 0..7 of each non-negative float32, ties to the even code, saturating at 6: uint8."""
+    """The nearest E2M1 code, 0 to 7, of each non-negative float32, ties to the even code, saturating at 6: uint8."""
     magnitude = magnitude.clamp(max=FP4_MAX)
     # E2M1 is spaced 0.5 below 2, 1 below 4 and 2 up to 6; torch.round takes ties to even.
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
@@ -170,10 +170,10 @@ def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -
 
 
 def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> None:
-    """`dequantize` runs of blocks that lie anywhere in received (uint8) to anywhere in out (one-dimensional).
+    """`dequantize` runs of blocks from anywhere in received (uint8 [bytes]) to anywhere in out (float dtype [elements]).
 
-    A row of the table (int64 [runs, 5]) is a run: byte of its first code and of its first scale, element of its first value,
-    number of blocks, and which element of s2 (float32 [slots]) is its global scale.
+    A row of the table (int64 [runs, 5]) is a run: the byte of its first code and of its first scale in received, the element of its
+    first value in out, its number of blocks, and its slot, the element of s2 (float32 [slots]) that is its global scale.
     """
     for first_code, first_scale, first_value, num_blocks, slot in table.tolist():
         packed = received[first_code : first_code + num_blocks * BLOCK_SIZE // 2].view(num_blocks, -1)

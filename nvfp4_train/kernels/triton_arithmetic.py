@@ -1,15 +1,20 @@
-"""NVFP4 arithmetic for Triton kernels: `reference`, bit for bit, on TILE blocks at a time.
+"""NVFP4 arithmetic for Triton kernels: that of `reference`, bit for bit, on TILE blocks at a time.
 
-Where the plain formulation costs bandwidth, another that gives the same bits is used:
+Layout. A quarter is a tensor [TILE, 4] with 4 of the 16 elements of each of TILE blocks. Four quarters a, b, c, d hold whole blocks,
+and a thread holds all elements of a block. float32 quarters hold elements 0-3, 4-7, 8-11, 12-15. Quarters of a 16-bit dtype are
+interleaved, IS_INTERLEAVED: 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15. An octet is 8 consecutive elements: two quarters a, b.
 
-- Division. An IEEE quotient a / b is a * r with one correction by fused multiply-add, where r is 1 / b rounded once (Markstein).
-  It holds while nothing under- or overflows; towards the ends of fp32 both are moved by a power of two first.
-- A global scale that is a power of two makes most steps exact, and is taken on a path of its own: IS_SIMPLE.
-- Rounding. Adding and subtracting 2^22 times its own power of two leaves a number one mantissa bit, ties to even, which is E2M1;
-  with 2^20 it leaves three, which is E4M3. Of E4M3 hardware, which compute capability 8.0 has not, nothing is used.
+Where the plain formula costs bandwidth, another that gives the same bits is used:
 
-Kernels are compiled with `enable_fp_fusion=False`: contracting a product and a sum into one rounding changes bits. `tl.fma`
-stands where one rounding is wanted.
+- Division. The IEEE quotient a / b is a * r, corrected once by fused multiply-adds, where r is 1 / b rounded once (Markstein's
+  theorem). It holds while nothing over- or underflows; near the ends of fp32, a and b are multiplied by a power of two first.
+- IS_SIMPLE, a path for a global scale that is a power of two far from the ends of fp32. Most steps are exact there.
+- IS_NARROW, a path for values of a 16-bit dtype. They have at most 11 significant bits, so approximate quotients do.
+- Rounding. Adding 2^22 times the power of two of a number, and subtracting it again, rounds the number to one mantissa bit, ties to
+  even: E2M1. 2^20 leaves three bits: E4M3. No E4M3 instruction is used, since compute capability 8.0 has none.
+
+Kernels are compiled with `enable_fp_fusion=False`: contracting a product and a sum into one rounding changes bits. `tl.fma` stands
+where one rounding is wanted.
 """
 
 import triton
@@ -21,7 +26,7 @@ EXPONENT = tl.constexpr(0x7F800000)
 
 @triton.jit
 def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
-    """TILE blocks in a row as four times [TILE, 4], in such a way that a thread holds all of a block; see `widen`."""
+    """TILE consecutive blocks as four quarters, in the dtype of x_ptr or as pairs; `widen` makes float32 of them."""
     rows = tl.arange(0, TILE)[:, None]
     columns = tl.arange(0, 4)[None, :]
     mask = is_row[:, None]
@@ -32,7 +37,7 @@ def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
         c = tl.load(x_ptr + 8, mask=mask, other=0.0)
         d = tl.load(x_ptr + 12, mask=mask, other=0.0)
     else:
-        # Two elements an int32; what a quarter repeats costs nothing.
+        # 16-bit values are loaded in pairs, as int32. b and d are a and c again: `widen` takes their other halves.
         pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * 8 + columns
         a = tl.load(pairs_ptr, mask=mask, other=0)
         c = tl.load(pairs_ptr + 4, mask=mask, other=0)
@@ -42,7 +47,7 @@ def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
 
 @triton.jit
 def load_octets(x_ptr, is_row, TILE: tl.constexpr):
-    """`load_quarters` for TILE consecutive octets of 8 elements, which have two quarters."""
+    """`load_quarters` for TILE consecutive octets."""
     rows = tl.arange(0, TILE)[:, None]
     columns = tl.arange(0, 4)[None, :]
     mask = is_row[:, None]
@@ -59,10 +64,7 @@ def load_octets(x_ptr, is_row, TILE: tl.constexpr):
 
 @triton.jit
 def widen(a, b, c, d, dtype: tl.constexpr):
-    """`load_quarters` as float32, with 0.0 for -0.0: a zero has code 0, of whichever sign.
-
-    Of 16-bit dtypes: elements 0, 2, 4, 6; 1, 3, 5, 7; 8, 10, 12, 14; 9, 11, 13, 15. Of float32: 0 to 3, 4 to 7 and so on.
-    """
+    """Loaded quarters as float32. -0.0 becomes 0.0, so that zeros of either sign have code 0."""
     if dtype == tl.bfloat16:
         a, b, c, d = from_bits(a << 16), from_bits(b & -0x10000), from_bits(c << 16), from_bits(d & -0x10000)
     elif dtype == tl.float16:
@@ -78,13 +80,13 @@ def _widen_half(bits):
 
 @triton.constexpr_function
 def is_narrow(x_ptr):
-    """Whether a pointer is to a 16-bit dtype, so that values have at most 11 significant bits."""
+    """Whether a pointer is to a 16-bit dtype."""
     return x_ptr.dtype.element_ty != tl.float32
 
 
 @triton.jit
 def store_quarters(out_ptr, a, b, c, d, is_row, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
-    """Write quarters in the dtype of out_ptr, where there is a row; IS_INTERLEAVED as `widen` leaves 16-bit dtypes."""
+    """Write the rows of quarters that exist, rounded to the dtype of out_ptr. IS_INTERLEAVED is about the quarters, not out_ptr."""
     first, second = tl.join(a, b), tl.join(c, d)
     if not IS_INTERLEAVED:
         first, second = tl.permute(first, (0, 2, 1)), tl.permute(second, (0, 2, 1))
@@ -95,7 +97,7 @@ def store_quarters(out_ptr, a, b, c, d, is_row, IS_INTERLEAVED: tl.constexpr, TI
 
 @triton.jit
 def store_octets(out_ptr, a, b, is_row, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
-    """`store_quarters` for rows of 8 elements, one after the other."""
+    """`store_quarters` for octets."""
     values = tl.join(a, b) if IS_INTERLEAVED else tl.permute(tl.join(a, b), (0, 2, 1))
     out_ptr += tl.arange(0, TILE)[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out_ptr, tl.reshape(values, [TILE, 8]).to(out_ptr.dtype.element_ty), mask=is_row[:, None])
@@ -113,13 +115,13 @@ def from_bits(bits):
 
 @triton.jit
 def smaller(a, b):
-    """The smaller one, or NaN."""
+    """The minimum, NaN if either is NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def larger(a, b):
-    """The larger one, or NaN."""
+    """The maximum, NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -131,16 +133,16 @@ def is_simple(scale):
 
 @triton.jit
 def factor_of(scale):
-    """The power of two that moves a global scale, with block scales from 2^-6 to 448 times it, off the ends of fp32.
+    """A power of two by which to multiply dividends and divisors, so that a global scale and 448 times it are off the ends of fp32.
 
-    A quotient is the same when dividend and divisor have moved; what the dividend loses at the ends no code could tell.
+    The quotient stays the same. A dividend that over- or underflows has the code 7 or 0 in either case.
     """
     return tl.where(scale < 2.0**-50, 2.0**100, tl.where(scale > 2.0**50, 2.0**-100, 1.0))
 
 
 @triton.jit
 def _newton(b):
-    """1 / b to 24 bits: a guess from the bits of b, within 6 %, and three Newton steps. Rounded once if b is an E4M3 value."""
+    """1 / b by three Newton steps from a guess within 6 %, within an ulp. If b has at most 4 significant bits it is rounded once."""
     guess = from_bits(0x7EF311C3 - to_bits(b))
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
@@ -152,26 +154,26 @@ def reciprocal(b):
     """1 / b rounded once, for b from 2^-125 to 2^125.5."""
     guess = _newton(b)
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
-    # Of all significands only that of all ones comes out wrong, an ulp low.
+    # Newton's steps give one significand wrong, an ulp low: that of all ones.
     return from_bits(to_bits(guess) + tl.where(((to_bits(b) + 1) & 0x7FFFFF) == 0, 1, 0))
 
 
 @triton.jit
 def divide(a, b, one_over_b):
-    """a / b rounded once, given 1 / b rounded once. Finite a; underflow of `a * 2^-24` is the caller's to exclude."""
+    """a / b rounded once, given 1 / b rounded once. a must be finite, and a * 2^-24 must not underflow where bits matter."""
     quotient = a * one_over_b
     return tl.fma(tl.fma(quotient, -b, a), one_over_b, quotient)
 
 
 @triton.jit
 def block_amax(a, b, c, d):
-    """Largest magnitude of each block, [TILE], or NaN."""
+    """Largest magnitude of each block, [TILE]; NaN if the block holds one."""
     return tl.reduce(larger(larger(tl.abs(a), tl.abs(b)), larger(tl.abs(c), tl.abs(d))), 1, larger)
 
 
 @triton.jit
 def _power_of_two(magnitude, LOWEST: tl.constexpr):
-    """The largest power of two that is not above each magnitude, but at least LOWEST."""
+    """The largest power of two at or below each magnitude, at least LOWEST."""
     return tl.maximum(from_bits(to_bits(magnitude) & EXPONENT), LOWEST)
 
 
@@ -185,7 +187,7 @@ def round_e4m3(t):
 @triton.jit
 def e4m3_byte(value):
     """The byte of each float32 that is an E4M3 value >= 0 or NaN."""
-    # 2^-120 moves E4M3's exponent bias onto that of fp32, subnormals included.
+    # 2^-120 is the difference of the exponent biases, 7 and 127. It makes subnormals of fp32 of subnormals of E4M3.
     byte = to_bits(value * 2.0**-120) >> 20
     return tl.where(value <= 448.0, byte, 0x7F).to(tl.uint8)
 
@@ -201,9 +203,12 @@ def e4m3_value(byte):
 
 @triton.jit
 def _exact_quotients(a, b, c, d, divisors, scales, IS_SIMPLE: tl.constexpr):
-    """|x| / divisor rounded once, in [0, 7), of quarters: scales and divisors [TILE, 1], the latter with 1 for 0."""
+    """|x| / divisor of quarters, rounded once and at most an ulp above 6. Scales and divisors are [TILE, 1].
+
+    A divisor is the scale, but 1 for a scale of 0.
+    """
     one_over = _newton(divisors) if IS_SIMPLE else reciprocal(divisors)
-    # Saturating before the division keeps Inf out of it. The limit is rounded, so a quotient may be an ulp above 6.
+    # Saturating before the division keeps Inf out of it. The limit is rounded, hence the ulp.
     limit = 6.0 * scales
     a = divide(smaller(tl.abs(a), limit), divisors, one_over)
     b = divide(smaller(tl.abs(b), limit), divisors, one_over)
@@ -214,18 +219,18 @@ def _exact_quotients(a, b, c, d, divisors, scales, IS_SIMPLE: tl.constexpr):
 
 @triton.jit
 def _coarse_quotients(x, scales):
-    """128 + |x| / scale to 16 fractional bits: x of at most 11 significant bits, scales an E4M3 value times a power of two.
+    """128 + |x| / scale, rounded to a multiple of 2^-16, where x is narrow and scale an E4M3 value times a power of two.
 
-    Such a quotient either is a tie of two codes, and exact here, or misses all of them by more than 2^-14.
+    Such a quotient is a tie of two codes, and then exact here, or more than 2^-14 away from all ties.
     """
     return tl.fma(tl.abs(x), _newton(scales), 128.0)
 
 
 @triton.jit
 def fake_quant(a, b, c, d, divisors, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr):
-    """Quarters on the grid of scales [TILE], signs included. IS_NARROW: they were of a 16-bit dtype.
+    """Quarters, encoded and decoded under scales [TILE].
 
-    Divisors are the scales with 1 for 0; factor is that of the global scale, or one per block, and 1 if IS_SIMPLE.
+    Divisors are the scales, but 1 for a scale of 0. factor is `factor_of` the global scale or of each scale, unused if IS_SIMPLE.
     """
     divisors = divisors[:, None]
     scales = scales[:, None]
@@ -245,7 +250,7 @@ def fake_quant(a, b, c, d, divisors, scales, factor, IS_SIMPLE: tl.constexpr, IS
 @triton.jit
 def _on_grid(x, quotients, scales):
     """The nearest E2M1 value of each quotient in [0, 7), times its scale, with the sign of x."""
-    # A power of two times 2^22 leaves one mantissa bit.
+    # Below 1 the grid is as fine as between 1 and 2.
     power = _power_of_two(quotients, 1.0)
     magnitudes = tl.fma(power, -(2.0**22), tl.fma(power, 2.0**22, quotients)) * scales
     return from_bits(to_bits(magnitudes) | (to_bits(x) & SIGN))
@@ -253,7 +258,7 @@ def _on_grid(x, quotients, scales):
 
 @triton.jit
 def encode(a, b, c, d, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr):
-    """Signed codes of quarters under positive scales [TILE], eight to an int32: [TILE, 2]. As for `fake_quant`."""
+    """Signed codes of quarters under positive scales [TILE], eight to an int32: [TILE, 2]. factor is as in `fake_quant`."""
     scales = scales[:, None]
     offset: tl.constexpr = 128.0 if IS_SIMPLE and IS_NARROW else 0.0
     if IS_SIMPLE and IS_NARROW:
@@ -271,9 +276,9 @@ def encode(a, b, c, d, scales, factor, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.co
 
 @triton.jit
 def _codes(quotients, OFFSET: tl.constexpr):
-    """Bits of 2^23 + code, 0 to 7, of each OFFSET + quotient.
+    """The bits of the float 2^23 + code, the code being 0 to 7, of each quotient q, given as OFFSET + q.
 
-    The code is the least of 2q, 2 + q, 4 + q / 2 and 7, each rounded to an integer, ties to even, which adding 2^23 does.
+    The code is the least of 2q, 2 + q, 4 + q / 2 and 7, each rounded to an integer, ties to even. Adding 2^23 rounds so.
     """
     below_2 = to_bits(tl.fma(quotients, 2.0, 2.0**23 - 2 * OFFSET))
     below_4 = to_bits(quotients + (2.0**23 + 2 - OFFSET))
@@ -283,7 +288,7 @@ def _codes(quotients, OFFSET: tl.constexpr):
 
 @triton.jit
 def _pack(a, b, code_a, code_b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
-    """An int32 [TILE] of eight codes with the signs of a and b, two quarters that are neighbours."""
+    """An int32 [TILE] of the eight codes of an octet a, b, with its signs. Codes come as `_codes` leaves them."""
     c0, c1, c2, c3, c4, c5, c6, c7 = _columns(code_a, code_b, IS_INTERLEAVED, TILE)
     words = (c7 << 4) + c6
     words = (words << 4) + c5
@@ -291,7 +296,7 @@ def _pack(a, b, code_a, code_b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr
     words = (words << 4) + c3
     words = (words << 4) + c2
     words = (words << 4) + c1
-    # Each code came with the bits of 2^23, of whose sum over the eight places this is the negative.
+    # 0x5000000 is minus the sum, over the eight places, of the bits of 2^23 that each code came with.
     words = (words << 4) + c0 + 0x5000000
     s0, s1, s2, s3, s4, s5, s6, s7 = _columns(_top_four_bits(a), _top_four_bits(b), IS_INTERLEAVED, TILE)
     signs = (s7 << 4) | s6
@@ -306,13 +311,13 @@ def _pack(a, b, code_a, code_b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def _top_four_bits(x):
-    """Sign and three bits that do not matter: all four shift into place in one instruction."""
+    """The sign and three bits that `_pack` masks out: one shift, where the sign alone would take a shift and a mask."""
     return (x.to(tl.uint32, bitcast=True) >> 28).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _columns(a, b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
-    """Two quarters [TILE, 4] as eight times [TILE], in the order of the elements."""
+    """An octet as eight tensors [TILE], in the order of its elements."""
     a02, a13 = tl.split(tl.reshape(a, [TILE, 2, 2]))
     b02, b13 = tl.split(tl.reshape(b, [TILE, 2, 2]))
     a0, a2 = tl.split(a02)
@@ -328,8 +333,8 @@ def _columns(a, b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def decode(words, scales):
-    """float32 [TILE, 8] of TILE int32, each of eight codes under one decode scale."""
+    """float32 [TILE, 8] of TILE int32 of eight codes each, under one decode scale each."""
     columns = tl.arange(0, 8)[None, :]
-    # Sign to bit 31, magnitude to bits 24..22, as the arithmetic shift leaves them; 2^126 makes up for the exponent bias.
+    # The arithmetic shift leaves the sign in bit 31 and the magnitude in bits 24 to 22: an fp32 value 2^126 times too small.
     bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
     return (from_bits(bits) * 2.0**126) * scales[:, None]

@@ -1,7 +1,7 @@
 """Every operation of `reference`, bit for bit, as one Triton kernel: the path that CUDA tensors take.
 
 Kernels stream: a program takes TILE blocks of 16 elements, reads each byte once, writes each byte once, and keeps all else in
-registers. A tensor is a flat run of blocks (the last dimension is a multiple of 16), so shapes play no part and a new shape
+registers. A tensor is a flat run of blocks, since its last dimension is a multiple of 16. So shapes play no part, and a new shape
 compiles nothing.
 """
 
@@ -29,7 +29,7 @@ TILES = {
 """Rows and warps per program, by operation. A row is a block of 16 elements, but 8 elements in the last two."""
 
 TILES_PER_PROGRAM = {"quantize": (4, 4096)}
-"""Of the operations that loop: most tiles a program, and how many programs there have to be before one gets a second tile."""
+"""Operations whose programs loop over tiles: most tiles per program, and fewest programs at which one gets a second tile."""
 
 
 @triton.jit
@@ -95,9 +95,9 @@ def _quantize_tile(
 def quantize_kernel(
     x_ptr, s2_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, num_blocks: tl.int64, FACTORS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Eight codes to an int32, so two words a block.
+    """`reference.quantize`. A word is an int32 of eight codes, two to a block.
 
-    A loop for each kind of s2: one loop with a branch inside would keep the registers of both.
+    There is a loop for each kind of s2, because one loop with a branch inside would hold the registers of both kinds.
     """
     first = tl.program_id(0).to(tl.int64) * (num_tiles * TILE)
     rows = tl.arange(0, TILE)
@@ -109,7 +109,7 @@ def quantize_kernel(
         a, b, c, d = arithmetic.load_quarters(x_ptr + first * 16, is_row, TILE)
         for tile in range(num_tiles):
             start = first + tile * TILE
-            # The next tile is on its way while this one is worked on.
+            # The next tile is loaded while this one is computed.
             is_next_row = rows < tl.minimum(num_blocks - start - TILE, (num_tiles - 1 - tile) * TILE).to(tl.int32)
             next_a, next_b, next_c, next_d = arithmetic.load_quarters(x_ptr + (start + TILE) * 16, is_next_row, TILE)
             _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, FACTORS, True, dtype, TILE)
@@ -156,7 +156,7 @@ def static_fake_quant_kernel(
     divisors = tl.where(scales == 0.0, 1.0, scales)
     factor = arithmetic.factor_of(divisors)[:, None]
     a, b, c, d = arithmetic.fake_quant(a, b, c, d, divisors, scales, factor, False, arithmetic.is_narrow(x_ptr))
-    # A zero is +0.0 here, as Model Optimizer has it; a scale of zero makes a zero of every element.
+    # Adding 0.0 makes every zero +0.0, as in Model Optimizer. Under a scale of zero all elements are zeros.
     a, b, c, d = a + 0.0, b + 0.0, c + 0.0, d + 0.0
     arithmetic.store_quarters(out_ptr + start * 16, a, b, c, d, is_row, arithmetic.is_narrow(x_ptr), TILE)
 
@@ -191,7 +191,7 @@ def static_fake_quant_octets_kernel(
 def _scale_offsets(start, rows, ROWS_PER_SCALE: tl.constexpr, TILE: tl.constexpr):
     """Index of the scale of each row, where ROWS_PER_SCALE consecutive rows share one."""
     if TILE % ROWS_PER_SCALE == 0:
-        # No division of 64-bit numbers, one a row.
+        # This form has no division of 64-bit integers per row.
         offsets = start // ROWS_PER_SCALE + rows // ROWS_PER_SCALE
     else:
         offsets = (start + rows) // ROWS_PER_SCALE
@@ -203,7 +203,7 @@ def dequantize_kernel(
     packed_ptr, scales_ptr, s2_ptr, out_ptr, num_words: tl.int64,
     WORDS_PER_SCALE: tl.constexpr, IS_E4M3: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """An int32 holds eight codes, which share a scale."""
+    """`reference.dequantize`. A row is a word, an int32 of eight codes, which share a scale."""
     start, rows, is_row = _place(num_words, TILE)
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     words = tl.load(words_ptr + start + rows, mask=is_row, other=0)
@@ -293,7 +293,7 @@ def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -
 
 
 def _cdiv(a: int, b: int) -> int:
-    # That of Triton takes a microsecond.
+    # triton.cdiv takes a microsecond.
     return -(-a // b)
 
 
@@ -302,7 +302,7 @@ def _block_shape(x: Tensor) -> tuple[int, ...]:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """x, or a copy where x has gaps or starts off a 16-byte boundary, which 16-byte loads require."""
+    """x, or a copy where x is not contiguous or does not start on a 16-byte boundary, which 16-byte loads require."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -313,7 +313,7 @@ def _tiles_per_program(operation: str, num_rows: int) -> int:
 
 
 def _launch(operation: str, kernel, num_rows: int, x: Tensor, *args, num_tiles: int = 1, **constants) -> None:
-    """Run a kernel over num_rows rows on the device of x, so many tiles a program."""
+    """Run a kernel over num_rows rows on the device of x, num_tiles tiles per program."""
     if num_rows == 0:
         return
     tile, num_warps = TILES[operation]
@@ -325,10 +325,10 @@ _compiled: dict[tuple, Any] = {}
 
 
 def launch(name: str, kernel, num_programs: int, num_warps: int, x: Tensor, args: tuple, constants: dict[str, Any]) -> None:
-    """Run a kernel on the device of x: constants in the order of its parameters, tensors on 16-byte boundaries.
+    """Run a kernel on the device of x. Constants are in the order of its parameters; tensors start on 16-byte boundaries.
 
-    Nothing else of the arguments but dtypes is compiled in, so a compiled kernel is kept and called without Triton's own look-up,
-    which takes longer than a small kernel runs.
+    A compiled kernel depends on the constants and on the dtypes of the tensors alone. It is kept and called without Triton's own
+    look-up, which takes longer than a small kernel runs.
     """
     device = x.get_device()
     if x.is_cuda and device != torch.cuda.current_device():
@@ -339,7 +339,7 @@ def launch(name: str, kernel, num_programs: int, num_warps: int, x: Tensor, args
     key = (name, device, *constants.values(), *[arg.dtype for arg in args if isinstance(arg, Tensor)])
     compiled = _compiled.get(key)
     if compiled is None:
-        # None again in the interpreter, which compiles nothing.
+        # The interpreter compiles nothing and returns None.
         _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
     else:
         compiled[grid](*args, *constants.values())

@@ -130,7 +130,7 @@ VARIANTS = {
     "whole_model_quantized": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **SECOND_OF_TWO}),
     "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": False}),
 }  # fmt: skip
-"""Kernels with other dtypes and options."""
+"""Kernels of other dtypes and options, compiled for CAPABILITIES_OF_VARIANTS alone."""
 CAPABILITIES_OF_VARIANTS = (80, 90, 100)
 
 

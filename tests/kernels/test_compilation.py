@@ -44,10 +44,10 @@ ACCESSES = {
     "update_scales": ({"32": 4}, {"32": 8}),
     "update_scales_exact": ({"32": 4}, {"32": 8}),
 }
-"""Global loads and stores of a kernel by width in bits. The paths of an s2 that is a power of two and of another count apart.
+"""Global loads and stores in the code of a kernel, by width in bits. Most kernels have two paths, by the kind of s2.
 
-Values move in 16-byte accesses. What a thread has less of is narrower: of a block 8 bytes of codes, one of scale and 4 of amax;
-8 codes are 4 bytes. Table rows (64) and s2 (32) are single values.
+Values move in 16-byte accesses. Of codes, scales and amax a thread has less: 8 bytes of codes of a block, 1 of its scale, 4 of its
+amax, or 4 bytes of the codes of an octet. Table rows (64) and s2 (32) are single values.
 """
 VARIANTS = 11
 """Kernels that are compiled for 80, 90 and 100 only."""

@@ -4,6 +4,7 @@ import functools
 
 import kernel_checks
 import pytest
+import whole_model_checks
 from kernel_cases import DEVICE, TRITON, TritonQuantizer
 
 from nvfp4_train.kernels import multi_tensor_kernels, triton_kernels
@@ -11,11 +12,13 @@ from nvfp4_train.kernels import multi_tensor_kernels, triton_kernels
 on_device = {"device": DEVICE, "ops": TRITON}
 SAMPLES = {
     "division": functools.partial(kernel_checks.check_division, 4096, DEVICE),
+    "rules": functools.partial(kernel_checks.check_rules, 6 * 1024, 1024, **on_device),
+    "block sizes": functools.partial(kernel_checks.check_block_sizes, 480 * 4, **on_device),
     # Chunks of each dtype and spread of exponents, with three numbers of significand bits.
     "random": functools.partial(kernel_checks.check_random, 45 * 1024, 1024, **on_device),
     "every bf16": functools.partial(kernel_checks.check_every_bf16, (1.0, 1.37 * 2.0**-9), 64, 16 * 17, **on_device),
     "small": functools.partial(
-        kernel_checks.check_small,
+        whole_model_checks.check_small,
         decode_shards=multi_tensor_kernels.decode_shards,
         quantizer_class=TritonQuantizer,
         **on_device,

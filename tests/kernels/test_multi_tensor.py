@@ -274,55 +274,6 @@ def test_the_last_launch_writes_only_what_moved():
             assert written.isfinite().all() if is_moved else written.isnan().all()
 
 
-def test_slots_follow_groups_and_experts():
-    assert slots_of_groups(_masters(), GROUPS) == ([0, 1, 1, 2, 2, 5, 6], 7)
-    with pytest.raises(ValueError, match="group 0 must have equally many experts, got 3 and 1"):
-        slots_of_groups([torch.empty(3, 4, 16), torch.empty(4, 16)], [0, 0])
-    with pytest.raises(ValueError, match="group 0 must have equally many experts, got 0 and 4"):
-        slots_of_groups([torch.empty(0, 4, 16), torch.empty(4, 4, 16)], [0, 0])
-    with pytest.raises(ValueError, match="groups must have one number per master, 1, got 2"):
-        slots_of_groups([torch.empty(4, 16)], [0, 1])
-    with pytest.raises(ValueError, match="groups must be numbered from 0, got -1"):
-        slots_of_groups([torch.empty(4, 16)], [-1])
-
-
-def _build(masters=None, first_slots=(0,), num_slots=1, **outputs):
-    masters = [torch.zeros(4, 32)] if masters is None else masters
-    return MultiTensorQuantizer(masters, first_slots, num_slots, **outputs)
-
-
-DECODED = [torch.zeros(4, 32).bfloat16()]
-BAD_CALLS = {
-    "no masters": (lambda: _build([], ()), "masters must not be empty"),
-    "no outputs": (lambda: _build(), "outputs are required"),
-    "scales missing": (lambda: _build(packed=[torch.zeros(4, 16).byte()]), "scales must have one tensor per master, 1, got 0"),
-    "decoded missing": (
-        lambda: _build(first_slots=(0, 0), masters=[torch.zeros(4, 32)] * 2, decoded=DECODED),
-        "per master, 2, got 1",
-    ),
-    "decoded shape": (lambda: _build(decoded=[DECODED[0][:2]]), r"decoded\[0\] must have shape \(4, 32\), got \(2, 32\)"),
-    "decoded dtype": (lambda: _build(decoded=[torch.zeros(4, 32).int()]), r"decoded\[0\] must be of .* got torch.int32"),
-    "strides": (lambda: _build([torch.zeros(32, 4).t()], decoded=DECODED), r"masters\[0\] must be contiguous, got strides"),
-    "one dimension": (lambda: _build([torch.zeros(32)], decoded=[torch.zeros(32)]), r"masters\[0\] must be \[N, K\]"),
-    "K is 24": (lambda: _build([torch.zeros(4, 24)], decoded=[torch.zeros(4, 24)]), "multiple of 16, got shape"),
-    "mixed dtypes": (
-        lambda: _build([torch.zeros(4, 32), torch.zeros(4, 32).bfloat16()], (0, 0), decoded=DECODED * 2),
-        "masters must share one dtype, got torch.bfloat16, torch.float32",
-    ),
-    "device": (lambda: _build(decoded=[DECODED[0].to("meta")]), r"decoded\[0\] must be on the device of the first master"),
-    "no dimension": (lambda: _build([torch.tensor(1.0)], decoded=[torch.tensor(1.0)]), r"masters\[0\] must be \[N, K\]"),
-    "slots": (lambda: _build(first_slots=(0, 0), decoded=DECODED), "first_slots must have one slot per master, 1, got 2"),
-    "slot": (lambda: _build(first_slots=(1,), decoded=DECODED), "must lie within num_slots=1, got 1 to 1"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_input_is_refused_with_what_was_required_and_what_came(name):
-    call, message = BAD_CALLS[name]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_a_shard_off_a_16_byte_boundary_is_refused_by_the_kernels():
     masters = [torch.zeros(4 * 32 + 1, device=DEVICE)[1:].view(4, 32)]
     quantizer = TritonQuantizer(masters, [0], 1, decoded=[torch.empty(4, 32, device=DEVICE)])

@@ -120,8 +120,10 @@ def test_pow2_scale_is_the_next_power_of_two(largest, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_scale", SEARCHING)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "block_scale"),
+    [*((case, "four_over_six") for case in CASES), *((case, "mse") for case in ("ties", "many_magnitudes", "infinite"))],
+)
 def test_kernels_match_reference_bitwise(case, block_scale, dtype):
     x = CASES[case].to(dtype)
     if block_scale == "mse":
