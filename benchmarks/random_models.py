@@ -1,4 +1,4 @@
-"""Models of `configs/model` with random weights, made on the GPU: on a CPU that would take longer than the benchmark."""
+"""Models of `configs/model` with random weights, made on the device that uses them. On a CPU that takes longer than the benchmark."""
 
 from pathlib import Path
 from typing import Any

@@ -153,21 +153,21 @@ def slowest(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def measure(case: str, steps: int, rounds: int, show_profile: bool) -> None:
+def measure(case: str, sides: list[str], steps: int, rounds: int, show_profile: bool) -> None:
     name, batch, tokens, checkpointed = CASES[case]
     model, manifest = build_model(name)
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=10_000)
     input_ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=DEVICE)
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    hosts: dict[str, list[float]] = {side: [] for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    hosts: dict[str, list[float]] = {side: [] for side in sides}
     memory: dict[str, float] = {}
     traffic: dict[str, Counter[int]] = {}
     tables: dict[str, str] = {}
     for round_number in range(rounds):
-        first = round_number % len(SIDES)
-        for side in (Side(side_name, model, manifest) for side_name in SIDES[first:] + SIDES[:first]):
+        first = round_number % len(sides)
+        for side in (Side(side_name, model, manifest) for side_name in sides[first:] + sides[:first]):
             with side.turn():
                 run = lambda side=side: step(model, optimizer, side, input_ids)  # noqa: E731
                 for _ in range(4 if round_number == 0 else 2):
@@ -204,7 +204,7 @@ def report(
     tables: dict[str, str],
 ) -> None:
     rows = {}
-    for side in SIDES:
+    for side in times:
         step_ms = statistics.median(slowest(times[side]))
         host_ms = statistics.median(slowest(hosts[side]))
         (peak,) = slowest([memory[side]])
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[case for case in CASES if case != "tiny"])
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side, over which its steps are spread")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="off among them")
     parser.add_argument("--profile", action="store_true", help="print where device and host time of a step goes")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -243,7 +244,7 @@ def main() -> None:
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
         print(f"{distributed.get_world_size()} x {device}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     for case in arguments.cases:
-        measure(case, arguments.steps, arguments.rounds, arguments.profile)
+        measure(case, arguments.sides, arguments.steps, arguments.rounds, arguments.profile)
         # FSDP2's states and modules refer to each other.
         gc.collect()
         if DEVICE == "cuda":

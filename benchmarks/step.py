@@ -107,7 +107,7 @@ class AutocastRun(Run):
 
 
 def release() -> None:
-    """Free a model of the past, which torch.compile keeps, and counts towards the recompilations that it allows."""
+    """Free earlier models. torch.compile keeps them, and counts them towards its recompilation limit."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()

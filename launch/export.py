@@ -31,7 +31,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        # Before the weights are read, which may take long.
+        # Reading the weights may take long, so the target is checked first.
         check_target(args.out, args.overwrite)
         checkpoint = load_checkpoint(args.checkpoint)
         tokenizer = args.tokenizer or checkpoint.tokenizer

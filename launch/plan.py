@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-from nvfp4_train.run.planning import plan_recipe
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,7 +21,10 @@ def main() -> None:
     world_size = own[-1].partition("=")[2]
     if not world_size.isdecimal():
         sys.exit(f"error: world_size must be a number of GPUs, got {world_size!r}")
-    # Names the run folder of a run; a plan writes nothing.
+    # This import takes seconds. Neither --help nor a refusal needs it.
+    from nvfp4_train.run.planning import plan_recipe
+
+    # RUN_ID names the folder of a run; a plan writes nothing.
     os.environ.setdefault("RUN_ID", "plan")
     try:
         print(plan_recipe(ROOT, [argument for argument in arguments if argument not in own], int(world_size)))

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(cfg: DictConfig) -> float | None:
     options = run_options(cfg)
     default_to_offline_wandb()
-    # The run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
+    # Neither warning applies: the run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
     warnings.filterwarnings("ignore", message="Experiment logs directory")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 SHARDED_STATE = "meta.pt"
-"""In the folder of a sharded checkpoint, under Lightning's name: everything that is not sharded."""
+"""File in the folder of a sharded checkpoint, under Lightning's name, with everything that is not sharded."""
 PARTIAL_SUFFIX = ".partial"
-"""Of the name of a checkpoint that is being written, see `saving`."""
+"""Suffix of the name of a checkpoint that is being written, see `saving`."""
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -114,12 +114,12 @@ def first_failure(error: BaseException) -> BaseException:
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """What is not sharded of a sharded checkpoint."""
+    """The part of a sharded checkpoint that is not sharded."""
     return torch.load(folder / SHARDED_STATE, map_location="cpu", weights_only=True)
 
 
 def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by name, () of a value of another kind."""
+    """The shape of every tensor by name; () for a value of another kind."""
     return {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
 
 
@@ -184,8 +184,8 @@ class SafePlanner(DefaultLoadPlanner):
 class SavedTensors(Mapping[str, Tensor]):
     """Tensors of a sharded checkpoint, on the CPU; each is read from its shards whenever it is asked for, and not kept.
 
-    They are those whose names in the checkpoint begin with `prefix`, by the rest of their names. Raises ValueError, which names the
-    folder, where shards are missing or one cannot be read.
+    The keys are the names in the checkpoint that begin with `prefix`, without it. Raises ValueError, which names the folder, where
+    shards are missing or one cannot be read.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
@@ -203,7 +203,7 @@ class SavedTensors(Mapping[str, Tensor]):
                 self._entries[key.removeprefix(prefix)] = entry
 
     def meta(self, name: str) -> Tensor:
-        """A tensor on the meta device with the shape and the dtype of this one, which is not read."""
+        """A tensor on the meta device with the shape and the dtype of the saved one, which is not read."""
         entry = self._entries[name]
         return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
@@ -217,7 +217,7 @@ class SavedTensors(Mapping[str, Tensor]):
             raise ValueError(f"{name} could not be read from the shards of {self._folder}: {error}") from error
         return tensor
 
-    # That of Mapping reads the tensor.
+    # Mapping's own would read the tensor.
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
@@ -233,7 +233,7 @@ class _EmptyPlanner(SafePlanner, _EmptyStateDictLoadPlanner):
 
 
 def by_number(optimizer_state: dict[str, Any]) -> dict[str, Any]:
-    """State of an optimizer by parameter number, as `torch.optim.Optimizer` has it, of one by parameter name."""
+    """Convert an optimizer's state from parameter names to parameter numbers, as `torch.optim.Optimizer` has them."""
     names = [name for group in optimizer_state["param_groups"] for name in group["params"]]
     return _renamed(optimizer_state, {name: number for number, name in enumerate(names)})
 

@@ -1,4 +1,4 @@
-"""What we change of Lightning's internals, seen in lightning 2.6.6; the tests of this file run into it where they have moved."""
+"""Changes to Lightning's internals, seen in lightning 2.6.6. The tests of this file fail where the internals have moved."""
 
 import lightning as L
 
@@ -6,8 +6,8 @@ import lightning as L
 def rewind_to_last_step(trainer: L.Trainer) -> None:
     """Set the trainer's count of micro-batches to those that the optimizer steps so far took.
 
-    A checkpoint of the middle of an accumulation window lacks the gradients so far. Lightning would finish the window with its
-    remaining micro-batches alone; with the count set back, it does the whole window again.
+    A checkpoint from the middle of an accumulation window lacks the gradients so far. Lightning would finish the window with its
+    remaining micro-batches alone. With the count set back, it does the whole window again.
     """
     done = trainer.global_step * trainer.accumulate_grad_batches
     progress = trainer.fit_loop.epoch_loop.batch_progress

@@ -27,7 +27,7 @@ from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
 
 SHARDING_STRATEGIES = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
-"""Strategies of Lightning under which a module that does not shard itself as they expect trains every rank by itself."""
+"""Strategies of Lightning that shard. Under them every rank trains by itself if a module does not shard itself as they expect."""
 
 
 class TrainClock:
@@ -37,14 +37,14 @@ class TrainClock:
         self._paused_s = 0.0
 
     def now(self) -> float:
-        """Training seconds on an arbitrary origin; waits for the device, so that the work queued so far is inside."""
+        """Training seconds since an arbitrary origin. Waits for the device, so that the work queued so far is counted."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return perf_counter() - self._paused_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluation and reports go here."""
+        """Stop the clock inside the context, for evaluation and reports."""
         start = self.now()
         try:
             yield
@@ -71,7 +71,7 @@ class QATModule(L.LightningModule):
         self.compute_dtype_reason = ""
         self.clock = TrainClock()
         self.has_started = False
-        """Whether training has begun: what raises before is the user's to correct."""
+        """Whether training has begun. Errors before that are the user's to correct."""
         self.results: dict[str, float] = {}
         """The run's final numbers, by metric name."""
 
@@ -117,7 +117,7 @@ class QATModule(L.LightningModule):
         return compute_logits(self.model, input_ids)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # A function of the position alone, so that a resumed run draws what an uninterrupted one draws.
+        # The seed depends on the position alone, so that a resumed run draws what an uninterrupted one draws.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
         if isinstance(self.model, FSDPModule):

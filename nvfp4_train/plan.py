@@ -20,7 +20,7 @@ from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.policy import QuantConfig, select
 
 PACKED_BYTES = 0.5625
-"""Of a quantized weight: 4 bits of code, and 8 bits of scale for every 16."""
+"""Bytes of a quantized weight: 4 bits of code, and 8 bits of scale for every 16 weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class RunShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a plan, in bytes: with quantization off, and with what `quant` says, packed unless `quant.gather=bf16`."""
+    """One line of a plan, in bytes. `bf16` is with quantization off; `packed` is as `quant` says: packed unless quant.gather=bf16."""
 
     name: str
     formula: str
@@ -89,9 +89,9 @@ class _Unit:
     def __init__(
         self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float
     ) -> None:
-        """Parameters in `gathered`, by id, are those of other units; this one adds its own."""
+        """`gathered` holds the ids of other units' parameters; this unit adds its own."""
         parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
-        gathered |= parameters.keys()
+        gathered.update(parameters)
         self.quantized_bytes = quantized_bytes
         """Bytes of a quantized element, gathered."""
         self.served_bytes = 4 if unit.in_fp32 else 2
@@ -122,7 +122,7 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module) -> int:
-    """Bytes per token that one decoder layer saves for its backward; `NOTES` says what. ValueError for a layer it does not know."""
+    """Bytes per token that one decoder layer saves for its backward, see `NOTES`. Raises ValueError for a layer it does not know."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
@@ -157,7 +157,7 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 
 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
-    """Count everything. `model` may lie on the meta device."""
+    """Count memory and traffic. `model` may lie on the meta device."""
     config, width = model.config, shape.shard_size
     names = select(model, quant, HubLayout(config)).manifest.names if quant.enabled else []
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -182,7 +182,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     memory = [
         row("masters", "4 n", lambda _: 4 * shard),
         row("optimizer (AdamW)", "8 n", lambda _: 8 * shard),
-        # Those of a window are whole until the last backward reduces them, layer by layer, to shards.
+        # Gradients of an accumulation window are whole until the last backward reduces them to shards, layer by layer.
         row("gradients", "4 n; 4 N while A > 1 (reduced once per step)", lambda _: 4 * (elements if is_window else shard)),
         Row(
             name="quantized shards",
@@ -205,7 +205,7 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     head_grad, layer_grad = head_unit.unsharded, layer.unsharded
 
     def received(packed: bool) -> float:
-        """What the gathering of a layer needs beside the gathered layer."""
+        """Bytes that gathering a layer needs beside the gathered layer."""
         return width * layer.sent(packed) if width > 1 else 0
 
     moments = [

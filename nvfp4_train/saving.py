@@ -1,6 +1,6 @@
 """Training checkpoints are written under another name, so that a name leads to a complete checkpoint or to none.
 
-NAME.partial becomes NAME when all of it is on disk. What is left of a process that was killed meanwhile is NAME.partial.
+NAME.partial becomes NAME when all of it is on disk. A process that is killed meanwhile leaves NAME.partial behind.
 """
 
 import os
@@ -39,13 +39,13 @@ class ShardedWriter(FileSystemWriter):
         self._target = path
 
     def start(self, rest: Any) -> None:
-        """Write what is not sharded. On rank 0, before any rank writes."""
+        """Write what is not sharded. Call it on rank 0, before any rank writes."""
         remove(_partial(self._target))
         _partial(self._target).mkdir(parents=True)
         _save_synced(rest, _partial(self._target) / SHARDED_STATE)
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
-        # Called on rank 0, with the results of all ranks; those wait for its end.
+        # Called on rank 0, with the results of all ranks; the other ranks wait for its end.
         super().finish(*args, **kwargs)
         _publish(_partial(self._target), self._target)
 
@@ -63,7 +63,7 @@ def _save_synced(content: Any, path: Path) -> None:
 
 def _publish(partial: Path, path: Path) -> None:
     if partial.is_dir() or path.is_dir():
-        # A folder replaces nothing; until it stands, the earlier checkpoint is found under another name.
+        # A folder cannot replace another. Until the new one has its name, the earlier checkpoint has another name.
         earlier = path.with_name(f"replaced-{path.name}")
         if path.exists() or path.is_symlink():
             remove(earlier)

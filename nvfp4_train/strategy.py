@@ -114,7 +114,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             # A caller outside of training expects a checkpoint when this returns.
             if self.async_checkpoint and self.lightning_module.trainer.training:
                 if self._background_group is None:
-                    # Threads must not share a group, and NCCL's has no CPU tensors.
+                    # Threads must not share a group, and NCCL takes no CPU tensors.
                     self._background_group = distributed.new_group(backend="gloo")
                 future = async_save(state, storage_writer=writer, process_group=self._background_group)
                 self._in_flight = path, cast("Future[Any]", future)
@@ -131,7 +131,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         replaced, self._replaced = self._replaced, []
         try:
             future.result()
-        # DCP's own exception is no Exception.
+        # CheckpointException derives from BaseException; `except Exception` does not catch it.
         except (Exception, CheckpointException) as error:
             raise _not_written(path) from error
         for earlier in replaced:
@@ -150,7 +150,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def on_train_end(self) -> None:
         self.finish_checkpoint()
 
-    # Lightning copies all of it to host memory; `save` copies a tensor at a time, and `async_save` makes a copy of its own.
+    # Lightning copies the whole state dict to host memory. `save` copies a tensor at a time; `async_save` makes its own copy.
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.model is not None
         return get_model_state_dict(self.model) if self._save_distributed_checkpoint else super().lightning_module_state_dict()
@@ -160,7 +160,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         if self._save_distributed_checkpoint:
             return get_optimizer_state_dict(self.model, optimizer)
-        # Lightning 2.6 numbers parameters in the order of the model, not of the optimizer. Ranks but the first have nothing.
+        # Lightning 2.6 numbers parameters in the order of the model, not of the optimizer. Only the first rank has the state.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
         return by_number(state) if state else state
@@ -173,7 +173,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
             for index, optimizer in enumerate(self.optimizers):
                 state[f"optimizer_{index}"] = get_optimizer_state_dict(self.model, optimizer)
-            # torch.distributed.checkpoint passes over weights that it alone has.
+            # torch.distributed.checkpoint passes over weights that only the checkpoint has.
             check_same_weights(path, saved_shapes(path), shapes(state["state_dict"]))
             try:
                 load(state, storage_reader=SafeReader(path), planner=SafePlanner())
@@ -183,7 +183,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             for index, optimizer in enumerate(self.optimizers):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{index}"])
             return read_rest(path)
-        # Every rank takes its rows of the file; Lightning's own way counts parameters as in `optimizer_state`.
+        # Every rank takes its rows of the file. Lightning's own way numbers parameters wrongly, as in `optimizer_state`.
         checkpoint = read_checkpoint(path)
         weights = checkpoint.pop("state_dict")
         check_same_weights(path, shapes(weights), shapes(get_model_state_dict(self.model)))
@@ -204,7 +204,7 @@ def _not_written(path: Path) -> RuntimeError:
 
 
 class AnyCheckpointIO(TorchCheckpointIO):
-    """For strategies that write files: a file is complete or does not exist. Reads the folder of a sharded run, too."""
+    """Checkpoint IO of strategies that write files. A file is complete or does not exist. Reads the folder of a sharded run, too."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):

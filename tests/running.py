@@ -1,10 +1,12 @@
 """Runs the real launcher on a small model, in processes of its own."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ SMALL = (
 )
 
 
-def train_command(run_dir: Path, *overrides: str, torchrun: tuple[str, ...] = (), small: bool = True) -> list[str]:
+def train_command(
+    run_dir: Path, *overrides: str, torchrun: tuple[str, ...] = (), small: bool = True, python: str = sys.executable
+) -> list[str]:
     """The launcher's command line; under torchrun, if there are options of it."""
     script = [str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
-    return [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *script]
+    return [python, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *script]
 
 
 def train_environment(threads: int = 1) -> dict[str, str]:
@@ -40,19 +44,54 @@ def train_environment(threads: int = 1) -> dict[str, str]:
 
 
 def launch(
-    run_dir: Path, *overrides: str, ranks: int = 0, small: bool = True, check: bool = True, threads: int = 1
+    run_dir: Path,
+    *overrides: str,
+    ranks: int = 0,
+    small: bool = True,
+    check: bool = True,
+    threads: int = 1,
+    forked: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False."""
+    """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False.
+
+    Processes of a small run are forked from one that has imported everything, since to import takes longer than the run.
+    They hash strings alike, which ranks that are started one by one (forked=False) do not.
+    """
     torchrun = ("--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
-    command = train_command(run_dir, *overrides, torchrun=torchrun, small=small)
-    result = subprocess.run(command, capture_output=True, text=True, env=train_environment(threads), cwd=ROOT)
+    python, server = forked_python() if small and forked else (sys.executable, {})
+    command = train_command(run_dir, *overrides, torchrun=torchrun, small=small, python=python)
+    result = subprocess.run(command, capture_output=True, text=True, env=train_environment(threads) | server, cwd=ROOT)
     if check:
         assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[:3000]}\n...\n{result.stderr[-3000:]}"
     return result
 
 
+@functools.cache
+def forked_python() -> tuple[str, dict[str, str]]:
+    """What stands for `python` in small runs, and the environment in which it does, for ranks of torchrun as well."""
+    # Imports ask for GPUs, and where there are any, no process forked after that may ask again.
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return sys.executable, {}
+    folder, here = Path(tempfile.mkdtemp(prefix="nvfp4-tests-python-")), Path(__file__).parent
+    server = subprocess.Popen(
+        [sys.executable, here / "fork_server.py", folder / "socket"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=train_environment(), start_new_session=True,
+    )  # fmt: skip
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    # Its standard input is open until the tests end.
+    _servers.append(server)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{here}/forked_python.py" "$@"\n')
+    python.chmod(0o755)
+    return str(python), {"FORK_SERVER": str(folder / "socket"), "PYTHON_EXEC": str(python)}
+
+
+_servers: list[subprocess.Popen] = []
+
+
 def exit_codes(output: str) -> set[int]:
-    """Of the ranks that did not end with 0, as torchrun reports them."""
+    """Exit codes of the ranks that did not end with 0, as torchrun reports them."""
     return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", output)}
 
 

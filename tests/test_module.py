@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.callbacks.requantize import Requantize
 from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule, TrainClock
@@ -63,7 +63,7 @@ def fit(module: QATModule, **options: object) -> L.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
-        "callbacks": [FakeQuant()],
+        "callbacks": [Requantize()],
     }
     trainer = L.Trainer(**(defaults | options))
     trainer.fit(module, Tokens())
@@ -137,14 +137,14 @@ class SaveEarlier(L.Callback):
 def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str, tmp_path: Path) -> None:
     module = make(Evaluated)
     earlier = SaveEarlier(tmp_path / "earlier.ckpt")
-    trainer = fit(module, callbacks=[FakeQuant(), earlier], limit_val_batches=1.0)
+    trainer = fit(module, callbacks=[Requantize(), earlier], limit_val_batches=1.0)
     loader = Tokens().val_dataloader()
 
     def evaluate(**options: object) -> float:
         found = getattr(trainer, how)(module, loader, weights_only=True, **options)
         if how != "predict":
             return found[0]["val/loss"]
-        # Of two sequences and of one.
+        # The first batch has two sequences, the second has one.
         return (2 * found[0].item() + found[1].item()) / 3
 
     assert evaluate() == pytest.approx(module.results["val/loss_quantized"], rel=1e-6)

@@ -1,13 +1,9 @@
 """The plan's numbers against a model small enough to count by hand."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from running import ROOT
 
 from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.build import quantize
@@ -178,47 +174,3 @@ def test_what_the_plan_does_not_know_is_refused() -> None:
 def test_what_cannot_be_sharded_is_refused() -> None:
     with pytest.raises(ValueError, match="world_size must be a multiple of trainer.strategy.replicate_size, got 6 and 4"):
         RunShape(world_size=6, replicate_size=4)
-
-
-def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "GROUP_WORLD_SIZE"}
-    command = [sys.executable, ROOT / "launch" / "plan.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.parametrize(("recipe", "billions"), [("llama3_8b_qat", "8,030,261,248"), ("llama3_70b_qat", "70,553,706,496")])
-def test_the_script_plans_a_recipe(recipe: str, billions: str) -> None:
-    result = plan(f"+recipe={recipe}", "world_size=64", "data.seq_len=1024")
-    assert result.returncode == 0, result.stderr
-    assert f"{billions} parameters" in result.stdout
-    assert "W = 64" in result.stdout
-    assert "T = 1,024" in result.stdout
-
-
-def test_the_script_plans_replicas() -> None:
-    result = plan("trainer=hsdp", "trainer.strategy.replicate_size=8", "world_size=64")
-    assert result.returncode == 0, result.stderr
-    assert "W = 8 share a copy of the model, R = 8 copies" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["trainer=fsdp2"], "world_size=N"),
-        (["trainer=hsdp", "world_size=64"], "trainer.strategy.replicate_size=R"),
-        (["trainer=ddp", "world_size=64"], "trainer=fsdp2"),
-        (["+recipe=quickstart", "world_size=64"], "trainer=fsdp2"),
-        (["trainer=gpu", "+trainer.strategy=ddp", "world_size=64"], "trainer=fsdp2"),
-        (["trainer=fsdp2", "trainer.num_nodes=8", "trainer.devices=8", "world_size=2"], "8 times 8, got 2"),
-        (["trainer=fsdp2", "world_size=2", "trainer.accumulate_grad_batches=0"], "error: trainer.accumulate_grad_batches must"),
-        (["trainer=fsdp2", "world_size=2", "trainer.strategy.replicate_size=0"], "error: trainer.strategy.replicate_size must"),
-        (["trainer=fsdp2", "world_size=2", "quant.gather=pakced"], "error: quant: quant.gather must"),
-        (["+recipe=llama3_8b_qat", "world_size=2", "data.seq_len=100000"], "8192 positions; got data.seq_len=100000"),
-    ],
-)
-def test_the_script_refuses_what_it_would_have_to_guess(arguments: list[str], named: str) -> None:
-    result = plan(*arguments)
-    assert result.returncode == 1
-    assert not result.stdout
-    assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert named in result.stderr.splitlines()[-1]

@@ -90,10 +90,10 @@ _waits = count()
 
 @contextmanager
 def first_rank_awaited() -> Iterator[None]:
-    """A body that no rank leaves before the first one has left it, however long that takes.
+    """No rank leaves the body before rank 0 has left it, however long that takes.
 
-    A collective would fail when the timeout of its process group is over, by default half an hour, and with it an export that takes
-    longer. Raises RuntimeError on the others where the body failed on the first rank.
+    A collective would fail after the timeout of its process group, by default half an hour; an export may take longer. Raises
+    RuntimeError on the other ranks where the body failed on rank 0.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         yield

@@ -14,11 +14,11 @@ from nvfp4_train.quant.statistics import Histogram, Statistic, sum_over_ranks
 
 
 class LayerStatistics(Callback):
-    """Every `every_n_steps` optimizer steps with quantized weights, and at the end: `quant/<layer>/<statistic>` and aggregates.
+    """Logs `quant/<layer>/<statistic>` and aggregates, every `every_n_steps` optimizer steps with quantized weights and at the end.
 
-    A layer is a quantized parameter, without `.weight`. An aggregate, `quant/<statistic>`, is that of all layers; it is also kept
-    among the run's results. Each rank measures the rows that it owns, and one all_reduce adds up all sums of all layers. Histograms
-    go to wandb. Listed after the callback that quantizes.
+    `<layer>` is the name of a quantized parameter without `.weight`. An aggregate, `quant/<statistic>`, is over all layers; it is also
+    kept among the run's results. Each rank measures the rows that it owns, and one all_reduce adds up all sums of all layers.
+    Histograms go to wandb. List it after the callback that quantizes.
     """
 
     def __init__(self, *, statistics: Mapping[str, Statistic | None], every_n_steps: int = 100, per_layer: bool = True) -> None:

@@ -25,12 +25,12 @@ EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. 143 would not tell a saved run from one that SIGTERM killed."""
 
 INTERRUPTED_EXIT_CODE = 130
-"""Of a shell whose command ended by SIGINT. Above the other, so that it wins where ranks got both signals."""
+"""Exit code of a shell whose command ended by SIGINT. It is above `EXIT_CODE`, so that it wins where ranks got both signals."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _SECOND_INTERRUPT_S = 2.0
-"""torchrun passes on at once what the terminal has sent to the ranks as well; this much later, it is the user again."""
+"""Seconds from which on a further SIGINT is the user's. Before, it is the terminal's first one, which torchrun passes on as well."""
 
 
 def _ignore_signals() -> None:
@@ -59,7 +59,7 @@ class Preemption(Callback):
         self._is_running = False
         self._has_saved = False
         self._exit_code = 0
-        """What this rank was asked to end with; 0 if it was not."""
+        """The exit code that this rank was asked to end with; 0 if it was not asked."""
         self._interrupted_at = 0.0
         self._request = torch.zeros(1, dtype=torch.int32)
         self._group: distributed.ProcessGroup | None = None
@@ -83,7 +83,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Lightning has put its handlers before ours by now; when training has ended, it puts ours back.
         self._install()
-        # Before, there is nothing to save.
+        # Before training there is nothing to save.
         signal.signal(signal.SIGINT, self._handle)
         self._last_step = trainer.global_step
 
@@ -137,12 +137,12 @@ class Preemption(Callback):
 
     def _save(self, trainer: Trainer, exit_code: int) -> None:
         path = self.dirpath / f"preempted-step-{trainer.global_step:07d}.ckpt"
-        # Returns on no rank before the checkpoint is complete.
+        # The checkpoint is complete before this returns on any rank.
         trainer.save_checkpoint(path)
         if isinstance(trainer.strategy, FullyShardedStrategy):
             trainer.strategy.finish_checkpoint()
-        # The first rank to end makes torchrun signal the others, which end with the same code all the same. Python takes its own
-        # handlers away before it has ended.
+        # The first rank to end makes torchrun signal the others, which must end with the same code nevertheless. Python removes
+        # signal handlers before it has ended.
         self._has_saved = True
         atexit.register(_ignore_signals)
         if trainer.is_global_zero:

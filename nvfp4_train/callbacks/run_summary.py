@@ -1,4 +1,4 @@
-"""The run folder's last word: metrics.json, and a short summary on the terminal."""
+"""Writes metrics.json at the end of a run, and prints a short summary."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from nvfp4_train.quant.policy import selection_table
 class RunSummary(Callback):
     """Prints what is quantized before training, and the outcome after it; keeps the tokenizer beside the checkpoints.
 
-    Listed after the callbacks whose results it reports.
+    List it after the callbacks whose results it reports.
     """
 
     def __init__(self, *, run_dir: str, tokenizer_dir: str) -> None:
@@ -54,7 +54,7 @@ class RunSummary(Callback):
             print(f"start-up took at most {peaks} on one rank", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        # What the run has cost is safe before the export begins.
+        # The results so far are on disk before the export begins.
         self._write_metrics(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -94,12 +94,12 @@ class RunSummary(Callback):
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of host and of CUDA memory that a process of the run has held at most; 0 where it is not known. A collective."""
+    """Peak bytes of host and of CUDA memory of any process of the run; 0 where not known. A collective."""
     host = 0
     if sys.platform != "win32":
         import resource
 
-        # In bytes on macOS, in KiB elsewhere.
+        # ru_maxrss is in bytes on macOS, in KiB elsewhere.
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peaks = torch.tensor([host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0], device=device)
     if distributed.is_available() and distributed.is_initialized():

@@ -7,7 +7,7 @@ from nvfp4_train.quant.statistics import BlockScales, GlobalAmax, Sqnr, Statisti
 
 
 class ScaleStats(LayerStatistics):
-    """Largest magnitudes, the distribution of block scales and the SQNR; `statistics` adds others by a key of one's own.
+    """Largest magnitudes, the distribution of block scales and the SQNR; `statistics` adds others under keys of their own.
 
     A key that is null leaves out the statistic of that key: `global_amax`, `block_scales` or `sqnr`.
     """

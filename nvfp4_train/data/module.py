@@ -43,7 +43,7 @@ class DataConfig:
     batch_size: int = 8
     """Sequences per rank and micro-batch."""
     val_batch_size: int | None = None
-    """The same in validation; null takes batch_size."""
+    """Sequences per rank and validation batch; null takes batch_size."""
     val_fraction: float = 0.05
     """Share of the documents that is held out."""
     val_sequences: int = 64
@@ -177,8 +177,8 @@ class TextDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """The rank's held-out sequences, rank::world_size, in equally many batches on every rank.
 
-        Equally many, since a forward of a sharded model is a collective. So batch sizes differ by at most one, and a batch size
-        of 1 may give a batch of 2.
+        The numbers are equal because a forward of a sharded model is a collective. So batch sizes differ by at most one, and a batch
+        size of 1 may give a batch of 2.
         """
         assert self._val is not None, "setup comes first"
         rank, world_size = self._rank_and_world_size()
@@ -195,7 +195,7 @@ class TextDataModule(L.LightningDataModule):
         self._resumed = dict(state_dict)
 
     def _position(self) -> int:
-        """Where in the stream the optimizer steps so far end."""
+        """Position in the stream at which the optimizer steps so far end."""
         if not self.trainer:
             return self._resumed["position"]
         steps = self.trainer.global_step - self._resumed["step"]
@@ -223,7 +223,7 @@ class TextDataModule(L.LightningDataModule):
             persistent_workers=self.config.num_workers > 0,
             worker_init_fn=_ignore_interrupt,
             pin_memory=torch.cuda.is_available(),
-            # Workers take their base seed from it; without it, a loader would draw from the global generator.
+            # Workers take their base seed from this generator. Without it a loader would draw from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
 

@@ -97,7 +97,7 @@ def stdlib_files() -> list[Path]:
     """The running interpreter's own standard-library sources that decode as UTF-8, without tests and data tables, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in _walk(root, _STDLIB_SKIPPED_FOLDERS) if file.suffix == ".py" and _is_utf8(file)]
-    # The build's own configuration table, with a name and content of its machine.
+    # The name and the content of the build's configuration table depend on the machine.
     files = [file for file in files if not file.name.startswith("_sysconfigdata")]
     if not files:
         raise ValueError(f"data.path='{PYTHON_STDLIB}' found no Python sources in {root}; set data.path to other text")

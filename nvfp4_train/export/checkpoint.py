@@ -30,7 +30,7 @@ class ExportableCheckpoint:
 def load_checkpoint(path: Path) -> ExportableCheckpoint:
     """Read a checkpoint file or the folder of a sharded checkpoint, whose weights stay on disk until they are used.
 
-    Raises ValueError where it cannot be exported, as the weights of a folder do where they cannot be read.
+    Raises ValueError where the checkpoint cannot be exported. So do the weights of a folder, later, where they cannot be read.
     """
     if not path.is_file() and not is_sharded_checkpoint(path):
         raise ValueError(f"checkpoint must be a file, or the folder of a sharded checkpoint, got {path}")

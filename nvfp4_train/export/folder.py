@@ -44,14 +44,14 @@ def replacing_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iter
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders, where the system can in one step."""
+    """Swap two folders, in one step where the system can."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "renameat2"):
             status = libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE)
             if status == 0:
                 return
-    # Some file systems (NFS) and systems have no exchange: between these renames the old folder has another name.
+    # Some systems and file systems (NFS) have no exchange. Between these renames the old folder has another name.
     aside = new.with_name(f"{new.name}.old")
     old.rename(aside)
     try:

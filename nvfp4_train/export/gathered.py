@@ -1,8 +1,8 @@
-"""Served weights of a sharded model: their rows come from the ranks that hold them, packed or in bf16, when the writer asks.
+"""Served weights of a sharded model. Their rows come from the ranks that hold them, packed or in bf16, when the writer asks.
 
 The first rank writes. It broadcasts the number of the tensor that it wants next, and each rank of its replica sends its rows: a
-quantized weight as the codes and scales that the store made for the forward, anything else in bf16. No master travels, and no rank
-but the first holds a whole tensor. The ranks of other replicas have nothing to do.
+quantized weight as the codes and scales that the store made for the forward, anything else in bf16. No master travels, and only
+the first rank holds a whole tensor. The ranks of other replicas have nothing to do.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ from nvfp4_train.quant.sharded import ShardedWeightStore
 FAILED_ON_FIRST_RANK = "the export failed on the first rank, whose error says why"
 
 _DONE, _FAILED = -1, -2
-"""Requests that are no number of a tensor."""
+"""Requests that end the exchange, where others are the number of a tensor."""
 
 
 GATHERED_AT_ONCE = 1 << 26
-"""Bytes of a rank. Gloo gathers into memory of its own before it fills ours, which would be a second copy of a whole tensor."""
+"""Bytes that a rank sends in one gather. Gloo gathers into its own memory first; of a whole tensor that would be a second copy."""
 
 
 class FromRanks(ServedWeights):
@@ -58,10 +58,10 @@ class FromRanks(ServedWeights):
 
     @contextmanager
     def answered(self) -> Iterator[bool]:
-        """Whether this rank is the writer. The body runs there while the others answer it, and on them after that.
+        """Yield whether this rank is the writer. The writer's body runs while the other ranks answer it; theirs runs after that.
 
-        Raises RuntimeError on the others where the writer's body failed. Where it failed within a gather (out of memory, say), they
-        wait in that gather until the launcher ends them, as it does when the writer has ended with its error.
+        Raises RuntimeError on the other ranks where the writer's body failed. Where it failed within a gather (out of memory, say),
+        they wait in that gather. The launcher ends them when the writer has ended with its error.
         """
         if not self._has_part:
             yield False
@@ -77,7 +77,7 @@ class FromRanks(ServedWeights):
                 yield True
                 outcome = _DONE
             finally:
-                # In the midst of a gather the others hear no request, and to wait for them would hide the error.
+                # Within a gather the other ranks hear no request. Waiting for them would hide the error.
                 if not self._is_gathering:
                     self._request(outcome)
 
@@ -103,7 +103,7 @@ class FromRanks(ServedWeights):
         return gathered
 
     def _request(self, number: int) -> int:
-        """The number that the first rank gives; what the others give is ignored."""
+        """The number that the first rank passes; the numbers of other ranks are ignored."""
         request = torch.tensor(number, device=self._device)
         distributed.broadcast(request, distributed.get_global_rank(self._group, 0), group=self._group)
         return int(request)
@@ -122,7 +122,7 @@ class FromRanks(ServedWeights):
         return to_served(name, own_rows(self._shards[name])[0], self.layout)
 
     def _check_finite(self) -> None:
-        """Of everything that the store does not check; one collective."""
+        """Check every tensor that the store does not check, in one collective."""
         names = [name for name in self._names if not self.is_quantized(name)]
         is_finite = torch.stack([self._served_rows(name).isfinite().all() for name in names]).int()
         distributed.all_reduce(is_finite, distributed.ReduceOp.MIN, group=self._group)
@@ -131,7 +131,7 @@ class FromRanks(ServedWeights):
 
 
 def sharded_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, each parameter in its shards. A forward without a backward leaves parameters whole."""
+    """The state dict of a model with sharded parameters. Reshards first: a forward without a backward leaves parameters whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -139,8 +139,8 @@ def sharded_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) -> Tensor | None:
-    """All `num_rows` rows of a tensor on the first rank of a group, of which every rank gives its own; None on the others."""
-    # Ranks send equally many bytes, whatever they mean.
+    """Gather every rank's rows of a tensor: all `num_rows` of them on the first rank of a group, None on the other ranks."""
+    # Ranks send equally many bytes, of any dtype; those with fewer rows pad them.
     sent = rows.contiguous()
     if len(rows) < (most := -(-num_rows // group.size())):
         sent = rows.new_zeros((most, *rows.shape[1:]))

@@ -16,11 +16,11 @@ from nvfp4_train.quant.served import SERVED_DTYPE
 
 MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ELEMENTS_AT_ONCE = 1 << 20
-"""Quantizing in pieces of this size keeps its intermediate values, 20 bytes an element on the CPU, small next to a large matrix."""
+"""Elements of a piece. Intermediates take 20 bytes an element on the CPU; pieces keep them small next to a large matrix."""
 
 
 class FromMasters(ServedWeights):
-    """Quantized from masters by `state_dict` name, on any device; tied copies may be left out.
+    """Served weights quantized from masters by `state_dict` name, on any device. Tied copies may be left out.
 
     Raises ValueError where weights, manifest and config do not fit together, or a weight is NaN or Inf.
     """
@@ -42,7 +42,7 @@ class FromMasters(ServedWeights):
         weight = self._weights[name].detach()
         s2 = self._global_scales[name].to(weight.device)
         codes, scales = zip(*(nvfp4_quantize(rows, s2, self.manifest.rule) for rows in _pieces(weight)), strict=True)
-        # As bytes: on CUDA, cat knows no float8 in some versions.
+        # Concatenated as bytes, because cat knows no float8 on CUDA in some versions.
         block_scales = torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
         return QuantizedTensor(torch.cat(codes)[None], block_scales[None], self._global_scales[name].reshape(1).clone(), None)
 
@@ -68,7 +68,7 @@ class FromMasters(ServedWeights):
 def check_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> None:
     """Check tensors against a config by name, shape and dtype. Raises ValueError.
 
-    Tensors of a checkpoint on disk are read when they are asked for, and here only where two of them are tied.
+    Tensors of a checkpoint on disk are read when they are asked for. Here that happens only where two of them are tied.
     """
     if missing := layout.tensors.keys() - weights.keys():
         raise ValueError(f"weights must hold every tensor of {layout.architecture}, missing: {shown(missing)}")
@@ -88,8 +88,8 @@ def check_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> None:
 
 
 def _is_same(alias: Tensor, source: Tensor) -> bool:
-    # Tied tensors are normally one storage; a copy that went its own way would be lost. Both have to be alive while addresses are
-    # compared: a tensor may be read from disk to where the last one was.
+    # Tied tensors are normally one storage. A copy with other values would be lost. Both have to be alive while addresses are
+    # compared, because a tensor read from disk may get the address of the last one.
     return alias.data_ptr() == source.data_ptr() or alias.equal(source)
 
 

@@ -1,6 +1,6 @@
 """Formats by name: NAME is the file formats/NAME.py, which writes it, and readers/NAME.py, which reads it back.
 
-To add one is to add these two files; nothing lists them. A format that an existing reader reads names it, and is one file.
+A new format is these two files; nothing lists them. A format that an existing reader can read names that reader, and is one file.
 """
 
 from importlib import import_module

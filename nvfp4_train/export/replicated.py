@@ -1,4 +1,4 @@
-"""Served weights of a replicated model: quantized from its masters under the store's scales, compared with what the store holds."""
+"""Served weights of a replicated model, quantized from its masters under the store's scales, and compared with the store's weights."""
 
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -36,7 +36,7 @@ class ServedWeights(Mapping[str, Tensor]):
 
     @abstractmethod
     def quantized(self, name: str) -> QuantizedTensor:
-        """A quantized weight as it is written. Its tensors share no memory with those of others, which safetensors would refuse."""
+        """A quantized weight as it is written. Its tensors share no memory with other weights: safetensors would refuse that."""
 
     @abstractmethod
     def compute_weight(self, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Tensors that belong into one file: how many bytes they have is known before they are in memory."""
+    """Tensors that belong into one file. Their size is known before they are in memory."""
 
     num_bytes: int
     load: Callable[[], dict[str, Tensor]]
@@ -19,9 +19,9 @@ class FileGroup:
 
 
 def write_shards(folder: Path, groups: Iterable[FileGroup], max_shard_bytes: int) -> int:
-    """Write groups into as many files as needed, with an index if that is more than one. Returns the number of files.
+    """Write groups into as many files as needed, with an index if there are several. Returns the number of files.
 
-    Holds the tensors of one file: a group is loaded when those before it are written, or when it fits beside them.
+    Only the tensors of one file are in memory: a group is loaded when those before it are written, or when it fits beside them.
     """
     keys_of: list[list[str]] = []
     total_bytes = 0

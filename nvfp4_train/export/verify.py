@@ -13,11 +13,11 @@ The checks by name, in order; a failure is an ExportError whose message begins w
     values     decoded and plain tensors equal the expected ones bit for bit
 
 Bytes are read and decoded by `readers`, which share nothing with the writer. The names, shapes and dtypes that a model must have come
-from `HubLayout`, the siblings from the policy, the floor of block scales from the kernels' reference: the writer uses them as well,
-so a mistake in these does not show here, but where transformers or a serving engine loads the folder.
+from `HubLayout`, the siblings from the policy, the floor of block scales from the kernels' reference. The writer uses these as well,
+so a mistake in them does not show here. It shows where transformers or a serving engine loads the folder.
 
-Without power-of-two global scales, 1 / s2 is rounded on disk: there a decoded value may be the bf16 beside the expected one, if
-the exact product lies within 2^-21 of the boundary between the two.
+Without power-of-two global scales, 1 / s2 is rounded on disk. A decoded value may then be the bf16 beside the expected one, if the
+exact product lies within 2^-21 of the boundary between the two.
 """
 
 import json
@@ -52,7 +52,7 @@ DTYPES = {
     torch.float64: "F64",
 }
 ELEMENTS_AT_ONCE = 1 << 22
-"""Reading in pieces of this size keeps the check's memory small next to the largest matrix."""
+"""Elements of a piece. Reading in pieces keeps the check's memory small next to the largest matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,10 @@ class VerifyReport:
 
     tensors: int
     bytes: int
-    """Of all tensors."""
+    """Bytes of all tensors."""
     quantized_parameters: int
     bits_per_weight: float
-    """Of the quantized weights: codes, block scales and global scales."""
+    """Bits of a quantized weight: codes, block scales and global scales."""
     compared: int
     """Model tensors whose values were compared with the expected ones."""
 
@@ -112,7 +112,7 @@ class _Exported:
     layout: HubLayout
     stored: Mapping[str, StoredTensor]
     quantized: frozenset[str]
-    """Modules on disk."""
+    """Quantized modules, by name on disk."""
 
     def parts(self, module: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Required dtype and shape of each part of a quantized module."""
@@ -168,7 +168,7 @@ def _scales_of_activations(layout: HubLayout, stored: Mapping[str, StoredTensor]
 
 
 def _check_keys(reader: Reader, layout: HubLayout, stored: Mapping[str, StoredTensor]) -> frozenset[str]:
-    """Modules on disk with a quantized weight."""
+    """Check the names on disk. Returns the modules on disk with a quantized weight."""
     marker = f".{reader.marker}"
     quantized = frozenset(key.removesuffix(marker) for key in stored if key.endswith(marker))
     require("keys", bool(quantized), "nothing is quantized")
@@ -238,7 +238,7 @@ def _check_siblings(exported: _Exported) -> None:
 
 
 def _check_values(exported: _Exported, expected: Mapping[str, Tensor]) -> int:
-    """Number of model tensors compared."""
+    """Compare every tensor of the model. Returns their number."""
     layout = exported.layout
     missing, unknown = layout.tensors.keys() - expected.keys(), expected.keys() - layout.tensors.keys() - layout.aliases.keys()
     require("values", not missing and not unknown, f"expected weights: missing {shown(missing)}; unknown {shown(unknown)}")

@@ -1,7 +1,7 @@
 """Writes a model as an NVFP4 folder in any format, one file after the other, verified from disk before it gets its name.
 
-A quantized weight is written as its format says, everything else in the dtype that readers hold it in, under the name that the hub
-uses. At most the tensors of one file are in memory, and after that the tensors of one bundle to verify against them.
+A quantized weight is written as its format says, everything else in the dtype in which readers hold it. Names are those of the hub.
+Writing holds at most the tensors of one file in memory, the verification after it those of one bundle.
 """
 
 import json
@@ -66,7 +66,7 @@ def export_compressed_tensors(
         manifest: What is quantized, and how. Siblings have to be in one group.
         config: The model's config. Written with dtype bfloat16.
         overwrite: Replace an existing model folder, once the new one has been verified.
-        options: Of `export_model`.
+        options: Further options of `export_model`.
 
     Raises:
         FileExistsError: The folder exists and is not to be replaced.
@@ -98,7 +98,7 @@ def export_model(
         generation_config: Saved beside the weights.
         max_shard_bytes: Size above which the weights are split over several files with an index.
         overwrite: Replace an existing model folder, once the new one has been verified.
-        expected: Compute weights by `state_dict` name, to which the decoded folder must be equal. By default those of `served`.
+        expected: Compute weights by `state_dict` name, which the decoded folder must equal. By default those of `served`.
 
     Raises:
         FileExistsError: The folder exists and is not to be replaced.
@@ -156,7 +156,7 @@ class _Writer:
             yield from self._split([names for names, _ in bundles])
 
     def _split(self, bundles: Sequence[tuple[str, ...]]) -> Iterator[FileGroup]:
-        """The module that a few bundles are, or the several that an expert parameter is, which is asked for once."""
+        """The modules on disk of some bundles. An expert parameter, which is several modules, is asked for once."""
         sizes = {key: tensor.nbytes for names in bundles for key, tensor in self._on_disk(names, on_meta=True).items()}
         loaded: dict[str, Tensor] = {}
 
@@ -170,7 +170,7 @@ class _Writer:
             yield FileGroup(sum(sizes[key] for key in of_one), partial(load, of_one))
 
     def _on_disk(self, names: tuple[str, ...], *, on_meta: bool = False) -> dict[str, Tensor]:
-        """The tensors on disk of a bundle, or what they are like, without any weight."""
+        """The tensors on disk of a bundle; with `on_meta` tensors like them on the meta device, without any weight."""
         layout = self.served.layout
         if self.served.is_quantized(names[0]):
             weight = _described(layout.tensors[names[0]].shape) if on_meta else self.served.quantized(names[0])
@@ -196,14 +196,14 @@ def _owner(key: str) -> str:
 
 def _model_config(layout: HubLayout) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(layout.served_config.to_json_string(use_diff=True))
-    # Where the model was trained from is nobody's business.
+    # The path that the model was trained from is private.
     config.pop("_name_or_path", None)
     return config | {"architectures": [layout.architecture], "dtype": "bfloat16"}
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder)
-    # Transformers notes how this tokenizer was loaded, and a run and a later export load it from different places.
+    # Transformers notes how the tokenizer was loaded. A run and a later export load it from different places.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in config.items() if name not in ("is_local", "local_files_only")}

@@ -12,7 +12,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Loss(Protocol):
-    """A loss that is given the model, so that it decides what of it to compute, and which other models it needs.
+    """A loss. It gets the model, so that it decides what to compute of it and which other models it needs.
 
     It is no `nn.Module`: a teacher is in no checkpoint, has no optimizer state, and is not averaged over ranks.
     """

@@ -1,4 +1,4 @@
-"""From a model to one that trains with its served weights: what is quantized, who shows it, and the store that refreshes it."""
+"""Makes a model train with its served weights: selects what is quantized, lets modules show it, and makes the store."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_froze
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import served_dtypes
-from nvfp4_train.models.sharding import allocate, fsdp_units, shard_model
+from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, shard_model
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.served import served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -22,15 +22,15 @@ from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
 def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dtype: torch.dtype | None = None) -> WeightStore:
     """Let a model compute with NVFP4 weights, in place: any `nn.Module` with linears, on one device. Parameters stay masters.
 
-    The returned store holds what was quantized (`manifest`), and follows the masters by `update()`, to be called after every optimizer
-    step. Until the first update the forward computes with masters rounded to bf16: it is done here, unless config says that
-    quantization begins later, or never.
+    The returned store holds what was quantized (`manifest`). Call its `update()` after every optimizer step, so that it follows the
+    masters. Until the first update the forward computes with masters rounded to bf16. The first update is done here, unless config
+    says that quantization begins later, or never.
 
     Args:
         model: Its floating-point parameters are fp32 or bf16, and stay as they are.
         config: Which weights, and how; everything but the output embedding and routers by default.
-        compute_dtype: Of products and activations, bfloat16 or float32: with either, weights have their served values. By default
-            that of the model's first parameter.
+        compute_dtype: Dtype of products and activations, bfloat16 or float32; weights have their served values in both. By default
+            the dtype of the model's first parameter.
 
     Raises:
         ValueError: Nothing is left to quantize, or a pattern of config matches nothing; see `select`.
@@ -62,13 +62,19 @@ def make_trainable(
 ) -> Trainable:
     """Choose what is quantized, let the model show served values, and shard it over the mesh if there is one, in place.
 
-    `fill` is called when the model is sharded, to give it its weights. The store's first update is the caller's.
+    `fill` is called once the model is sharded, and gives it its weights. The caller does the store's first update.
     """
     selection = select(model, quant, HubLayout(model.config) if isinstance(model, PreTrainedModel) else None)
     kept = kept_in_fp32(model)
     sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
     units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
-    shown = show_served(model, list(dict.fromkeys(units)), kept=kept, compute_dtype=compute_dtype)
+    shown = show_served(
+        model,
+        list(dict.fromkeys(units)),
+        kept=kept,
+        gathered_as_served=gathered_as_served(sharded_units),
+        compute_dtype=compute_dtype,
+    )
     for layer in decoder_layers(model) if compile_layers else ():
         layer.compile()
     if mesh is None:
@@ -88,7 +94,7 @@ def make_trainable(
 
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
-    """Names of the parameters that transformers keeps in fp32 when it loads the model in bf16; of other modules none."""
+    """Names of the parameters that transformers keeps in fp32 when it loads the model in bf16; none for other modules."""
     if not isinstance(model, PreTrainedModel):
         return set()
     dtypes = served_dtypes(model)
@@ -113,7 +119,7 @@ def build_model(
 ) -> BuiltModel:
     """Load or make the model of a config, and make it trainable; sharded over the mesh if there is one.
 
-    A sharded model is filled with its weights here, on the device; another one is still on the CPU.
+    A sharded model gets its weights here, on the device. A model that is not sharded is still on the CPU.
     """
     # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
     opened = None if mesh is None else open_folder(config, compute_dtype)
@@ -137,7 +143,7 @@ def build_model(
 
 
 ModelBuilder = Callable[[ModelConfig | None], nn.Module]
-"""Builds another model beside the one that trains, frozen and in bf16: of a config, or of the student's own original."""
+"""Builds another model beside the one that trains, frozen and in bf16: from a config or, without one, the student's original."""
 
 
 def frozen_builder(student: ModelConfig, device: torch.device, mesh: DeviceMesh | None = None) -> ModelBuilder:

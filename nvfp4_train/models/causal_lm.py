@@ -71,7 +71,7 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether matrix products in bf16 are faster than in fp32: with AVX512-BF16 or AMX, unless the environment turns them off."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    # The two variables with which PyTorch and oneDNN are limited to an older instruction set.
+    # Two environment variables limit PyTorch and oneDNN to an older instruction set.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit not in ("", "DEFAULT", "ALL") and not any(part in limit for part in ("BF16", "FP16", "AMX", "AVX10")):
         return False
@@ -112,7 +112,7 @@ def load_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -
         # Each kind of device draws other numbers, and some of Lightning's strategies build a model on the GPU.
         with torch.device("cpu"):
             return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config, compute_dtype)
-    # Tensors of another shape are refused below, with the others.
+    # Tensors of another shape are refused below, with missing and unexpected ones.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         config.path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
@@ -135,7 +135,7 @@ def load_frozen(config: ModelConfig) -> PreTrainedModel:
 def refuse_other_tensors(
     path: str, missing: Iterable[str], unexpected: Iterable[str], of_other_shape: Iterable[str] = ()
 ) -> None:
-    """Raise ValueError if there are any: training would start from random weights, or lose some."""
+    """Raise ValueError if any tensor is listed: training would start from random weights, or lose some."""
     faults = {
         "misses": missing,
         "holds tensors that the model has not:": unexpected,
@@ -157,7 +157,7 @@ def empty_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) 
         try:
             model.generation_config = GenerationConfig.from_pretrained(config.path)
         except OSError:
-            # Without such a file from_pretrained makes one of the model's config.
+            # Without such a file from_pretrained makes a generation config from the model's config.
             model.generation_config = GenerationConfig.from_pretrained(
                 config.path, config_file_name="config.json", _from_model_config=True
             )
@@ -173,7 +173,7 @@ def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> Pr
 
 
 def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of token ids [B, T], each row of which is one sequence, without padding."""
+    """Logits [B, T, V] of token ids [B, T]. Each row is one sequence without padding."""
     return model(input_ids=input_ids, use_cache=False).logits
 
 
@@ -185,7 +185,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
     take_rows_for_single_sequences()
     _serve_buffers(model, compute_dtype)
-    # Some classes look here for the dtype to compute in.
+    # Some classes take the dtype to compute in from here.
     model.config.dtype = compute_dtype
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -198,14 +198,14 @@ def _serve_buffers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     dtypes, saved = served_dtypes(model), model.state_dict().keys()
     computed = dict(plain_class(model).named_buffers())
     for name, buffer in model.named_buffers():
-        # What is not saved is computed anew by every reader, in its own dtype.
+        # Every reader computes unsaved buffers anew, in its own dtype.
         value = (buffer if name in saved else computed[name]).to(dtypes[name])
         owner = model.get_submodule(name.rpartition(".")[0])
         owner._buffers[name.rpartition(".")[2]] = value.to(compute_dtype if value.dtype is SERVED_DTYPE else value.dtype)
 
 
 def _refuse_misspelt(fields: Mapping[str, Any], default: PretrainedConfig) -> None:
-    """Transformers keeps an unknown field as an attribute that changes nothing, so one that is nearly known is a slip."""
+    """Raise ValueError for a field that is nearly a known one: transformers keeps it as an attribute that changes nothing."""
     known = {*default.to_dict(), *default.attribute_map, *(getattr(default, "rope_parameters", None) or {}), "rope_scaling"}
     known |= {name for cls in type(default).__mro__ for name in getattr(cls, "__annotations__", {})}
     for name in fields:

@@ -1,9 +1,9 @@
-"""The weights of a Hugging Face folder, read by rows: each rank of a sharded model reads its own and no others.
+"""The weights of a Hugging Face folder, read by rows: each rank of a sharded model reads its own rows only.
 
 A model and its folder may differ in names (Mixtral's `mlp.gate` is `block_sparse_moe.gate` on disk) and in layout (a parameter with
-the experts of a layer, [E, ...], is several tensors per expert on disk). Transformers' own reverse of that map, with which it
-saves, says where each row of a parameter is. Tensors that it joins in yet other ways, weights in other files than safetensors,
-and folders with other names than it writes are left to `load_model`, which needs memory for the whole model.
+the experts of a layer, [E, ...], is several tensors per expert on disk). Transformers has the reverse of that map, with which it
+saves; it says where each row of a parameter is. `load_model`, which needs memory for the whole model, loads all else: tensors that
+are joined in yet other ways, weights in other files than safetensors, and folders with other names than transformers writes.
 """
 
 import math
@@ -30,10 +30,10 @@ class _ExpertPart:
     """A tensor on disk that is part of one expert's row of a parameter [E, ...]."""
 
     key: str
-    """Of expert 0."""
+    """Name on disk of expert 0's tensor."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    """Of the elements in the row, with the offset of the first."""
+    """Strides of its elements in the row; `offset` is the place of the first."""
     offset: int
 
     def key_of(self, expert: int) -> str:
@@ -56,8 +56,8 @@ def open_folder(
 ) -> "tuple[PreTrainedModel, FolderWeights] | None":
     """The model of `model.path` without memory for its parameters, and the weights to fill it with once it is sharded.
 
-    None where they cannot be read by rows: see the module's docstring. Raises ValueError where a tensor is missing, unexpected or
-    of another shape.
+    Returns None where the weights cannot be read by rows, see the module's docstring. Raises ValueError where a tensor is missing,
+    unexpected or of another shape.
     """
     hf_config = load_config(config)
     # Configs may name files of their own.
@@ -85,14 +85,14 @@ class FolderWeights:
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"model.path={path!r}: {file} is no whole safetensors file: {error}") from error
         self._key_of: dict[str, str] = {}
-        """On disk, by name in the model; of tensors that are the same in both."""
+        """Name on disk by name in the model, for tensors that are the same in both."""
         self._experts: dict[str, list[_ExpertPart]] = {}
-        """By name in the model."""
+        """Parts of an expert parameter by its name in the model."""
         self._copies: dict[str, str] = {}
         """Second copies of tied tensors: key on disk -> name of the first in the model."""
 
     def find_all_of(self, model: PreTrainedModel) -> bool:
-        """Find every tensor of a model by name and shape; whether they can be read by rows. Raises ValueError as `open_folder`."""
+        """Find every tensor of a model by name and shape. Returns whether all can be read by rows. Raises as `open_folder` does."""
         aliases = model.all_tied_weights_keys
         state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in aliases}
         required = dict(revert_weight_conversion(model, state))
@@ -111,7 +111,7 @@ class FolderWeights:
             key for key in self._file_of.keys() - required.keys() - self._copies.keys() if not _is_ignored(model, key)
         }
         if missing and unexpected:
-            # Of an older version of transformers, or of its authors: it may know how to rename them.
+            # The names may be those of an older transformers, or of the authors. Transformers may know how to rename them.
             return False
         others = [
             f"{key} {self._shapes[key]} instead of {tuple(tensor.shape)}"
@@ -122,7 +122,7 @@ class FolderWeights:
         return True
 
     def _find_layout(self, model: PreTrainedModel, state: Mapping[str, Tensor], required: Mapping[str, Tensor]) -> bool:
-        """Find which tensors on disk each tensor of a model is; whether every one of them is that by rows."""
+        """Find the tensors on disk that make up each tensor of a model. Returns whether all can be read by rows."""
         names = {id(tensor): name for name, tensor in state.items()}
         self._key_of = {names[id(tensor)]: key for key, tensor in required.items() if id(tensor) in names}
         found = set(self._key_of.values())
@@ -133,7 +133,7 @@ class FolderWeights:
 
     @torch.no_grad()
     def read_into(self, model: PreTrainedModel) -> None:
-        """Fill this rank's rows of every tensor, cast to its dtype. At any time the rows that were read of one file are mapped."""
+        """Fill this rank's rows of every tensor, cast to its dtype. At any time only the rows read from one file are mapped."""
         state = model.state_dict()
         by_file: dict[str, list[_Piece]] = defaultdict(list)
         for name in self._key_of | self._experts:
@@ -180,10 +180,10 @@ def _safetensors_files(path: str) -> list[str]:
 
 
 def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[_ExpertPart]:
-    """Where the tensors on disk of one expert lie in its row of a parameter [E, ...]; none if that is no plain layout."""
+    """Where one expert's tensors on disk lie in its row of a parameter [E, ...]; empty if strides cannot describe that."""
     if parameter.dim() < 3 or (row_numel := parameter[0].numel()) >= 2**31:
         return []
-    # Transformers rearranges the numbers of the elements as it would the elements.
+    # Transformers rearranges the indices of the elements as it would the elements.
     numbers = torch.arange(row_numel, dtype=torch.int32).view(1, *parameter.shape[1:])
     parts = []
     for key, part in revert_weight_conversion(model, {name: numbers}).items():
@@ -197,6 +197,6 @@ def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[
 
 
 def _is_ignored(model: PreTrainedModel, key: str) -> bool:
-    """Whether transformers drops a tensor on disk: of other parts of a published model, or a buffer that once was saved."""
+    """Whether transformers drops a tensor on disk: one of another part of a published model, or a buffer that once was saved."""
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     return any(re.search(pattern, key) for pattern in patterns)

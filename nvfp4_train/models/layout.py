@@ -20,7 +20,7 @@ class HubLayout:
 
     def __init__(self, config: PretrainedConfig):
         self.model = plain_model(config)
-        """On the meta device."""
+        """The plain transformers class, on the meta device."""
         dtypes = dtypes_of_plain(self.model)
         state = {
             name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta")
@@ -30,14 +30,14 @@ class HubLayout:
         """Tied copies, which are not on disk: name -> name of the tensor that is."""
         self.buffers = state.keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
         self.tensors = {name: tensor for name, tensor in state.items() if name not in self.aliases}
-        """By name in memory, on the meta device, in the dtype that is served."""
+        """Tensors by name in memory, on the meta device, in the dtype that is served."""
         self.hub_tensors: dict[str, Tensor] = self._revert(self.tensors)
-        """By name on disk, likewise."""
+        """The same by name on disk."""
         key_of = {id(tensor): key for key, tensor in self.hub_tensors.items()}
         self._renamed = {name: key_of[id(tensor)] for name, tensor in self.tensors.items() if id(tensor) in key_of}
         self._renamed |= {alias: next(iter(self._revert({alias: state[alias]}))) for alias in self.aliases}
         self.bundles = self._find_bundles()
-        """Tensors in memory -> the tensors on disk that hold them: one and one, one and several, or several and one."""
+        """Tensors in memory -> the tensors on disk that hold them: one to one, one to several, or several to one."""
         if sorted(key for keys in self.bundles.values() for key in keys) != sorted(self.hub_tensors):
             raise ValueError(
                 f"transformers does not tell how tensors of {self.architecture} are joined on disk, so they cannot be written one "
@@ -58,7 +58,7 @@ class HubLayout:
         return self.tensors[self.aliases.get(name, name)].dtype
 
     def to_hub(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a bundle by name in memory -> by name on disk, as views where transformers' map allows it."""
+        """Map the tensors of a bundle from names in memory to names on disk, as views where transformers' map allows it."""
         if len(tensors) == 1 and (name := next(iter(tensors))) in self._renamed:
             return {self._renamed[name]: tensors[name]}
         return self._revert(dict(tensors))

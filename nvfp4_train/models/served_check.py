@@ -1,7 +1,7 @@
 """Compares the model that trains with the transformers class that will serve it, module by module, on one short batch.
 
-The plain class is built on the meta device. Its forward runs once, and takes the served values of one unit at a time from the
-training model, so that this takes the memory of one decoder layer. Both forwards get the same tensors, so they compute the same
+The plain class is built on the meta device. Its forward runs once, and borrows the served values of one unit at a time from the
+training model, so the check takes the memory of one decoder layer. Both forwards get the same tensors, so they compute the same
 bits unless one of them reads a parameter, a dtype or a buffer that the other does not.
 """
 
@@ -28,10 +28,10 @@ Outputs = dict[str, list[list[Tensor]]]
 
 @torch.no_grad()
 def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch.dtype = SERVED_DTYPE) -> int:
-    """Raise ValueError where a module of the training model gives another output than that of the plain class; names the first.
+    """Raise ValueError, naming the first module, where the output of a module differs between training model and plain class.
 
-    `model` is one of `build_model`, in the state in which it trains next; input_ids int64 [B, T]. A module that does not repeat its own
-    output is passed over. Under FSDP2 call it on every rank. Returns the number of modules compared.
+    `model` was made by `build_model`, and is in the state in which it trains next. input_ids are int64 [B, T]. A module that does not
+    repeat its own output is passed over with a warning. Under FSDP2 call it on every rank. Returns the number of modules compared.
     """
     with _undisturbed(model):
         trained = _outputs_of(model, input_ids)
@@ -55,7 +55,7 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation without compiled layers, which hooks would compile anew, and with algorithms that repeat their results."""
+    """Evaluation mode with deterministic algorithms, and without compiled layers, which hooks would compile anew."""
     modules = list(model.modules())
     was_training = [module.training for module in modules]
     compiled = [module._compiled_call_impl for module in modules]
@@ -103,7 +103,7 @@ def _same(first: list[list[Tensor]], second: list[list[Tensor]]) -> bool:
 
 
 def _largest_difference(first: list[list[Tensor]], second: list[list[Tensor]]) -> float:
-    """Over all calls and tensors; infinite where one has others than the other, or NaN alone."""
+    """Largest difference over all calls and tensors; infinite where their numbers or shapes differ, or only one has NaN."""
     if [len(tensors) for tensors in first] != [len(tensors) for tensors in second]:
         return math.inf
     pairs = [(x, y) for a, b in zip(first, second, strict=True) for x, y in zip(a, b, strict=True)]
@@ -120,7 +120,7 @@ def _difference(x: Tensor, y: Tensor) -> float:
 def _first_difference(
     model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch.dtype, trained: Outputs
 ) -> tuple[str, float] | None:
-    """The module of the plain class that ends first with another output, and by how much."""
+    """The first module of the plain class to end with another output, and the difference."""
     plain = plain_class(model, compute_dtype)
     dtypes = served_dtypes(model)
     _take_buffers(plain, model, dtypes, compute_dtype)
@@ -147,7 +147,7 @@ def _first_difference(
 
 
 class _Lender:
-    """Gives the modules of one unit of the plain class what the training model shows there, while that unit runs."""
+    """Lends the training model's shown parameters to one unit of the plain class while that unit runs."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class _Lender:
             borrower._parameters = shown_there
 
     def _as_read(self, name: str, value: Tensor) -> Tensor:
-        """In the dtype that a reader has it in; a view where that is the dtype it has already."""
+        """The value in the dtype in which a reader holds it; a view where it has that dtype already."""
         dtype = self._dtypes[name]
         return value.detach().to(dtype).to(self._compute_dtype if dtype is SERVED_DTYPE else dtype)
 
@@ -194,7 +194,7 @@ class _Lender:
 def _take_buffers(
     plain: PreTrainedModel, model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], compute_dtype: torch.dtype
 ) -> None:
-    """Saved buffers from the model, others as the plain class computes them in bf16."""
+    """Give the plain class its buffers: saved ones from the model, others as the plain class computes them in bf16."""
     computed = dict((plain if compute_dtype is SERVED_DTYPE else plain_class(model)).named_buffers())
     of_model, saved = dict(model.named_buffers()), model.state_dict().keys()
     for name in computed:

@@ -1,7 +1,7 @@
 """The dtype in which every tensor of a model is served: that of the plain transformers class, loaded with dtype=bfloat16.
 
-That is bf16, but for what the class makes in another dtype (`torch.zeros(n, dtype=torch.float32)`) and for what it names in
-`_keep_in_fp32_modules_strict`. `_keep_in_fp32_modules`, without `strict`, is about float16 alone.
+That is bf16, except for tensors that the class makes in another dtype (`torch.zeros(n, dtype=torch.float32)`) and those that it names
+in `_keep_in_fp32_modules_strict`. `_keep_in_fp32_modules`, without `strict`, is about float16 alone.
 """
 
 import copy
@@ -19,7 +19,7 @@ def plain_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def served_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Dtype by name of every parameter and buffer, buffers that are not saved and tied copies among them.
+    """Dtype by name of every parameter and buffer, including unsaved buffers and tied copies.
 
     Reads the model's config alone, so the model may be in any dtype, sharded, or have modules of ours.
     """
@@ -30,7 +30,7 @@ def dtypes_of_plain(plain: PreTrainedModel) -> dict[str, torch.dtype]:
     """`served_dtypes` of what `plain_model` returns."""
     dtypes = {name: tensor.dtype for name, tensor in plain.named_parameters(remove_duplicate=False)}
     dtypes |= {name: tensor.dtype for name, tensor in plain.named_buffers(remove_duplicate=False)}
-    # As from_pretrained does: patterns are searched in the names of what is saved, `*` stands for anything.
+    # As from_pretrained does: patterns are searched in the names of saved tensors, and `*` stands for anything.
     for pattern, dtype in plain._get_dtype_plan(torch.bfloat16).items():
         for name in plain.state_dict():
             if re.search(pattern.replace("*", ".*"), name):

@@ -1,6 +1,6 @@
 """Sharding of a causal LM over devices by FSDP2: fp32 masters, served values in the forward, fp32 reduction."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,14 @@ class FsdpUnit:
     in_fp32: bool
     """Masters are gathered, and the forward rounds them. Otherwise they are rounded to bf16 first."""
     is_layer: bool = False
-    """Freed after its forward, and gathered again in the backward, where the model is told to."""
+    """With `reshard_after_forward`, freed after its forward and gathered again in the backward."""
 
 
 def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE) -> list[FsdpUnit]:
     """The decoder layers, the input embedding unless the head has the same weight, and the root with all the rest.
 
-    `kept` are names of parameters that are served in fp32: what holds one is gathered in fp32, since FSDP2 reduces the gradients of
-    what it gathers together in one dtype. Layers that share parameters are gathered together.
+    `kept` are names of parameters that are served in fp32. A unit that holds one is gathered in fp32, because FSDP2 reduces the
+    gradients of a unit in one dtype. Layers that share parameters are one unit.
     """
     layers = _outermost(decoder_layers(model))
     if not layers:
@@ -58,13 +58,26 @@ def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: t
     return units
 
 
+def gathered_as_served(units: Sequence[FsdpUnit]) -> set[nn.Module]:
+    """The modules whose parameters FSDP2 rounds to bf16 before it gathers them, so that the forward need not round them."""
+    tops = {module for unit in units for module in unit.modules}
+
+    def inside(module: nn.Module) -> Iterator[nn.Module]:
+        yield module
+        for child in module.children():
+            if child not in tops:
+                yield from inside(child)
+
+    return {module for unit in units if not unit.in_fp32 for top in unit.modules for module in inside(top)}
+
+
 def _outermost(layers: Sequence[nn.Module]) -> list[nn.Module]:
     inside = {module for layer in layers for module in layer.modules() if module is not layer}
     return [layer for layer in layers if layer not in inside]
 
 
 def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Layers one by one, or those together that share a parameter."""
+    """Layers in lists of one; those that share a parameter are in one list."""
     together: list[tuple[list[nn.Module], set[int]]] = []
     for layer in layers:
         own = {id(p) for p in layer.parameters()}
@@ -76,7 +89,7 @@ def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
 
 
 def shard_model(mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True) -> None:
-    """Apply `fully_shard` to the units of a model in their order, in place; `show_served` comes before.
+    """Apply `fully_shard` to the units of a model in their order, in place. Call `show_served` first.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.
@@ -98,11 +111,11 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a tensor of a sharded model, in the memory that FSDP2 uses, and the number of the first of them."""
+    """This rank's rows of a tensor of a sharded model, in the memory that FSDP2 uses, and the index of the first one."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), 0
     shard_dim = tensor.placements.index(Shard(0))
-    # Of torch.chunk, as FSDP2 cuts: the last ranks may have fewer rows, or none.
+    # FSDP2 cuts as torch.chunk does: the last ranks may have fewer rows, or none.
     rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
     first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
     return tensor.to_local().detach(), min(first, tensor.shape[0])

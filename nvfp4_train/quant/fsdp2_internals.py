@@ -1,9 +1,9 @@
-"""Everything of FSDP2 that PyTorch does not document, seen in PyTorch 2.11 to 2.13. `sharded` goes without it in other versions.
+"""The undocumented parts of FSDP2 that we use, seen in PyTorch 2.11 to 2.13. In other versions `sharded` works without this file.
 
 FSDP2 gathers and unpacks every parameter on its own, which takes the host longer than a small layer computes. So while
-quantization is on, the objects in which FSDP2 keeps what it gathers together are of a class of ours, `PackedParamGroup`: one tensor
-is sent as it lies ready between the steps, and decoded into one tensor, of which the unsharded parameters are views. While
-quantization is off they are FSDP2's own, and gather the masters.
+quantization is on, FSDP2's parameter groups are of our class `PackedParamGroup`. A group sends one tensor, which lies ready between
+the steps, and decodes it into one tensor; the unsharded parameters are views of that. While quantization is off the groups are of
+FSDP2's own class, and gather the masters.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import AllGatherState
 
 
 class Gathered(Protocol):
-    """What a `PackedParamGroup` asks for."""
+    """What a `PackedParamGroup` sends, and how it unpacks what it receives."""
 
     @property
     def sent(self) -> Tensor:
@@ -32,9 +32,9 @@ class Gathered(Protocol):
 
 
 class PackedParamGroup(FSDPParamGroup):
-    """What FSDP2 gathers together, while some of it is quantized: one collective, one decoding.
+    """A parameter group of FSDP2, while some of its parameters are quantized. A gather is one collective and one decoding.
 
-    Overrides FSDP2's two halves of a gather. Streams and events are those of the originals, and buffers live equally long.
+    Overrides the two halves of a gather. Same streams and events as the originals, and buffers live equally long.
     """
 
     gathered: Gathered
@@ -55,7 +55,7 @@ class PackedParamGroup(FSDPParamGroup):
             return
         is_forward = self._training_state == TrainingState.FORWARD
         if is_forward and (previous := self.comm_ctx.all_gather_state) is not None:
-            # The layer before has decoded what it received, so that memory is free.
+            # Once the previous layer has decoded the bytes that it received, their memory is free.
             self._wait_all_gather_streams_on_event(previous.event)
             self.comm_ctx.all_gather_state = None
         _wait_for(self, gathered)
@@ -64,7 +64,7 @@ class PackedParamGroup(FSDPParamGroup):
         decoded = self.device_handle.Event()
         decoded.record()
         if is_forward and gathered.all_gather_work is None:
-            # The next layer's gather need not wait for this decoding, so it must not take this memory.
+            # The next layer's gather does not wait for this decoding, so the received bytes must stay alive.
             self.comm_ctx.all_gather_state = AllGatherState(gathered, decoded)
         else:
             self._wait_all_gather_streams_on_event(decoded)
@@ -72,12 +72,12 @@ class PackedParamGroup(FSDPParamGroup):
 
 
 def param_group(module: FSDPModule) -> FSDPParamGroup | None:
-    """The parameters that FSDP2 gathers for a module; None where others gather all of them."""
+    """FSDP2's parameter group of a module; None where the groups of other modules gather all its parameters."""
     return module._get_fsdp_state()._fsdp_param_group
 
 
 def gather(group: FSDPParamGroup, sent: Tensor, async_op: bool = False) -> tuple[Tensor, Work | None]:
-    """What all ranks send, and the collective to wait for if there is one."""
+    """Returns what all ranks send, and the collective to wait for if there is one."""
     ranks: ProcessGroup = group._all_gather_process_group
     if ranks.size() == 1:
         return sent, None
@@ -87,10 +87,10 @@ def gather(group: FSDPParamGroup, sent: Tensor, async_op: bool = False) -> tuple
 
 
 def attach(group: FSDPParamGroup, gathered: Gathered, whole: Tensor, views: Sequence[Tensor]) -> None:
-    """Let FSDP2 gather through `gathered`, into views of `whole`, one per parameter in its order; frees the memory of `whole`."""
+    """Let FSDP2 gather through `gathered`, into `views` of `whole`, one per parameter in its order. Frees the memory of `whole`."""
     memory = [whole]
     for fsdp_param, view in zip(group.fsdp_params, views, strict=True):
-        # FSDP2 frees and counts all of the memory as that of the first parameter.
+        # The first parameter owns all of the memory, so that FSDP2 frees and counts it once.
         fsdp_param.all_gather_outputs = memory
         fsdp_param._unsharded_param = nn.Parameter(view, requires_grad=fsdp_param.sharded_param.requires_grad)
         memory = []
@@ -101,7 +101,7 @@ def attach(group: FSDPParamGroup, gathered: Gathered, whole: Tensor, views: Sequ
 
 
 def detach(group: FSDPParamGroup) -> None:
-    """Give the group back to FSDP2, if it is not its own."""
+    """Give a `PackedParamGroup` back FSDP2's own class; other groups stay as they are."""
     if isinstance(group, PackedParamGroup):
         group.__class__ = FSDPParamGroup  # type: ignore[assignment]
         del group.gathered
@@ -111,14 +111,14 @@ def detach(group: FSDPParamGroup) -> None:
 
 
 def drop_gather(group: FSDPParamGroup) -> None:
-    """Forget what has been gathered and not yet been unpacked: it is of an earlier update, or of another class of group."""
+    """Drop a gather that has not been unpacked: it is of an earlier update, or of the other class of group."""
     if (gathered := group._all_gather_result) is not None:
         _wait_for(group, gathered)
         group._all_gather_result = None
 
 
 def _wait_for(group: FSDPParamGroup, gathered: AllGatherResult) -> None:
-    """Let the stream that computes wait for a gather."""
+    """Let the current stream wait for a gather."""
     if gathered.all_gather_event is not None:
         group.device_handle.current_stream().wait_event(gathered.all_gather_event)
     if isinstance(gathered.all_gather_work, Work):
@@ -126,13 +126,16 @@ def _wait_for(group: FSDPParamGroup, gathered: AllGatherResult) -> None:
 
 
 def write_unsharded(whole: Tensor, write: Callable[[Tensor], None]) -> None:
-    """Run `write` on freed memory that is allocated anew. Autograd has saved views of it, for which the values are gathered again."""
+    """Allocate the freed memory of `whole` again and run `write` on it.
+
+    Autograd has saved views of `whole`, for which the same values are gathered again, so the version counter stays.
+    """
     alloc_storage(whole)
     with torch.autograd._unsafe_preserve_version_counter(whole):
         write(whole)
 
 
 def follow_replaced(group: FSDPParamGroup) -> None:
-    """Let FSDP2 look at local tensors that a load with `assign` or a move to another device has replaced."""
+    """Let FSDP2 use the new local tensors after a load with `assign` or a move to another device."""
     for fsdp_param in group.fsdp_params:
         fsdp_param.reset_sharded_param()

@@ -1,4 +1,4 @@
-"""The rows of a quantized weight that one rank alone owns: what a measurement takes, so that ranks share the work and none gathers."""
+"""The rows of a quantized weight that one rank alone owns. Measurements take them, so ranks share the work and none gathers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 PIECE, PIECE_ON_GPU = 1 << 20, 1 << 22
-"""Elements of a master that are worked on at once: they fit the caches of a CPU; a GPU takes too long to start on fewer."""
+"""Elements of a piece on a CPU, where they fit the caches, and on a GPU, where the launches of smaller pieces would take too long."""
 
 
 def own_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
-    """The rows of one of several ranks that hold the same rows: ceil(num_rows / num_ranks), fewer or none on the last ranks."""
+    """One rank's part of rows that all ranks hold: ceil(num_rows / num_ranks) of them, fewer or none on the last ranks."""
     each = -(-num_rows // num_ranks)
     return slice(rank * each, (rank + 1) * each)
 
@@ -19,12 +19,12 @@ def own_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
 class LocalWeight:
     """Rows of one quantized weight, as the last update of the store left them.
 
-    Over all ranks they are the rows of the whole weight, each once. S is 1 for a linear, the number of experts for experts; n may be
-    0. All tensors are on the device of the master.
+    All ranks together have every row of the whole weight, each once. S is 1 for a linear, and the number of experts for experts. n may
+    be 0. All tensors are on the device of the master.
     """
 
     name: str
-    """Of the parameter."""
+    """Name of the parameter."""
     slots: range
     """The S slots of the store that the rows belong to."""
     master: Tensor
@@ -34,12 +34,12 @@ class LocalWeight:
     block_scales: Tensor
     """float8_e4m3fn [S, n, K / 16]."""
     global_amax: Tensor
-    """float32, of every slot of the whole weight, whatever rows are here: every rank knows them."""
+    """Amax of every slot of the whole weight, float32. Every rank knows it, whatever rows it has."""
     global_scale: Tensor
     """s2, float32 [S]."""
 
     def pieces(self) -> Iterator["LocalWeight"]:
-        """The same rows in pieces of one slot and about `PIECE` elements, [1, rows, K]: they bound the memory of intermediates."""
+        """The same rows in pieces [1, rows, K] of one slot and about `PIECE` elements, which bounds the memory of intermediates."""
         num_rows = max(1, (PIECE if self.master.is_cpu else PIECE_ON_GPU) // self.master.shape[-1])
         for slot in range(len(self.slots)):
             for start in range(0, self.master.shape[1], num_rows):

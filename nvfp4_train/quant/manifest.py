@@ -21,10 +21,10 @@ class QuantManifest:
         return [name for group in self.groups for name in group]
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, strings and numbers alone: a checkpoint that holds it is read with weights_only."""
+        """The manifest as lists, strings and numbers alone, because checkpoints are read with weights_only."""
         return {"groups": [list(group) for group in self.groups], "rule": asdict(self.rule)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "QuantManifest":
-        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError where `saved` is none."""
+        """Inverse of `to_dict`. Raises KeyError, TypeError or ValueError where `saved` is no manifest."""
         return cls(groups=tuple(tuple(group) for group in saved["groups"]), rule=ScaleRule(**saved["rule"]))

@@ -1,9 +1,9 @@
 """Several tensors, sharded by rows, as one tensor of bytes per rank.
 
-A rank has ceil(N / ranks) rows of each tensor [N, ...]; the last ranks have fewer, and pad them to that number. Its bytes are the
-packed codes of its rows, quantized weight after quantized weight, then their scales, and then its rows of everything else, in bf16
-or fp32. Side by side, the bytes of all ranks are what a gather of one tensor receives; `unpack` turns them into the whole tensors,
-which lie one after the other in one tensor of that dtype.
+A rank has ceil(N / ranks) rows of each tensor [N, ...]; the last ranks have fewer, and pad them to that number. A rank's bytes are
+the packed codes of its rows of every quantized weight, then their scales, then its rows of the unquantized tensors in bf16 or fp32.
+One all-gather receives the bytes of all ranks side by side. `unpack` turns them into the whole tensors, which lie one after the
+other in one tensor of that dtype.
 """
 
 import math
@@ -27,9 +27,9 @@ decode_shards = torch.ops.nvfp4.decode_shards.default
 
 
 class PackedShards:
-    """Where the rows of tensors of the given shapes lie: `quantized` ones [N, K] with K a multiple of 16, and `unquantized` [N, ...].
+    """The layout of a rank's bytes, for tensors of the shapes `quantized`, [N, K] with K a multiple of 16, and `unquantized`, [N, ...].
 
-    `dtype` is that of whole tensors, and of rows that are not quantized.
+    `dtype` is that of whole tensors and of unquantized rows.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PackedShards:
         starts = _starts([size // divisor for divisor in (2, BLOCK_SIZE) for size in num_quantized], ALIGNMENT)
         self._codes_at, self._scales_at = starts[: len(quantized)], starts[len(quantized) : -1]
         self._unquantized_at = starts[-1]
-        # Unquantized rows stand side by side, so that one operation takes them all apart.
+        # Unquantized rows have no gaps between tensors, so that one operation splits them all.
         self.num_bytes = _aligned(self._unquantized_at + self.dtype.itemsize * sum(self._num_unquantized), ALIGNMENT)
         """Bytes of one rank."""
         sizes = [math.prod(shape) for shape in self._quantized] + [num_ranks * size for size in self._num_unquantized]
@@ -85,10 +85,10 @@ class PackedShards:
         ]
 
     def table(self, slots: Sequence[int], place: Callable[[int, int], int] | None = None) -> Tensor:
-        """The table for `unpack`, from the slot of each quantized weight; on the CPU. Padding is left out.
+        """The table for `unpack`, on the CPU. `slots` has the slot of each quantized weight. Padding is left out.
 
-        `place` gives the element of the output at which the rows of a weight (its index) and a rank begin; by default the weights
-        are whole, as in `whole_tensors`.
+        `place(index of the weight, rank)` is the element of the output at which these rows begin. By default the weights are whole,
+        as in `whole_tensors`.
         """
         rows_of_table = []
         for index, ((num_rows, columns), slot) in enumerate(zip(self._quantized, slots, strict=True)):
@@ -107,7 +107,7 @@ class PackedShards:
     def unpack(self, received: Tensor, table: Tensor, s2: Tensor, out: Tensor, padded_unquantized: list[Tensor]) -> None:
         """Write the whole tensors into `out`, from the bytes of all ranks (uint8), `table` and s2 (float32 [slots]).
 
-        `padded_unquantized` are the views of `out` of that name.
+        `padded_unquantized` are the views that the method of that name gives of `out`.
         """
         if self._quantized:
             decode_shards(received, table, s2, out)
@@ -133,5 +133,5 @@ def _aligned(size: int, alignment: int) -> int:
 
 
 def _starts(sizes: Sequence[int], alignment: int) -> list[int]:
-    """Where runs of these sizes start, one behind the other on the boundary that follows, and where the next one would."""
+    """Starts of runs of these sizes, one after the other at multiples of `alignment`, and the start that a further run would have."""
     return list(accumulate((_aligned(size, alignment) for size in sizes), initial=0))

@@ -73,14 +73,14 @@ class Selection:
 
 
 class Layout(Protocol):
-    """What a folder of the model can hold: `models.layout.HubLayout`, which imports this room."""
+    """What a folder of the model can hold: `models.layout.HubLayout`. A protocol, because `models` imports `quant`."""
 
     def reason_to_keep(self, name: str) -> str | None:
         """Why no folder can hold a parameter in NVFP4; None where one can."""
 
 
 def unfit(model: nn.Module, layout: Layout | None) -> dict[str, str]:
-    """Every `nn.Linear` that no option can quantize, with the reason: the one rule of the policy and of the export."""
+    """Every `nn.Linear` that no option can quantize, with the reason. The policy and the export both follow this rule."""
     get_output_embedding = getattr(model, "get_output_embeddings", None)
     output_embedding = get_output_embedding() if callable(get_output_embedding) else None
     embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -143,7 +143,7 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
 
 
 def sibling_set(name: str) -> tuple[str, ...]:
-    """Names of the siblings of a module, itself included, by the table of fused layers; just itself where it has none."""
+    """Names of a module and its siblings, by `SIBLINGS`; only its own where it has none."""
     parent, dot, leaf = name.rpartition(".")
     for leaves in SIBLINGS:
         if leaf in leaves:

@@ -1,26 +1,26 @@
-"""Shows every parameter as it will be served, to whoever reads it, while every parameter stays an fp32 master.
+"""Shows the forward every parameter as it will be served, while the parameter itself stays an fp32 master.
 
-A model is cut into units: decoder layers, and the root, which owns the modules that are in no layer. While the forward of a unit runs,
-its first one or one that recomputes activations, the `_parameters` of all its modules hold served values: the decoded NVFP4 of
-quantized parameters, all others rounded to bf16. It does not matter whose forward reads them. Outside of it the modules hold
-their masters, whatever was raised inside, so a checkpoint taken at any moment holds the masters. Gradients pass straight through.
+A model is cut into units: the decoder layers, and the root, which owns the modules that are in no layer. While the forward of a unit
+runs, also one that recomputes activations, the `_parameters` of all its modules hold served values: decoded NVFP4 for quantized
+parameters, bf16 for all others. The forward of any module may read them. Afterwards, also after an error, the modules hold their
+masters again, so a checkpoint taken at any moment holds the masters. Gradients pass straight through.
 
 A parameter that transformers keeps in fp32 is served in fp32, so it is shown as it is. Where products are slow in bf16 the model
 computes in float32, with the same served values.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 SERVED_DTYPE = torch.bfloat16
-"""The dtype in which readers hold what is not quantized, and into which they decode what is."""
+"""The dtype in which readers hold unquantized parameters, and to which they decode quantized ones."""
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Value of the served parameter, gradient to the master."""
+    """The forward gives the served value; the backward passes the gradient to the master."""
 
     @staticmethod
     def forward(ctx: Any, master: Tensor, served: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """float32, rounded to bf16. The gradient is not: it is the master's."""
+    """Rounds float32 to bf16 values. The gradient, which is the master's, is not rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class Shown:
-    """One place where a unit shows a quantized parameter: the store puts there what is shown instead of the master."""
+    """One place where a unit shows a parameter. The store puts there the compute weight to show instead of the master."""
 
     def __init__(self, compute_weights: dict[str, Tensor], key: str) -> None:
         self._compute_weights = compute_weights
@@ -52,7 +52,7 @@ class Shown:
 
     @property
     def compute_weight(self) -> Tensor | None:
-        """None where the master is shown, rounded."""
+        """None where the rounded master is shown."""
         return self._compute_weights.get(self._key)
 
     @compute_weight.setter
@@ -69,7 +69,7 @@ def to_served(x: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 class _ServedWhenRead(dict[str, Any]):
-    """Parameters of an embedding as the rest of its unit sees them: the table is rounded, whole, if somebody does read it."""
+    """Parameters of an embedding as the other modules of its unit see them. The table is rounded, whole, when one of them reads it."""
 
     def __init__(self, masters: dict[str, Any], compute_dtype: torch.dtype) -> None:
         super().__init__(masters)
@@ -91,7 +91,7 @@ class _ServedWhenRead(dict[str, Any]):
 
 
 class _ServedEmbedding(nn.Embedding):
-    """Looks up rows of the master and rounds those, instead of the whole table: less work, and their gradients add up in fp32."""
+    """Looks up rows of the master and rounds those instead of the whole table. That is less work, and gradients add up in fp32."""
 
     compute_dtype: torch.dtype
 
@@ -105,65 +105,90 @@ class _ServedEmbedding(nn.Embedding):
 
 
 def set_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
-    """Exchange the dictionary of a module. Not by `nn.Module.__setattr__`, whose steps torch.compile would check in every call."""
+    """Replace `_parameters` of a module. `nn.Module.__setattr__` is avoided: torch.compile would guard its steps in every call."""
     object.__setattr__(module, "_parameters", parameters)
 
 
-class _ServedUnit:
-    """Mixin before the class of a unit.
+class _ServedModule(NamedTuple):
+    """A module of a unit whose shown parameters differ from the held ones."""
 
-    torch.compile checks what it has read in every call of a layer, so the unit holds in one place what it needs of its modules.
+    module: nn.Module
+    path: tuple[str, ...]
+    """Names of the submodules that lead from the unit to the module."""
+    names: tuple[tuple[str, str | None], ...]
+    """Each parameter's name in the module, and in the unit. The latter is None where the parameter is shown as it is held."""
+
+
+class _ServedUnit:
+    """Mixin, put before the class of a unit. While `forward` runs, the parameters of the unit's modules have served values.
+
+    torch.compile guards all that a layer reads in every call, so the unit holds in one place what it needs of its modules.
     """
 
-    served_modules: tuple[nn.Module, ...]
-    """Its modules that have parameters."""
-    served_paths: tuple[str, ...]
-    """Their names in the unit, with a dot behind."""
-    served_names: tuple[tuple[str, ...], ...]
-    """Names of the parameters of each."""
-    served_in_fp32: frozenset[str]
-    """Names in the unit of its parameters that are served in fp32."""
+    served_modules: tuple[_ServedModule, ...]
     compute_weights: dict[str, Tensor]
     """Served values that the store refreshes once per optimizer step, by name in the unit."""
     compute_dtype: torch.dtype
+    modules_with_parameters: tuple[nn.Module, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # What is compiled finds its modules where the forward does, and checks each of them once.
-        modules = self._find_modules() if torch.compiler.is_compiling() else self.served_modules
+        if not self.served_modules:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        modules = self._modules_to_serve()
         masters = [module._parameters for module in modules]
+        weights, dtype = self.compute_weights, self.compute_dtype
         try:
-            for module, path, names, held in zip(modules, self.served_paths, self.served_names, masters, strict=True):
+            for module, (_, _, names), held in zip(modules, self.served_modules, masters, strict=True):
                 if isinstance(module, _ServedEmbedding):
-                    set_parameters(module, _ServedWhenRead(held, self.compute_dtype))
-                else:
-                    set_parameters(module, {name: self.served(path + name, held[name]) for name in names})
+                    set_parameters(module, _ServedWhenRead(held, dtype))
+                    continue
+                shown: dict[str, Any] = {}
+                for name, key in names:
+                    parameter = held[name]
+                    if key is None:
+                        shown[name] = parameter
+                    elif key in weights:
+                        shown[name] = _StraightThrough.apply(parameter, weights[key])
+                    else:
+                        shown[name] = to_served(parameter, dtype)
+                set_parameters(module, shown)
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             for module, held in zip(modules, masters, strict=True):
                 set_parameters(module, held)
 
-    def served(self, name: str, parameter: Tensor | None) -> Tensor | None:
-        """What a reader of a parameter sees. One that FSDP2 has gathered in the dtype of the computation is served already."""
-        if parameter is None or name in self.served_in_fp32 or not parameter.is_floating_point():
-            return parameter
-        if name in self.compute_weights:
-            return _StraightThrough.apply(parameter, self.compute_weights[name])
-        return to_served(parameter, self.compute_dtype)
-
-    def _find_modules(self) -> list[nn.Module]:
+    def _modules_to_serve(self) -> list[Any]:
+        if not torch.compiler.is_compiling():
+            return [served.module for served in self.served_modules]
+        # Compiled code finds its modules where the forward does, and guards each of them once.
         modules = []
-        for path in self.served_paths:
+        for _, path, _ in self.served_modules:
             module: Any = self
-            for name in path.split(".")[:-1]:
+            for name in path:
                 module = module._modules[name]
             modules.append(module)
         return modules
+
+    def served(self) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
+        """The parameters shown now, by module and by name there. A sharded unit must be unsharded."""
+        names = {served.module: dict(served.names) for served in self.served_modules}
+        found = []
+        for module in self.modules_with_parameters:
+            shown: dict[str, Tensor | None] = {}
+            for name, parameter in module._parameters.items():
+                key = names.get(module, {}).get(name)
+                if parameter is None or key is None:
+                    shown[name] = parameter
+                else:
+                    shown[name] = self.compute_weights.get(key, to_served(parameter, self.compute_dtype))
+            found.append((module, shown))
+        return found
 
 
 def served_units(model: nn.Module) -> list[nn.Module]:
     """The units of a Hugging Face model beside the root: its decoder layers, and all layers that recompute their activations.
 
-    Decoder layers are what the model never splits over devices (`_no_split_modules`). Other modules have no units.
+    Decoder layers are the modules that transformers never splits over devices (`_no_split_modules`). Models of other kinds have none.
     """
     layers = set(getattr(model, "_no_split_modules", None) or ())
     return [
@@ -174,78 +199,83 @@ def served_units(model: nn.Module) -> list[nn.Module]:
 
 
 def show_served(
-    model: nn.Module, units: Sequence[nn.Module] = (), *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE
+    model: nn.Module,
+    units: Sequence[nn.Module] = (),
+    *,
+    kept: Collection[str] = (),
+    gathered_as_served: Collection[nn.Module] = (),
+    compute_dtype: torch.dtype = SERVED_DTYPE,
 ) -> dict[str, list[Shown]]:
     """Let the forwards of a model and of its `units` compute with served values, in place.
 
-    `kept` are names of parameters that are served in fp32. Units may lie within one another; a module belongs to the innermost.
-    Returns the places that show a parameter, by every name of it (`named_parameters(remove_duplicate=False)`).
+    `kept` are names of parameters that are served in fp32. `gathered_as_served` are modules whose served values FSDP2 gathers. Units
+    may lie within one another; a module belongs to the innermost.
+    Returns the places that show each parameter, by all of its names (`named_parameters(remove_duplicate=False)`).
     """
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(f"{prefix}." if prefix else "")
     shown: dict[str, list[Shown]] = {}
     for unit in (model, *units):
-        paths, modules, in_fp32 = [], [], []
         weights: dict[str, Tensor] = {}
+        modules, served = [], []
         for path, module in _modules_of(unit, units):
-            leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
-            if not leaves:
-                continue
-            paths.append(path)
-            modules.append(module)
-            for leaf in leaves:
+            leaves: list[tuple[str, str | None]] = []
+            for leaf, parameter in module._parameters.items():
                 known_as = [prefix + leaf for prefix in names[module]]
-                if any(name in kept for name in known_as):
-                    in_fp32.append(path + leaf)
-                for name in known_as:
-                    shown.setdefault(name, []).append(Shown(weights, path + leaf))
-            if (
-                type(module) is nn.Embedding
-                and module.max_norm is None
-                and unit in (model, module)
-                and path + "weight" not in in_fp32
-            ):
+                is_shown_as_held = (
+                    parameter is None or not parameter.is_floating_point() or any(name in kept for name in known_as)
+                )
+                key = f"{path}.{leaf}".removeprefix(".")
+                leaves.append((leaf, None if is_shown_as_held else key))
+                for name in known_as if parameter is not None else ():
+                    shown.setdefault(name, []).append(Shown(weights, key))
+            if all(parameter is None for parameter in module._parameters.values()):
+                continue
+            modules.append(module)
+            if module in gathered_as_served or all(key is None for _, key in leaves):
+                continue
+            served.append(_ServedModule(module, tuple(path.split(".")) if path else (), tuple(leaves)))
+            if type(module) is nn.Embedding and module.max_norm is None and unit in (model, module):
                 module.__class__ = _ServedEmbedding
                 module.compute_dtype = compute_dtype  # type: ignore[assignment]
         # An embedding that is a unit by itself rounds what it looks up, and nobody else reads it.
         if not isinstance(unit, _ServedEmbedding):
             _mix_in(unit)
-            unit.served_paths, unit.served_modules = tuple(paths), tuple(modules)  # type: ignore[assignment]
-            unit.served_names = tuple(tuple(module._parameters) for module in modules)  # type: ignore[assignment]
-            unit.served_in_fp32, unit.compute_weights = frozenset(in_fp32), weights  # type: ignore[assignment]
-            unit.compute_dtype = compute_dtype  # type: ignore[assignment]
+            unit.served_modules, unit.modules_with_parameters = tuple(served), tuple(modules)  # type: ignore[assignment]
+            unit.compute_weights, unit.compute_dtype = weights, compute_dtype  # type: ignore[assignment]
     return shown
 
 
 def units_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every unit of a model to which `show_served` has been applied, the root first."""
-    units: list[tuple[str, nn.Module]] = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedUnit)]
-    inside = {module for _, unit in units for module in modules_of_unit(unit)}
-    alone = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedEmbedding) and m not in inside]
-    return units + alone
+    units: list[tuple[str, nn.Module]] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, _ServedUnit):
+            units.append((name, module))  # type: ignore[arg-type]
+            inside.update(module.modules_with_parameters)
+    embeddings = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedEmbedding) and m not in inside]
+    return [*units, *embeddings]
 
 
 def modules_of_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
     """The modules of a unit that have parameters."""
-    return unit.served_modules if isinstance(unit, _ServedUnit) else (unit,)
+    return unit.modules_with_parameters if isinstance(unit, _ServedUnit) else (unit,)
 
 
 def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
-    """What a unit shows now, by module and by name there; outside of its forward, and of a sharded one while it is unsharded."""
-    if not isinstance(unit, _ServedUnit):
-        return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
-    return [
-        (module, {name: unit.served(path + name, p) for name, p in module._parameters.items()})
-        for path, module in zip(unit.served_paths, unit.served_modules, strict=True)
-    ]
+    """The parameters that a unit shows, by module and by name there. Not for use in its forward. A sharded unit must be unsharded."""
+    if isinstance(unit, _ServedUnit):
+        return unit.served()
+    return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
 
 
 def _modules_of(unit: nn.Module, units: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules of a unit, itself first, without those of other units inside it, by their names there with a dot behind."""
+    """The modules of a unit by name there, itself first, without those of other units inside it."""
     inside = set(unit.modules()) & set(units) - {unit}
     skipped = {module for other in inside for module in other.modules()}
-    return [(f"{path}." if path else "", module) for path, module in unit.named_modules() if module not in skipped]
+    return [(path, module) for path, module in unit.named_modules() if module not in skipped]
 
 
 _classes: dict[type, type] = {}
@@ -256,6 +286,6 @@ def _mix_in(unit: nn.Module) -> None:
     if issubclass(cls, _ServedUnit):
         return
     if cls not in _classes:
-        # Checkpointing layers of transformers wrap the forward of a subclass, too: what is recomputed begins with this one.
+        # Checkpointing layers of transformers wrap the forward of a subclass too, so recomputation begins with this one.
         _classes[cls] = type(cls.__name__, (_ServedUnit, cls), {"__module__": cls.__module__})
     unit.__class__ = _classes[cls]

@@ -1,11 +1,11 @@
 """The weight store of a model that is sharded by FSDP2: each rank quantizes its own rows, and weights travel packed.
 
-Codes and scales are 0.5625 byte a weight on the wire, against 2 of bf16. They are made once per optimizer step, whatever the number
-of micro-batches. What FSDP2 gathers together, as a rule a decoder layer, is a gather unit: it travels as one tensor that lies ready
-between the steps, and is decoded by one launch into one tensor.
+Codes and scales take 0.5625 byte a weight on the wire; bf16 takes 2. They are made once per optimizer step, whatever the number of
+micro-batches. A gather unit is what FSDP2 gathers together, as a rule a decoder layer. It travels as one tensor, which lies ready
+between the steps, and one launch decodes it into one tensor.
 
 There are two ways to hand FSDP2 that tensor. `fsdp2_internals` replaces FSDP2's own handling of a gather, in the versions of PyTorch
-that it knows. In others the documented `set_custom_all_gather` decodes into the buffer that FSDP2 then copies its parameters from.
+that it knows. In other versions the documented `set_custom_all_gather` decodes into the buffer from which FSDP2 copies parameters.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,10 +36,10 @@ def knows_internals() -> bool:
 
 
 class GatherUnit:
-    """The parameters that FSDP2 gathers together, of which at least one is quantized, as this rank sends and receives them.
+    """The parameters that FSDP2 gathers together, at least one of them quantized, as this rank sends and receives them.
 
-    With `is_packed` quantized weights travel as codes and scales, otherwise as decoded rows. Others travel as rows in `dtype`, that
-    of the gathered parameters: rounded where it is bf16, as masters where it is float32.
+    With `is_packed` quantized weights travel as codes and scales, otherwise as decoded rows. Unquantized parameters travel as rows in
+    `dtype`, the dtype of the gathered parameters: rounded to bf16, or as float32 masters.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GatherUnit:
         dtype: torch.dtype,
         rule: ScaleRule,
     ) -> None:
-        """`parameters` by name, in the order in which FSDP2 gathers them for `module`; `slots` of the quantized ones."""
+        """`parameters` are by name, in the order in which FSDP2 gathers them for `module`. `slots` has the quantized ones."""
         self.module = module
         self.is_packed = is_packed
         self.dtype = dtype
@@ -75,7 +75,7 @@ class GatherUnit:
         self.outputs: dict[str, list[Tensor]] = {}
         """What the quantizer writes, in the order of the quantized parameters."""
         self.rounded: list[Tensor] = []
-        """What the rows of the unquantized parameters are copied to, in their order."""
+        """Destinations of the rows of the unquantized parameters, in their order."""
 
     def rows(self, name: str) -> Tensor:
         """This rank's rows of a master, in the memory that FSDP2 uses."""
@@ -102,14 +102,14 @@ class GatherUnit:
         return [view[: len(self.rows(name))] for view, name in zip(padded, self.quantized, strict=False)]
 
     def new_whole(self) -> list[Tensor]:
-        """Allocate the tensor of whole parameters, uninitialized; views of it in FSDP2's order."""
+        """Allocate the tensor of whole parameters, uninitialized. Returns views of it in FSDP2's order."""
         self.whole = torch.empty(self.shards.num_elements, dtype=self.dtype, device=self.sent.device)
         self._padded_unquantized = self.shards.padded_unquantized(self.whole)
         views = dict(zip([*self.quantized, *self.unquantized], self.shards.whole_tensors(self.whole), strict=True))
         return [views[name] for name in self.in_order]
 
     def decode(self, received: Tensor, whole: Tensor) -> None:
-        """Fill the whole parameters, from what all ranks sent; `whole` is the tensor of `new_whole`."""
+        """Fill the whole parameters from what all ranks sent. `whole` is the tensor that `new_whole` allocated."""
         self.shards.unpack(received, self.table, self.s2, whole, self._padded_unquantized)
 
     def compute_weight(self, name: str) -> Tensor:
@@ -165,7 +165,7 @@ class _ThroughInternals:
     def unpack(self, received: Tensor) -> None:
         self._internals.write_unsharded(self._unit.whole, lambda whole: self._unit.decode(received, whole))
 
-    # The forwards of a training may follow the context of an evaluation in which this is called.
+    # Evaluations call this under inference_mode, and training forwards may follow.
     @torch.inference_mode(False)
     def attach(self) -> None:
         views = self._unit.new_whole()
@@ -194,7 +194,7 @@ class _ThroughCustomAllGather:
         self._is_attached = self._is_checked = False
         self._table = torch.empty(0)
         self._place_of: dict[str, int] = {}
-        """First element of every parameter in what FSDP2 gathers of a rank."""
+        """First element of every parameter in one rank's part of FSDP2's buffer."""
         self._num_elements = 0
         for key, parameter in unit.in_order.items():
             self._place_of[key] = self._num_elements
@@ -216,7 +216,7 @@ class _ThroughCustomAllGather:
         return None
 
     def _check_order(self, sent: Tensor) -> None:
-        """Whether FSDP2 sends the parameters in the order in which they will be written; `sent` is what it would send."""
+        """Raise RuntimeError unless FSDP2 sends parameters in the order in which they are written. `sent` is what it would send."""
         for name, place in self._place_of.items():
             rows = self._unit.rows(name).to(sent.dtype).flatten()
             if sent.numel() != self._num_elements or not sent[place : place + rows.numel()].equal(rows):
@@ -227,7 +227,7 @@ class _ThroughCustomAllGather:
         self._is_checked = True
 
     def _unquantized_in(self, output: Tensor) -> list[Tensor]:
-        """Views [ranks, elements of a rank] of FSDP2's buffer, of what travels as rows."""
+        """Views [ranks, elements of a rank] of FSDP2's buffer, one for each parameter that travels as rows."""
         unit, by_rank = self._unit, output.view(-1, self._num_elements)
         names = unit.unquantized if unit.is_packed else [*unit.quantized, *unit.unquantized]
         places = zip(map(self._place_of.__getitem__, names), unit.shards.rows(unit.sent), strict=True)
@@ -246,16 +246,16 @@ class _ThroughCustomAllGather:
         self._is_attached = False
 
     def drop_gather(self) -> None:
-        """Nothing is under way here, unless `unshard(async_op=True)` was called: that gather is of the update before it."""
+        """Does nothing. No gather is pending, unless `unshard(async_op=True)` was called: it has the weights of the update before."""
 
     def follow_replaced(self) -> None:
-        """FSDP2 looks at local tensors itself before its first forward."""
+        """Does nothing. FSDP2 looks at local tensors itself before its first forward."""
 
 
 class ShardedWeightStore(WeightStore):
-    """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`, with the same bits.
+    """The store of a model to which `fully_shard` has been applied. `gather` is `packed` or `bf16`; both give the same bits.
 
-    Parameters that are not quantized but gathered together with quantized ones are refreshed by `update` as well.
+    `update` also refreshes the unquantized parameters that are gathered together with quantized ones.
     `gathered_in_fp32` are the modules whose parameters FSDP2 gathers in fp32.
     """
 
@@ -270,7 +270,7 @@ class ShardedWeightStore(WeightStore):
     ) -> None:
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._ways: list[_ThroughInternals | _ThroughCustomAllGather] = []
-        # The parameters of an unsharded module are others than those that FSDP2 keeps.
+        # An unsharded module has other parameter objects than the sharded ones that FSDP2 keeps.
         self._reshard()
         super().__init__(model, manifest, compute_dtype=compute_dtype)
         self._units: list[GatherUnit] = []
@@ -282,7 +282,7 @@ class ShardedWeightStore(WeightStore):
             together.setdefault(id(fully_shard.state(module)), []).append(module)  # type: ignore[attr-defined]
         groups = [(modules[0], {names[id(p)]: p for p in _gathered_for(modules)}) for modules in together.values()]
         groups = [(module, parameters) for module, parameters in groups if parameters.keys() & first_slots.keys()]
-        # Decoded rows would have to be of one dtype for the whole model.
+        # Decoded rows must have one dtype in the whole model, which a unit in fp32 rules out.
         is_packed = gather == "packed" or any(module in gathered_in_fp32 for module, _ in groups)
         for module, parameters in groups:
             dtype = torch.float32 if module in gathered_in_fp32 else SERVED_DTYPE
@@ -296,7 +296,7 @@ class ShardedWeightStore(WeightStore):
             if name not in self._unit_of:
                 raise ValueError(f"{name} must be managed by fully_shard, got {type(self._parameter(name)).__name__}")
         self._local_tensors: list[Tensor] = []
-        """Those that the quantizer was made of."""
+        """The local tensors that the quantizer was made of."""
         self._rounded: list[Tensor] = []
         self._unquantized_rows: list[Tensor] = []
 
@@ -380,7 +380,7 @@ class ShardedWeightStore(WeightStore):
 
 
 def _gathered_for(modules: Sequence[nn.Module]) -> list[DTensor]:
-    """The parameters that FSDP2 gathers for modules, in its order: those inside, but for what it gathers by itself."""
+    """The parameters that FSDP2 gathers for `modules`, in its order: all inside them, except those of nested FSDP modules."""
     found: dict[int, Any] = {}
     visited: set[nn.Module] = set()
 

@@ -1,4 +1,4 @@
-"""What quantization does to the weights, as sums: they add up over rows, ranks and layers, whatever the sharding.
+"""What quantization does to the weights, as sums. Sums add up over rows, ranks and layers, whatever the sharding.
 
 To add a statistic is to write a subclass of `Statistic` and to name it in `callbacks.scale_stats.statistics`.
 """
@@ -18,7 +18,7 @@ SCALE_VALUES = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).do
 """Value of each E4M3 byte without a sign, in ascending order; the last one is NaN."""
 
 LOG2_EDGES = torch.cat((SCALE_VALUES[1:127], SCALE_VALUES.new_tensor([480.0]))).log2()
-"""Of the positive values, which have a logarithm; the last edge is where the value after 448 would be."""
+"""Bin edges: log2 of the positive `SCALE_VALUES`. The last edge is where the value after 448 would be."""
 
 Histogram = tuple[Tensor, Tensor]
 """Counts [bins] and edges [bins + 1], float64 on the CPU; a bin holds its lower edge."""
@@ -28,13 +28,13 @@ class Statistic(ABC):
     """Something to know about every quantized weight, and about all of them together."""
 
     names: tuple[str, ...]
-    """Of the metrics that `finish` returns."""
+    """Names of the metrics that `finish` returns."""
 
     @abstractmethod
     def local(self, weight: LocalWeight) -> Tensor:
-        """What this rank's rows add: float64 [entries] on their device, without waiting for it.
+        """The sums over this rank's rows: float64 [entries] on their device, without waiting for it.
 
-        The number of entries is the same for every weight, with no rows, too.
+        The number of entries is the same for every weight, also without rows.
         """
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Statistic(ABC):
         """The metrics of a layer from its sums over all ranks, float64 [entries] on the CPU."""
 
     def aggregate(self, sums: Tensor) -> dict[str, float]:
-        """The metrics of all layers, whose sums are float64 [layers, entries]: by default those of one layer with all their rows."""
+        """The metrics of all layers, from their sums, float64 [layers, entries]. By default those of one layer with all rows."""
         return self.finish(sums.sum(0))
 
     def histograms(self, sums: Tensor) -> dict[str, Histogram]:
@@ -53,7 +53,7 @@ class Statistic(ABC):
 class GlobalAmax(Statistic):
     """The largest magnitude of a weight and its siblings, which share s2; over layers the largest one.
 
-    Every rank knows it already, so that the sum over ranks is divided by their number, which in float64 is exact.
+    Every rank knows it already, so the sum over ranks is divided by their number. In float64 that is exact.
     """
 
     names = ("global_amax",)
@@ -72,8 +72,9 @@ class GlobalAmax(Statistic):
 class BlockScales(Statistic):
     """The distribution of the block scales, in units of E4M3 (before s2), from a count of each E4M3 byte.
 
-    The median is the lower one of all blocks, as torch.median has it. Shares are fractions of the blocks: of those whose scale is the
-    floor or the largest E4M3 value, and of those whose amax / 6 / s2 lies below the floor, so that their scale was raised to it.
+    The median is the lower one, as in torch.median. Shares are fractions of the blocks. `at_floor` and `saturated` count blocks whose
+    scale is the floor or the largest E4M3 value. `below_floor` counts those whose amax / 6 / s2 is below the floor, so that their
+    scale was raised to it.
     """
 
     names = (
@@ -86,7 +87,7 @@ class BlockScales(Statistic):
     )
 
     def local(self, weight: LocalWeight) -> Tensor:
-        # torch.bincount would wait for the device, and additions into few counts would wait for each other.
+        # torch.bincount would wait for the device. Atomic additions into few counts would wait for each other.
         scales = weight.block_scales.reshape(-1).view(torch.uint8).sort().values
         num_up_to = torch.searchsorted(scales, torch.arange(256, dtype=torch.uint8, device=scales.device), right=True)
         unrounded = divide(torch.ops.nvfp4.block_amax(weight.master), FP4_MAX) / weight.global_scale.view(-1, 1, 1)
@@ -97,7 +98,7 @@ class BlockScales(Statistic):
         counts, num_below_floor = _by_scale(sums), sums[-1]
         num_blocks = counts.sum()
         present = SCALE_VALUES[counts > 0]
-        # The first byte up to which there are more blocks than the median has before it.
+        # The first byte whose cumulative count exceeds the number of blocks before the median.
         median = torch.searchsorted(counts.cumsum(0), (num_blocks - 1).div(2, rounding_mode="floor") + 1)
         values = (
             present.min(),
@@ -116,7 +117,7 @@ class BlockScales(Statistic):
 class Sqnr(Statistic):
     """The signal-to-quantization-noise ratio 10 log10(sum w^2 / sum (w - w_hat)^2) in dB; infinite where nothing is lost.
 
-    That of all layers is that of all weights taken as one tensor.
+    The aggregate is the ratio of all weights taken as one tensor.
     """
 
     names = (SQNR_STATISTIC,)
@@ -153,5 +154,5 @@ def sum_over_ranks(weights: Iterable[LocalWeight], statistics: Sequence[Statisti
 
 
 def _by_scale(sums: Tensor) -> Tensor:
-    """Counts [128] by the E4M3 byte without its sign: a NaN may carry one."""
+    """Counts [128] by the E4M3 byte without its sign, which a NaN may have."""
     return sums[:128] + sums[128:256]

@@ -1,8 +1,8 @@
 """The weight store: refreshes the weights that the forward computes with, once per optimizer step.
 
-This is the store of a replicated model (one device, or DDP); `sharded` has that of FSDP2, with the same interface. A quantized
-weight has the name of its parameter, and occupies slots: one, or of a 3-D parameter [E, N, K] one per expert. Members of a group
-share their slots, and with them amax and global scale.
+This is the store of a replicated model (one device, or DDP). `sharded` has the one for FSDP2, with the same interface. A quantized
+weight has the name of its parameter. It occupies one slot, or one per expert for a 3-D parameter [E, N, K]. Members of a group share
+their slots, and so their amax and global scale.
 """
 
 from abc import ABC, abstractmethod
@@ -111,7 +111,7 @@ class WeightStore(ABC):
         s2 = self.global_scale[slots]
         master = rows.reshape(s2.numel(), -1, rows.shape[-1])
         if packed is None:
-            # The operator itself, which takes a NaN: a report shows it before the run is stopped by it.
+            # The operator itself accepts NaN, so that a report shows one before the run stops because of it.
             quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
             of_slots = [quantize(part, scale, rule) for part, scale in zip(master, s2, strict=True)]
             codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
@@ -148,7 +148,7 @@ class WeightStore(ABC):
 
     @abstractmethod
     def _is_replaced(self) -> bool:
-        """Whether masters are others than the quantizer was made of, after a load with `assign`, or on another device."""
+        """Whether masters were replaced since the quantizer was made, by a load with `assign` or a move to another device."""
 
     @abstractmethod
     def _make_quantizer(self) -> MultiTensorQuantizer:
@@ -179,7 +179,7 @@ class ReplicatedWeightStore(WeightStore):
         self._masters: dict[str, Tensor] = {}
         """The parameters that the quantizer was made of."""
         self._compute_weights: dict[str, Tensor] = {}
-        """By owner."""
+        """Compute weight by the first name of its parameter."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -232,6 +232,6 @@ class ReplicatedWeightStore(WeightStore):
 
 
 def _max_over_ranks(measured: Tensor) -> None:
-    """One collective over all ranks: shards of one tensor need it, and replicas of one cannot drift apart."""
+    """Take the maximum over all ranks, in one collective. Shards of a tensor need it, and it keeps replicas from drifting apart."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(measured, distributed.ReduceOp.MAX)

@@ -1,7 +1,7 @@
 """From configs/, recipes/ and a command line to plain options, and from options to objects. Nothing else knows Hydra.
 
 A group is a folder of configs/ that the defaults list of configs/train.yaml names. Its options become one object, or, as those of
-`callbacks` and `logger`, one object per name. The root of both folders is the caller's, since they are no part of the package.
+`callbacks` and `logger`, one object per name. The caller gives the root of both folders, since they are no part of the package.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ def groups(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_config(cfg: DictConfig) -> None:
-    """What Hydra would write itself, but before it is known whether the run is accepted."""
+    """Write the files that Hydra would write itself, but before it is known whether the run is accepted."""
     if is_rank_zero():
         folder = Path(cfg.run_dir) / ".hydra"
         folder.mkdir(exist_ok=True)

@@ -10,12 +10,12 @@ from torch.distributed import TCPStore
 
 
 def is_rank_zero() -> bool:
-    """By the environment of the process, before there is a process group."""
+    """Whether this is rank 0, by the environment of the process: there is no process group yet."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def choose_run_id() -> str:
-    """What names the run folder, the same on every rank: RUN_ID, or the id that torchrun was given, or the time.
+    """The name of the run folder, the same on every rank: RUN_ID, or the id that torchrun was given, or the time.
 
     Raises ValueError where the ranks have no way to agree on one.
     """
@@ -44,7 +44,7 @@ def of_rank_zero(name: str, value: str) -> str:
 
 
 def wandb_id(run_dir: str) -> str:
-    """A run that is started again in its folder continues its wandb run, and shares it with no other folder."""
+    """Id of a folder's wandb run. A run that is started again in its folder continues it; no other folder has it."""
     path = Path(run_dir).resolve()
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 

@@ -31,7 +31,7 @@ def check_targets(options: Any, where: str = "") -> None:
         if target is WandbLogger:
             import wandb
 
-            # It hands what it does not know to wandb.init.
+            # WandbLogger hands what it does not know to wandb.init.
             own = inspect.signature(WandbLogger).parameters
             check_options(wandb.init, {name: value for name, value in plain.items() if name not in own}, where)
 
@@ -57,8 +57,8 @@ def check_parts(options: dict[str, Any]) -> None:
         for name, node in (options[group] or {}).items():
             if node is not None and not _is_target(node):
                 raise ValueError(f"{group}.{name} must be null or have a _target_, got {node!r}")
-    if options["quant"].get("enabled") and not (options["callbacks"] or {}).get("fake_quant"):
-        raise ValueError("callbacks.fake_quant quantizes the weights and must not be null; to train without, choose quant=none")
+    if options["quant"].get("enabled") and not (options["callbacks"] or {}).get("requantize"):
+        raise ValueError("callbacks.requantize quantizes the weights and must not be null; to train without, choose quant=none")
 
 
 def _is_target(value: Any) -> bool:

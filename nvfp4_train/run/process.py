@@ -19,7 +19,7 @@ def default_to_offline_wandb() -> None:
 
 def finish_wandb() -> None:
     """End the wandb run of this process, if it has one: the next job of a sweep logs into a run of its own."""
-    # Only its logger imports it, which takes a second.
+    # Only the logger imports wandb, which takes a second.
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
 

@@ -7,7 +7,7 @@ from nvfp4_train.run.identity import is_rank_zero, of_rank_zero
 
 
 def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
-    """`auto` is the newest complete checkpoint in the folder, or none where there is none.
+    """The checkpoint to start from; for `auto` the newest complete one in the folder, or None.
 
     Raises ValueError where this rank does not find the checkpoint that rank 0 has chosen.
     """
@@ -29,7 +29,7 @@ def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
 
 
 def check_checkpoint(ckpt_path: str | None) -> None:
-    """Raise ValueError for a path that is no complete checkpoint; null is none, and right."""
+    """Raise ValueError for a path that is no complete checkpoint. None, to start without one, passes."""
     if ckpt_path is None:
         return
     if not Path(ckpt_path).exists():
@@ -39,7 +39,7 @@ def check_checkpoint(ckpt_path: str | None) -> None:
 
 
 def keep_earlier_metrics(run_dir: Path) -> None:
-    """The CSV logger starts a new file; that of an earlier run in the same folder is kept under a numbered name."""
+    """Keep the metrics file of an earlier run in the folder under a numbered name: the CSV logger starts a new file."""
     path = run_dir / "metrics.csv"
     if is_rank_zero() and path.exists():
         number = 1

@@ -1,4 +1,4 @@
-"""What the data module leans on in Lightning: when global_step is back, loaders without length, validation by batches."""
+"""What the data module relies on in Lightning: when global_step is restored, loaders without length, validation by batches."""
 
 import warnings
 from collections.abc import Sequence

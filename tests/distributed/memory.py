@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 PROCESS = Path("/proc/self")
-# Of glibc's malloc.h.
+# Values from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import distributed, multiprocessing
 
 # The server imports these once; every rank is then forked from it, in a moment.
-PRELOAD = ["nvfp4_train.callbacks.fake_quant", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["nvfp4_train.callbacks.requantize", "transformers.models.llama.modeling_llama"]
 
 
 def on_gpus(world_size: int) -> bool:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from whole import whole_tensors
 
-from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.callbacks.requantize import Requantize
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.lightning_quirks import rewind_to_last_step
 from nvfp4_train.models.causal_lm import ModelConfig
@@ -166,7 +166,7 @@ def make_trainer(how: str, *, sharding: dict[str, Any] | None = None, callbacks:
         "devices": distributed.get_world_size(),
         "strategy": strategy(how, **(sharding or {})),
         "plugins": None if how == "fsdp2" else AnyCheckpointIO(),
-        "callbacks": [FakeQuant(), *callbacks],
+        "callbacks": [Requantize(), *callbacks],
         "max_steps": 3,
         "max_epochs": -1,
         # A norm of reductions in another order would scale gradients by another last bit; this one scales by 1.

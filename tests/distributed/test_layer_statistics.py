@@ -127,7 +127,7 @@ def report(how: str, **options: Any) -> dict[str, Any]:
 
 
 def definitions(module: Any) -> dict[str, float]:
-    """Of the whole weights of one device."""
+    """The metrics by their definitions, from the whole weights of one device."""
     values: dict[str, float] = {}
     store = module.store
     powers = torch.zeros(2, dtype=torch.float64)

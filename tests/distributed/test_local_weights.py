@@ -1,4 +1,4 @@
-"""The ranks' own rows are those of the whole weights, each once, as they were quantized."""
+"""The rows that ranks own are together those of the whole weights, each once, as they were quantized."""
 
 import copy
 from typing import Any

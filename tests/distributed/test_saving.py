@@ -64,7 +64,7 @@ class HoldWriting(Callback):
 
 
 def save_every(steps: int, folder: str, asynchronous: bool, fails_at: str = "") -> dict[str, Any]:
-    """Of three steps."""
+    """A run of three steps that saves every `steps` steps."""
     hold = HoldWriting(folder, fails_at, until_end=steps > 1)
     if not asynchronous:
         hold.may_write.set()

@@ -1,14 +1,17 @@
 """The forward that trains is that of the plain transformers class in bf16: loaded from a folder of the served values, difference 0.0.
 
-Of families that read parameters past their owner's forward, or keep some in fp32: on one device, under DDP, sharded by FSDP2, and with
-recomputed activations, whose gradients are those without.
+The families read parameters past their owner's forward, or keep some in fp32. They run on one device, under DDP, sharded by FSDP2, and
+with recomputed activations, whose gradients are those without.
 """
 
+import re
 import tempfile
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from ranks import run_ranks
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor, distributed, nn
@@ -70,7 +73,13 @@ def differences(families: list[str]) -> dict[str, dict[str, Any]]:
 def differences_of(family: str) -> dict[str, Any]:
     ids = torch.randint(1, 64, (1, 12), generator=torch.Generator().manual_seed(distributed.get_rank())).to(device())
     one = build(family)
-    expected = served_logits(family, one, ids)
+    try:
+        expected = served_logits(family, one, ids)
+    except RuntimeError as error:
+        # The class itself does not compute in bf16 (DeepSeek-V4 of transformers 5.17), so there is nothing to serve.
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:20])):
+            compute_logits(one.model, ids)
+        return {"fails as the plain class does": str(error)}
     found: dict[str, Any] = {"quantized": len(one.store.names), "compared": check_served(one.model, ids)}
 
     def add(how: str, model: nn.Module) -> None:
@@ -103,6 +112,10 @@ def by_rank() -> list[dict[str, dict[str, Any]]]:
 def test_the_training_forward_is_that_of_the_served_model(family: str, by_rank: list[dict[str, dict[str, Any]]]) -> None:
     for rank in by_rank:
         found = rank[family]
+        if "fails as the plain class does" in found:
+            assert family == "deepseek_v4"
+            assert Version(transformers.__version__) < Version("5.24")
+            continue
         assert found["quantized"] > 0
         assert found["compared"] == found["compared, sharded"] > 10
         assert {how: found[how] for how in ("one device", "recomputing", "DDP", "FSDP2")} == {

@@ -1,4 +1,4 @@
-"""Shards, of ranks and of their checkpoints, are exported into the very files that one rank writes of the whole masters."""
+"""An export of shards, of ranks or of their checkpoints, gives the very files that one rank writes of the whole masters."""
 
 import hashlib
 import os
@@ -14,12 +14,11 @@ import pytest
 import torch
 from memory import PROCESS, peak_growth, return_freed_memory
 from ranks import on_gpus, run_ranks
-from running import ROOT, train_environment
+from running import ROOT, forked_python, train_environment
 from torch import Tensor, distributed
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from transformers import AutoConfig, AutoModelForCausalLM
 from whole import whole_tensors
 
 from nvfp4_train.callbacks.export import first_rank_awaited
@@ -239,12 +238,13 @@ def die_in_export(rank: int, how: str, folder: str) -> None:
     ("rank", "how", "shown"), [(0, "kill", "killed"), (1, "kill", "killed"), (0, "error", "out of memory")]
 )
 def test_a_rank_that_dies_leaves_no_folder(rank: int, how: str, shown: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    python, server = forked_python()
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     result = subprocess.run(
         [*command, str(rank), how, str(tmp_path / "export")],
         capture_output=True,
         text=True,
-        env=train_environment(),
+        env=train_environment() | server,
         cwd=ROOT,
         timeout=300,
     )

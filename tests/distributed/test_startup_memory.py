@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nvfp4_train.callbacks.run_summary import peak_memory
-from nvfp4_train.models.causal_lm import ModelConfig, load_model
-from nvfp4_train.models.folder import open_folder
-from nvfp4_train.models.sharding import allocate, shard_model
+from nvfp4_train.models import build
+from nvfp4_train.models.causal_lm import ModelConfig
+from nvfp4_train.quant.policy import QuantConfig
 
 pytestmark = pytest.mark.skipif(not (PROCESS / "clear_refs").exists(), reason="needs Linux")
 
@@ -33,14 +33,17 @@ def save(folder: Path, **fields: Any) -> str:
 
 
 def load(path: str, by_rows: bool) -> PreTrainedModel:
-    config = ModelConfig(path=path)
-    opened = open_folder(config) if by_rows else None
-    model = load_model(config) if opened is None else opened[0]
-    shard_model(model, init_device_mesh("cpu", (distributed.get_world_size(),)))
-    if opened is not None:
-        allocate(model, torch.device("cpu"))
-        opened[1].read_into(model)
-    return model
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    open_folder = build.open_folder
+    if not by_rows:
+        build.open_folder = lambda *_: None
+    try:
+        made = build.build_model(
+            ModelConfig(path=path), QuantConfig(), torch.device("cpu"), compute_dtype=torch.bfloat16, mesh=mesh
+        )
+    finally:
+        build.open_folder = open_folder
+    return made.model
 
 
 def measure(small: str, large: str) -> dict[str, int]:

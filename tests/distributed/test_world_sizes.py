@@ -1,10 +1,10 @@
-"""What is promised across numbers of ranks, and however the model is sharded: one seed and one global batch give one outcome, up to
-the order of fp32 sums.
+"""One seed and one global batch give one outcome, up to the order of fp32 sums, on any number of ranks and however the model is
+sharded.
 
-Equal masters have equal codes, block scales and global scales, whoever holds which rows: of the first masters they are those of one
-device, of later ones those of the whole masters quantized at once. Masters themselves stay within the order in which a product or a
-reduction adds up. Among runs on equally many ranks, two at most of which add to one sum, they are equal to the bit.
-Codes and block scales are those that the ranks send, against those of the whole masters where nothing is sent.
+Equal masters have equal codes, block scales and global scales, whichever rank holds which rows. The first masters are compared with
+those of one device, later ones with the whole masters quantized at once. Masters themselves differ only by the order in which a
+product or a reduction adds up. They are equal to the bit among runs on equally many ranks, at most two of which add to one sum.
+Codes and block scales are those that the ranks send; where nothing is sent, they are those of the whole masters.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from nvfp4_train.callbacks.export import Export
-from nvfp4_train.callbacks.fake_quant import FakeQuant
+from nvfp4_train.callbacks.requantize import Requantize
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
@@ -57,7 +57,7 @@ def test_a_run_exports_the_model_that_it_trained(name: str, compute_dtype: str, 
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[FakeQuant(), Export(folder=str(tmp_path / "export"))],
+        callbacks=[Requantize(), Export(folder=str(tmp_path / "export"))],
     )
     trainer.fit(module, Tokens())
     convert_checkpoint(

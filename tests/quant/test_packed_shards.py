@@ -1,4 +1,4 @@
-"""Tensors that travel as one, by shards: quantized ones decode to the bits of each weight on its own, others stay what they are."""
+"""Tensors that travel as one, by shards. Quantized ones decode to the bits of each weight on its own, others stay unchanged."""
 
 import math
 

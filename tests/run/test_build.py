@@ -35,7 +35,7 @@ def build(tmp_path: Path, *overrides: str) -> None:
         ("trainer.accelerator=cpuu", "trainer: .*cpuu"),
         ("callbacks.export.max_shard_bytes=0", "callbacks.export.max_shard_bytes must be at least 1, got 0"),
         ("+callbacks.foo=3", "callbacks.foo must be null or have a _target_, got 3"),
-        ("callbacks.fake_quant=null", "callbacks.fake_quant .* must not be null; .* quant=none"),
+        ("callbacks.requantize=null", "callbacks.requantize .* must not be null; .* quant=none"),
         ("callbacks.export._target_=nvfp4_train.callbacks.export.Exprt", "callbacks.export._target_: .*Exprt"),
         ("model.config.num_attention_heads=7", "model.config: "),
         ("optim.lr=-1", "optim.lr must be above 0"),

@@ -19,15 +19,15 @@ def root(tmp_path: Path) -> Path:
 def test_groups_are_those_of_the_defaults_list(root: Path) -> None:
     """So a new group is a folder of configs/ and a line of configs/train.yaml."""
     config = root / "configs" / "train.yaml"
-    config.write_text(config.read_text().replace("  - optim: adamw\n", "  - optim: adamw\n  - loss: kl\n"))
-    (root / "configs" / "loss").mkdir()
-    (root / "configs" / "loss" / "kl.yaml").write_text("temperature: 1.0\n")
-    (root / "recipes" / "colder.yaml").write_text("# Sets an option of the new group.\nloss: {temperature: 0.5}\n")
-    options, _ = compose_options(root, ["+recipe=colder", "run_dir=x", "loss.temperature=0.25"])
-    names = ["model", "data", "quant", "optim", "loss", "trainer", "callbacks", "logger"]
-    assert list(groups(options)) == names
-    assert options["loss"] == {"temperature": 0.25}
-    assert options.keys() == {*names, "seed", "run_dir", "ckpt_path"}
+    config.write_text(config.read_text().replace("  - optim: adamw\n", "  - optim: adamw\n  - new: warm\n"))
+    (root / "configs" / "new").mkdir()
+    (root / "configs" / "new" / "warm.yaml").write_text("temperature: 1.0\n")
+    (root / "recipes" / "colder.yaml").write_text("# Sets an option of the new group.\nnew: {temperature: 0.5}\n")
+    before, _ = compose_options(ROOT, ["run_dir=x"])
+    options, _ = compose_options(root, ["+recipe=colder", "run_dir=x"])
+    assert {*groups(options)} == {*groups(before), "new"} == {*options} - {"seed", "run_dir", "ckpt_path"}
+    assert options["new"] == {"temperature": 0.5}
+    assert compose_options(root, ["+recipe=colder", "run_dir=x", "new.temperature=0.25"])[0]["new"] == {"temperature": 0.25}
 
 
 def test_an_unknown_name_at_the_top_of_a_recipe_is_refused(root: Path) -> None:

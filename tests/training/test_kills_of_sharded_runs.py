@@ -27,11 +27,11 @@ STEPS = (
 )
 
 
-def run(run_dir: Path, stop: str = "", **options: Any) -> str:
+def run(run_dir: Path, stop: str = "", forked: bool = True, **options: Any) -> str:
     """Output of two ranks under torchrun, that end by themselves or by the callback `stop` of stop_at_step."""
     callback = [f"+callbacks.stop._target_=stop_at_step.{stop}"] if stop else []
     callback += [f"+callbacks.stop.{name}={value}" for name, value in options.items()]
-    result = launch(run_dir, *STEPS, *callback, ranks=2, check=not stop)
+    result = launch(run_dir, *STEPS, *callback, ranks=2, check=not stop, forked=forked)
     assert bool(stop) == (result.returncode != 0)
     return result.stdout
 
@@ -50,7 +50,7 @@ def losses(run_dir: Path) -> dict[tuple[str, str], set[str]]:
 def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     checkpoints = run_dir / "checkpoints"
-    run(whole)
+    run(whole, forked=False)
 
     batch_idx = random.Random(str(tmp_path)).randrange(5, 12)
     print(f"SIGKILL at micro-batch {batch_idx}")

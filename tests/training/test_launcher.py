@@ -1,14 +1,12 @@
 """What a user types into a shell: overrides that work, and slips that end in one line before training."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, launch, load_checkpoint, metrics
+from running import ROOT, forked_python, launch, load_checkpoint, metrics, train_environment
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
@@ -44,10 +42,11 @@ def test_ranks_without_a_shared_id_agree_on_a_folder_and_need_a_trainer_for_all(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), ROOT / "launch" / "train.py"]
-    environment = {name: value for name, value in os.environ.items() if name != "RUN_ID"}
+    python, server = forked_python()
     result = subprocess.run(
-        [sys.executable, *command, "trainer=cpu", "logger=csv"], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+        [python, *command, "trainer=cpu", "logger=csv"],
+        capture_output=True, text=True, cwd=tmp_path, env=train_environment() | server,
+    )  # fmt: skip
     assert "must be the 2 ranks that this run was started with, got 1 times 1; see trainer=ddp" in result.stderr
     (folder,) = (tmp_path / "outputs").iterdir()
     assert folder.name != "none"

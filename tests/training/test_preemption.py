@@ -2,24 +2,16 @@
 
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import assert_same, exit_codes, launch, load_checkpoint, metrics
+from running import exit_codes, launch
+from six_steps import STEPS, assert_same_end, trainer
 
 from nvfp4_train.callbacks.preemption import EXIT_CODE, INTERRUPTED_EXIT_CODE
 
-STEPS = (
-    "+recipe=quickstart",
-    "trainer.max_steps=6",
-    "trainer.accumulate_grad_batches=2",
-    "trainer.val_check_interval=5",
-    "quant.start_step=2",
-    "callbacks.checkpoint.every_n_train_steps=2",
-    "callbacks.checkpoint.save_top_k=-1",
-    "logger=none",
-    "ckpt_path=auto",
-)
+OPTIONS = (*STEPS, "callbacks.checkpoint.every_n_train_steps=2", "logger=none", "ckpt_path=auto")
 
 
 def stop(number: int, batch_idx: int, rank: int = 0) -> tuple[str, ...]:
@@ -31,36 +23,15 @@ def stop(number: int, batch_idx: int, rank: int = 0) -> tuple[str, ...]:
     )
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["one process", "two ranks"])
-def ranks(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def trainer(ranks: int) -> str:
-    return "trainer=ddp" if ranks else "trainer=cpu"
-
-
-@pytest.fixture(scope="module")
-def whole(ranks: int, trainer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    launch(run_dir, *STEPS, trainer, ranks=ranks)
-    return run_dir
-
-
-def assert_same_end(whole: Path, resumed: Path) -> None:
-    ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, resumed)]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "hyper_parameters"):
-        assert_same(ends[0][key], ends[1][key], key)
-    for name in ("val/loss_master", "val/loss_quantized", "val/loss_ptq"):
-        assert metrics(whole)[name] == metrics(resumed)[name], name
-
-
-def test_a_signal_to_one_rank_saves_and_ends_all(ranks: int, trainer: str, whole: Path, tmp_path: Path) -> None:
-    """In the middle of the window of step 4; then again, after the resumption, by another signal."""
+@pytest.mark.parametrize("ranks", [0, 2], ids=["one process", "two ranks"])
+def test_a_run_that_is_preempted_twice_and_killed(ranks: int, whole_run: Callable[[int], Path], tmp_path: Path) -> None:
+    """A signal to one rank saves and ends all; a killed run continues from its newest whole checkpoint."""
     run_dir = tmp_path / "run"
-    first = launch(run_dir, *STEPS, trainer, *stop(signal.SIGTERM, 6, rank=max(ranks - 1, 0)), ranks=ranks, check=False)
-    checkpoint = run_dir / "checkpoints" / "preempted-step-0000004.ckpt"
+    checkpoints = run_dir / "checkpoints"
+    first = launch(
+        run_dir, *OPTIONS, trainer(ranks), *stop(signal.SIGTERM, 6, rank=max(ranks - 1, 0)), ranks=ranks, check=False
+    )
+    checkpoint = checkpoints / "preempted-step-0000004.ckpt"
     assert checkpoint.is_file(), first.stderr[-3000:]
     assert (run_dir / "preempted").read_text().strip() == str(checkpoint)
     if ranks:
@@ -72,28 +43,25 @@ def test_a_signal_to_one_rank_saves_and_ends_all(ranks: int, trainer: str, whole
     assert not (run_dir / "export").exists()
 
     number = signal.SIGUSR1 if ranks else signal.SIGINT
-    second = launch(run_dir, *STEPS, trainer, *stop(number, 8), "data.num_workers=1", ranks=ranks, check=False)
+    second = launch(run_dir, *OPTIONS, trainer(ranks), *stop(number, 8), "data.num_workers=1", ranks=ranks, check=False)
     if number == signal.SIGINT:
         # Nobody starts an interrupted run again.
         assert second.returncode == INTERRUPTED_EXIT_CODE
         assert not (run_dir / "preempted").exists()
     assert f"ckpt_path=auto: {checkpoint}" in second.stdout
-    assert [path.name for path in run_dir.glob("checkpoints/preempted-*")] == ["preempted-step-0000005.ckpt"]
+    checkpoint = checkpoints / "preempted-step-0000005.ckpt"
+    assert list(checkpoints.glob("preempted-*")) == [checkpoint]
 
-    launch(run_dir, *STEPS, trainer, ranks=ranks)
-    assert not (run_dir / "preempted").exists()
-    assert_same_end(whole, run_dir)
-
-
-def test_a_killed_run_continues_from_its_newest_whole_checkpoint(ranks: int, trainer: str, whole: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    batch_idx = random.Random(str(tmp_path)).randrange(8, 12)
+    batch_idx = random.Random(str(tmp_path)).randrange(10, 12)
     print(f"SIGKILL at micro-batch {batch_idx}")
-    killed = launch(run_dir, *STEPS, trainer, *stop(signal.SIGKILL, batch_idx), ranks=ranks, check=False)
+    killed = launch(run_dir, *OPTIONS, trainer(ranks), *stop(signal.SIGKILL, batch_idx), ranks=ranks, check=False)
     assert killed.returncode not in (0, EXIT_CODE)
-    newest = run_dir / "checkpoints" / "step-0000004.ckpt"
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size * 2 // 3])
-    resumed = launch(run_dir, *STEPS, trainer, ranks=ranks)
-    assert f"ckpt_path=auto: {newest} was cut short and is not used" in resumed.stdout
-    assert f"ckpt_path=auto: {run_dir}/checkpoints/step-0000002.ckpt" in resumed.stdout
-    assert_same_end(whole, run_dir)
+    assert f"ckpt_path=auto: {checkpoint}" in killed.stdout
+    assert not (run_dir / "preempted").exists()
+
+    newer = checkpoints / "step-0000006.ckpt"
+    newer.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size * 2 // 3])
+    resumed = launch(run_dir, *OPTIONS, trainer(ranks), ranks=ranks)
+    assert f"ckpt_path=auto: {newer} was cut short and is not used" in resumed.stdout
+    assert f"ckpt_path=auto: {checkpoint}" in resumed.stdout
+    assert_same_end(whole_run(ranks), run_dir)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import ROOT, SMALL, load_checkpoint, metrics, train_environment
+from running import ROOT, SMALL, forked_python, load_checkpoint, metrics, train_environment
 
 FAKES = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -31,7 +31,9 @@ def test_a_job_is_requeued_with_its_checkpoint_and_then_finishes(tmp_path: Path)
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     run_dir, requeued = tmp_path / "run", tmp_path / "requeued"
-    environment = train_environment() | {
+    # torchrun itself is started as it is: what Slurm signals are the processes below the job.
+    _, ranks = forked_python()
+    environment = train_environment() | ranks | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "REQUEUED": str(requeued), "RUN_DIR": str(run_dir),
         "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
         "SLURM_SUBMIT_DIR": str(ROOT),

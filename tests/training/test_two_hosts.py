@@ -5,16 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running import ROOT, assert_same, exit_codes, launch, load_checkpoint, train_command, train_environment
+import six_steps
+from running import ROOT, assert_same, exit_codes, load_checkpoint, train_command, train_environment
 
 from nvfp4_train.callbacks.preemption import EXIT_CODE
 from nvfp4_train.checkpoints import saved_step
-
-STEPS = ("+recipe=quickstart", "trainer.max_steps=4", "quant.start_step=2", "logger=none")
 
 
 def ip(*arguments: str) -> None:
@@ -54,7 +53,7 @@ def launch_on(hosts: list[str], run_dir: Path, *overrides: str) -> list[subproce
             # Both namespaces have the host name of this machine, by which a launcher would know itself.
             f"--rdzv-conf=is_host={number == 1}", f"--local-addr=10.77.0.{number}",
         )  # fmt: skip
-        command = ["ip", "netns", "exec", host, *train_command(run_dir, *STEPS, *overrides, torchrun=torchrun)]
+        command = ["ip", "netns", "exec", host, *train_command(run_dir, *overrides, "logger=none", torchrun=torchrun)]
         environment = train_environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
         launchers.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
@@ -75,22 +74,19 @@ def received_bytes(host: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def test_two_hosts_train_what_two_ranks_of_one_host_train(hosts: list[str], tmp_path: Path) -> None:
+def test_two_hosts_train_what_two_ranks_of_one_host_train(
+    hosts: list[str], whole_run: Callable[[int], Path], tmp_path: Path
+) -> None:
     before = [received_bytes(host) for host in hosts]
     run_dir = tmp_path / "hosts"
-    dump = ("+callbacks.dump._target_=dump_state.DumpState", f"+callbacks.dump.folder={run_dir}/dump")
-    for launcher in launch_on(hosts, run_dir, "trainer=ddp", *dump):
+    for launcher in launch_on(hosts, run_dir, *six_steps.STEPS, "trainer=ddp", *six_steps.dump(run_dir)):
         assert launcher.returncode == 0, launcher.stderr[-3000:]
     first, second = (load_checkpoint(run_dir / "dump" / f"rank{rank}.pt") for rank in (0, 1))
     assert_same(first, second)
     gradients = 4 * sum(master.numel() for master in first["masters"].values())
     for host, count in zip(hosts, before, strict=True):
-        assert received_bytes(host) - count > 4 * gradients, "the gradients of four steps came over the cable"
-
-    launch(tmp_path / "one", *STEPS, "trainer=ddp", ranks=2)
-    ends = [load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run_dir, tmp_path / "one")]
-    for key in ("state_dict", "optimizer_states"):
-        assert_same(ends[0][key], ends[1][key], key)
+        assert received_bytes(host) - count > 6 * gradients, "the gradients of six steps came over the cable"
+    six_steps.assert_same_end(whole_run(2), run_dir)
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "hsdp"])
@@ -98,6 +94,9 @@ def test_a_signal_on_one_host_saves_and_ends_both(trainer: str, hosts: list[str]
     run_dir = tmp_path / "run"
     stop = {"_target_": "stop_at_step.StopAtStep", "number": int(signal.SIGTERM), "batch_idx": 1, "rank": 1}
     options = (
+        "+recipe=quickstart",
+        "trainer.max_steps=4",
+        "quant.start_step=2",
         f"trainer={trainer}",
         "trainer.accelerator=cpu",
         *(f"+callbacks.stop.{name}={value}" for name, value in stop.items()),

@@ -29,13 +29,13 @@ class Format(Protocol):
     """Name of the reader, where it is another format's."""
 
     def tensors(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """Tensors on disk by name, in place of `module.weight`, of a module on disk and its weight of one slot.
+        """The tensors that replace `module.weight` on disk, by name. `module` is a name on disk; its weight has one slot.
 
         Called with tensors on the meta device as well, for names and sizes.
         """
 
     def configs(self, layout: HubLayout, quantized: Mapping[str, str], manifest: QuantManifest) -> dict[str, dict[str, Any]]:
-        """JSON by file name. That of `config.json` is added to the config of the model.
+        """JSON by file name. What is given for `config.json` is added to the config of the model.
 
         `quantized` are the modules with a quantized weight: name in memory -> name on disk.
         """

@@ -58,7 +58,7 @@ class CompressedTensors(Format):
     def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
         if all(len(names) == len(keys) == 1 for names, keys in layout.bundles.items()):
             return None
-        # Seen with 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
+        # Seen in transformers 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
         return (
             "transformers joins or splits tensors of this model while it loads them, which it does not do beside packed ones; "
             "compressed-tensors can unpack the folder"

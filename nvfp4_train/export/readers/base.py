@@ -18,10 +18,10 @@ def require(check: str, condition: bool, message: str) -> None:
 
 
 class Reader(Protocol):
-    """A format of NVFP4 folders. Parts of a quantized weight are named as behind `MODULE.` on disk."""
+    """Reads a format of NVFP4 folders. The name of a quantized weight's part is what follows `MODULE.` on disk."""
 
     marker: str
-    """The part that quantized modules alone have."""
+    """The part that only quantized modules have."""
     codes: str
     block_scales: str
     stored_scale: str
@@ -31,10 +31,11 @@ class Reader(Protocol):
         """safetensors dtype and shape of every part of a weight."""
 
     def check_config(self, folder: Path, config: Mapping[str, Any]) -> Callable[[str], bool]:
-        """Check the config of a folder, `config.json` given. Returns whether a loader takes a module of some name for quantized.
+        """Check the config of a folder; `config` is its config.json. Returns a function from the name of a module to whether a loader
+        takes it for quantized.
 
         Raises ExportError under `config` or `scheme`.
         """
 
     def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
-        """float32 [M, K] of bytes of codes [M, K / 2], bytes of block scales [M, K / 16], and the stored scale."""
+        """Decode bytes of codes [M, K / 2] and of block scales [M, K / 16] under the stored scale to float32 [M, K]."""

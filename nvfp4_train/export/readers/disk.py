@@ -50,7 +50,7 @@ class StoredTensor:
     num_bytes: int
 
     def bytes(self, first_row: int = 0, num_rows: int | None = None) -> np.ndarray:
-        """uint8, of all the tensor or of some of its rows [num_rows, bytes of a row]."""
+        """The bytes, uint8, of the whole tensor or of some of its rows, [num_rows, bytes of a row]."""
         if num_rows is None:
             return np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.start)
         row = self.num_bytes // self.shape[0]
@@ -58,7 +58,7 @@ class StoredTensor:
         return data.reshape(num_rows, row)
 
     def pieces(self, piece_bytes: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Where in the tensor's bytes a piece lies, and the piece, uint8, one after the other."""
+        """The tensor's bytes in pieces, uint8, one after the other, each with its place."""
         for first in range(0, self.num_bytes, piece_bytes):
             last = min(first + piece_bytes, self.num_bytes)
             yield slice(first, last), np.fromfile(self.path, np.uint8, last - first, offset=self.start + first)

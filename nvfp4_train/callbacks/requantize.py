@@ -9,11 +9,11 @@ from nvfp4_train.metrics import VAL_LOSS_MASTER, VAL_LOSS_MASTER_AT_SWITCH, VAL_
 from nvfp4_train.module import QATModule
 
 
-class FakeQuant(Callback):
-    """Owns the moment of quantization.
+class Requantize(Callback):
+    """Decides when weights are quantized.
 
-    At the switch it reports the validation loss of the masters and of the quantized weights (that is PTQ), at the end of training
-    the same pair (that is QAT). With `quant.enabled=false` both pairs are taken at the end.
+    At the switch it reports the validation loss of the masters and of the quantized weights (that is PTQ). At the end of training it
+    reports the same pair (that is QAT). With `quant.enabled=false` both pairs are taken at the end.
     """
 
     def __init__(self) -> None:
