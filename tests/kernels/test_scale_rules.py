@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_cases import CASES, DEVICE, DTYPES, QUANTIZERS, TRITON, assert_same_bits, outputs_of
 
-from nvfp4_train.kernels import fp4_kernel, reference
+from nvfp4_train.kernels import fp4_kernel, reference, triton_arithmetic, triton_scales
 from nvfp4_train.kernels.chunks import slots_of_groups
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES, BlockScaleRule, ScaleRule
 
@@ -93,6 +95,27 @@ def test_squares_are_added_in_pairs_of_neighbours():
     assert_same_bits(found, sums[0].reshape(1, 1))
     in_order = sum((value * value for value in error[1:]), start=error[0] * error[0])
     assert found.item() != in_order.item()
+
+
+@triton.jit
+def _squared_error_kernel(x_ptr, scales_ptr, errors_ptr, TILE: tl.constexpr):
+    rows = tl.arange(0, TILE)
+    is_narrow: tl.constexpr = triton_arithmetic.is_narrow(x_ptr)
+    a, b, c, d = triton_arithmetic.load_quarters(x_ptr, rows >= 0, TILE)
+    a, b, c, d = triton_arithmetic.widen(a, b, c, d, x_ptr.dtype.element_ty)
+    errors = triton_scales._squared_error(a, b, c, d, tl.load(scales_ptr + rows), is_narrow, is_narrow)
+    tl.store(errors_ptr + rows, errors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_add_squares_in_the_same_order(dtype):
+    """The choice of a scale seldom depends on it, so the sums themselves are compared."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(1024, 16, generator=generator) * 3).to(dtype)
+    scales = torch.randint(8, 127, (1024, 1), generator=generator).to(torch.uint8).view(torch.float8_e4m3fn).float() / 64
+    errors = torch.empty(1024, 1, device=DEVICE)
+    _squared_error_kernel[(1,)](x.to(DEVICE), scales.to(DEVICE), errors, TILE=1024, enable_fp_fusion=False)
+    assert_same_bits(errors, reference.squared_error(x.float(), scales))
 
 
 @pytest.mark.parametrize("global_scale", GLOBAL_SCALES)
