@@ -135,7 +135,7 @@ def check_random(num_elements: float = 1e9, chunk: int = 2**22, device: str = "c
         x, s2, what = source.draw(index)
         packed, scales = check_ops(ops, x, s2, what)
         amax = reference.block_amax(x)
-        # Statistics of these values, and stale ones.
+        # The amax of these values, and stale ones, which most blocks exceed.
         for factor in (1.0, 0.3):
             check_static_ops(ops, x, amax * factor, amax.amax() * factor, index % 2 == 0, f"{what}, amax times {factor}")
         is_subnormal = x.abs().float() < torch.finfo(x.dtype).smallest_normal
@@ -157,7 +157,7 @@ def check_random(num_elements: float = 1e9, chunk: int = 2**22, device: str = "c
 
 
 def check_rules(num_elements: float = 2e8, chunk: int = 2**22, device: str = "cuda", ops=torch.ops.nvfp4) -> str:
-    """The rules that search, on the input of `check_random`."""
+    """The rules that search among several scales, on input as in `check_random`."""
     source = RandomInput(chunk, device)
     num_chunks = -(-int(num_elements) // chunk)
     num_other = torch.zeros((), dtype=torch.int64, device=device)
@@ -219,7 +219,7 @@ def check_every_bf16(
     """Every finite bf16 value, or every so many, under every block scale, and under many static scales."""
     values = torch.arange(2**16, device=device).to(torch.int16).view(BF16)
     values = values[values.isfinite()]
-    # Neighbours in magnitude share a block, whose last element gives the block its scale where the others are smaller.
+    # Values of nearly equal magnitude share a block. The 16th element gives the block its scale, where no other is larger.
     values = values[values.abs().argsort(stable=True)][::stride].view(-1, 15)
     bytes_of_scales = torch.arange(8, 127, dtype=torch.uint8, device=device)
     tops = 6 * bytes_of_scales.view(torch.float8_e4m3fn).float()
@@ -238,7 +238,7 @@ def check_every_bf16(
         x = values.repeat(len(part), 1)
         block_amax = part.unsqueeze(1).expand(-1, values.numel() // 16).contiguous()
         for is_quantized in (True, False):
-            # A global amax of its own for each part, so that quantized scales differ too.
+            # Each part has a global amax of its own, so that quantized scales differ too.
             static = check_static_ops(ops, x, block_amax, part.max() * (1 + index / 64), is_quantized, "every bf16 value")
             seen.append(static[:, 0])
     num_seen = torch.cat(seen).unique().numel()

@@ -38,10 +38,10 @@ from nvfp4_train.kernels.scale_rules import ScaleRule
 
 BF16 = torch.bfloat16
 L2_BYTES = 128 * 2**20
-"""Sets of tensors rotate until they exceed this."""
+"""Calls rotate through so many sets of tensors that together they exceed this, more than the L2 cache of any GPU so far."""
 
 Row = tuple[str, float, float | None, Callable, tuple]
-"""Name, bytes per element, target as a ratio to the copy, the call, and its arguments: a list for each, an element per set."""
+"""Name, bytes per element, target as a ratio to the copy, the call, and a list for each of its arguments, with an element per set."""
 
 LLAMA_8B = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)] * 32
 LLAMA_125M = ([(768, 768)] * 4 + [(3072, 768)] * 2 + [(768, 3072)]) * 13
@@ -250,7 +250,7 @@ def time_whole_model(
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
     quantizer.step()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated, "a step allocated memory"
-    # A copy of gigabytes at once is slower than its parts.
+    # One copy of gigabytes is slower than copies of its parts, so the parts are the floor.
     num_parts = max(1, num_elements // 2**27)
     copy = measure_copy(6 * num_elements / num_parts, 4) * num_parts
     steady = measure([quantizer.step] * 4)

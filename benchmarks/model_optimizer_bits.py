@@ -7,6 +7,7 @@ Triton's interpreter runs the same kernel on the CPU, where division is IEEE div
 """
 
 import contextlib
+import itertools
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -28,11 +29,11 @@ def block_amax(dtype: torch.dtype, magnitude: float) -> torch.Tensor:
     return amax.to(dtype)
 
 
-def values(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def values(scales: torch.Tensor, block_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of random multiples of the scales, zeros of both signs and, from row 8 on, ties of two codes and what is right beside."""
-    x = torch.randn(96, 4, 16) * 3 * scales.unsqueeze(-1)
+    x = torch.randn(96, 4, block_size) * 3 * scales.unsqueeze(-1)
     x[0], x[0, :2] = 0.0, -0.0
-    on_ties = scales[8:].unsqueeze(-1) * torch.tensor([*TIES, *(-tie for tie in TIES), 6.0, 0.1])
+    on_ties = scales[8:].unsqueeze(-1) * torch.tensor([*TIES, *(-tie for tie in TIES), 6.0, 0.1] * 8)[:block_size]
     # A bf16 or float16 neighbour is 2^16 or 2^13 units of float32 away, which the conversion rounds to.
     distance = {torch.float32: 1, torch.bfloat16: 2**16, torch.float16: 2**13}[dtype]
     beside = on_ties.view(torch.int32) + distance * torch.randint(-1, 2, on_ties.shape, dtype=torch.int32)
@@ -44,31 +45,35 @@ def main() -> None:
     peer = peers.model_optimizer_functions()
     from modelopt.torch.kernels.quantization.common import nvfp4_quant
 
+<<<<<<< HEAD
     # The interpreter lacks these.
+=======
+    # The interpreter has no libdevice.
+>>>>>>> kernels
     nvfp4_quant.libdevice = type("libdevice", (), {"isnan": staticmethod(lambda x: x != x)})
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc]
     torch.manual_seed(0)
     count = num_near = 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for magnitude in (1.0, 1e-3, 30.0):
+    for dtype, block_size in itertools.product((torch.float32, torch.bfloat16, torch.float16), (16, 8, 32, 64, 128)):
+        # The other sizes differ in nothing but how many elements share a scale.
+        magnitudes, factors = ((1.0, 1e-3, 30.0), (None, 1.0, 0.3, 4.0)) if block_size == 16 else ((1.0,), (None, 0.3))
+        for magnitude, is_quantized, factor in itertools.product(magnitudes, (True, False), factors):
             amax = block_amax(dtype, magnitude)
-            for is_quantized in (True, False):
-                for factor in (None, 1.0, 0.3, 4.0):
-                    arguments = amax, None if factor is None else amax.max().float() * factor, is_quantized
-                    what = f"of {dtype} times {magnitude}, is_quantized={is_quantized}, factor {factor}"
-                    scales = fp4_kernel.compute_fp4_scales(*arguments)
-                    assert_same(peer.compute_fp4_scales(*arguments), scales, f"compute_fp4_scales {what}")
-                    x = values(scales, dtype)
-                    # The interpreter cuts float32 off where it should round it to 16 bits.
-                    x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(x, *arguments, out_dtype=torch.float32)
-                    theirs = peer.static_blockwise_fp4_fake_quant(x, *arguments, out_dtype=torch.float32)
-                    assert_same(theirs, x_hat, f"static_blockwise_fp4_fake_quant {what}")
-                    count += x.numel()
-                    quotients = (x.double().abs().unflatten(1, (-1, 16)) / scales.double().unsqueeze(-1)).unsqueeze(-1)
-                    num_near += int(((quotients / torch.tensor(TIES).double() - 1).abs().amin(-1) < 2.0**-21).sum())
+            arguments = amax, None if factor is None else amax.max().float() * factor, is_quantized
+            what = f"of {dtype} times {magnitude}, blocks of {block_size}, is_quantized={is_quantized}, factor {factor}"
+            scales = fp4_kernel.compute_fp4_scales(*arguments)
+            assert_same(peer.compute_fp4_scales(*arguments), scales, f"compute_fp4_scales {what}")
+            x = values(scales, block_size, dtype)
+            # The interpreter cuts float32 off where it should round it to 16 bits.
+            x_hat = fp4_kernel.static_blockwise_fp4_fake_quant(x, *arguments, out_dtype=torch.float32)
+            theirs = peer.static_blockwise_fp4_fake_quant(x, *arguments, out_dtype=torch.float32)
+            assert_same(theirs, x_hat, f"static_blockwise_fp4_fake_quant {what}")
+            count += x.numel()
+            quotients = (x.double().abs().unflatten(1, (-1, block_size)) / scales.double().unsqueeze(-1)).unsqueeze(-1)
+            num_near += int(((quotients / torch.tensor(TIES).double() - 1).abs().amin(-1) < 2.0**-21).sum())
     print(
-        f"equal: {count} values of Model Optimizer's static fake quant under IEEE division, bit for bit, {num_near} of them "
-        "within 4 ulp of float32 of a tie"
+        f"equal: {count} values of Model Optimizer's static fake quant under IEEE division, in blocks of 8 to 128, bit for bit, "
+        f"{num_near} of them within 4 ulp of float32 of a tie"
     )
 
 

@@ -1,7 +1,12 @@
-"""What Model Optimizer and torchao have for the same work, where they are installed; each with the settings that suit it best.
+"""Calls of Model Optimizer and torchao that do the same work, where these are installed.
 
+<<<<<<< HEAD
 There is one exception: Model Optimizer's CUDA extension is off, because it takes a minute to compile. It rounds block scales, a
 sixteenth of the elements, to E4M3; without it PyTorch does.
+=======
+Each has the settings that suit it best, with one exception: Model Optimizer's CUDA extension is off, since it takes a minute to
+compile. It rounds block scales to E4M3, a sixteenth of the elements; without it PyTorch does.
+>>>>>>> kernels
 """
 
 import importlib.util
@@ -25,11 +30,15 @@ def has_model_optimizer() -> bool:
 
 
 def model_optimizer_functions():
-    """Model Optimizer's functions of the names that `fp4_kernel` has."""
+    """Model Optimizer's module `fp4_kernel`, whose functions have the names of ours."""
     from modelopt.torch.kernels.quantization.gemm import fp4_kernel
     from modelopt.torch.quantization import extensions
 
+<<<<<<< HEAD
     # This turns the extension off. The PyTorch formula in its place is the same arithmetic.
+=======
+    # This turns the CUDA extension off. The PyTorch formula in its place is the same arithmetic.
+>>>>>>> kernels
     extensions.get_cuda_ext_fp8.extension = None
     return fp4_kernel
 

@@ -9,11 +9,11 @@ from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = torch.ops.nvfp4 if DEVICE == "cuda" else triton_kernels
-"""Triton's kernels: behind the operators on a GPU, else called directly, in the interpreter."""
+"""The Triton kernels: on a GPU behind the operators, otherwise called directly, in the interpreter."""
 
 
 class TritonQuantizer(MultiTensorQuantizer):
-    """Takes Triton's passes on the CPU too, in the interpreter."""
+    """Takes the Triton passes on the CPU too, in the interpreter."""
 
     _make_passes = multi_tensor_kernels.TritonPasses
 

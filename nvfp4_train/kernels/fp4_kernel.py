@@ -1,12 +1,12 @@
 """NVFP4 quantization of tensors: the public functions, on CPU or CUDA.
 
 They check their arguments and call `torch.ops.nvfp4`. `reference` is their specification. A block is 16 consecutive elements of
-the last dimension; floating-point inputs are float32, bfloat16 or float16, of any strides.
+the last dimension, unless a function takes other sizes. Floating-point inputs are float32, bfloat16 or float16, of any strides.
+A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; quantizing under any other means nothing.
 
-A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; to quantize under any other means nothing.
-
-Such a scale, and an amax that is NaN, Inf or negative, are refused on the CPU. On CUDA, where the host would have to wait for the
-device to see them, and while torch.compile traces, only shapes and dtypes are checked: a NaN is passed on to all that it scales.
+All raise ValueError for other shapes, dtypes and devices than they name. On the CPU they refuse values, too: a global scale outside
+of these limits, and an amax that is NaN, Inf or negative. On CUDA the host would have to wait for the device to see values, and
+torch.compile sees none while it traces; a NaN is passed on there to all that it scales.
 """
 
 import torch
@@ -24,10 +24,10 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-128, 2.0**119
 
 
 def compute_fp4_scales(amax: Tensor, global_amax: Tensor | None = None, quantize_block_scales: bool = True) -> Tensor:
-    """Decode scale of each block from its amax: float32, shaped like amax.
+    """Decode scale of each block from its amax: float32, shaped like amax. The arithmetic is Model Optimizer's.
 
     amax / 6; with quantize_block_scales, rounded to E4M3 relative to global_amax, which is the largest amax if None. On CUDA the
-    division is a product with 1 / 6 rounded, as torch divides there, and so Model Optimizer.
+    division is a product with fp32(1 / 6), as torch divides by a number there.
     """
     _check_float(amax=amax)
     global_amax = _checked_global_amax(amax, global_amax)
@@ -105,7 +105,7 @@ def nvfp4_block_amax(x: Tensor) -> Tensor:
 
 
 def nvfp4_global_scale(global_amax: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
-    """s2 of each global amax, same shape, float32: global_amax / (6 * rule.largest), as pow2 raised to the next power of two."""
+    """s2 of each global amax, same shape, float32: global_amax / (6 * rule.largest), under pow2 raised to a power of two."""
     _check_float(global_amax=global_amax)
     _check_finite("global_amax", global_amax)
     return reference.global_scale(global_amax.detach(), rule)

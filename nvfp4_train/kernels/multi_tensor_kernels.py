@@ -88,7 +88,7 @@ def pass_kernel(
     ONLY_MOVED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Measure chunks, quantize them, or both; DECODED is a dtype or None."""
+    """Measure chunks, quantize them, or both. SOURCE is the dtype of masters, DECODED that of decoded weights or None."""
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         row = table_ptr + chunk * COLUMNS
         num_blocks = tl.load(row + 4).to(tl.int32)

@@ -9,7 +9,7 @@ from nvfp4_train.kernels.scale_rules import ScaleRule
 
 
 class ReferencePasses:
-    """Three passes; `multi_tensor_kernels.TritonPasses` has the same methods."""
+    """The passes of a step, in their order. `multi_tensor_kernels.TritonPasses` has the same methods."""
 
     def __init__(self, weights: Weights, slots: Slots, rule: ScaleRule) -> None:
         self.weights = weights
@@ -26,7 +26,7 @@ class ReferencePasses:
                 measured.copy_(torch.maximum(measured, amax.view(torch.int32) & 0x7FFFFFFF))
 
     def update_scales(self) -> None:
-        """Take over `measured` as global amax, with the global scales of it, and set it to 0."""
+        """Make `measured` the global amax, derive the global scales, and set `measured` to 0."""
         slots = self.slots
         slots.global_amax.copy_(slots.measured.view(torch.float32))
         slots.global_scales.copy_(reference.global_scale(slots.global_amax, self.rule))

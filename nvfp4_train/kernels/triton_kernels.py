@@ -26,7 +26,7 @@ TILES = {
     "static_fake_quant_octets": (128, 2),
     "dequantize": (256, 4),
 }
-"""Rows and warps per program, by operation. A row is a block of 16 elements, but 8 elements in the last two."""
+"""Rows and warps per program, by operation. A row is a block of 16 elements, except for 8 elements in the last two."""
 
 TILES_PER_PROGRAM = {"quantize": (4, 4096)}
 """Operations whose programs loop over tiles: most tiles per program, and fewest programs at which one gets a second tile."""
@@ -235,7 +235,7 @@ def quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, T
     scales = x.new_empty(_block_shape(x), dtype=torch.float8_e4m3fn)
     num_blocks = x.numel() // reference.BLOCK_SIZE
     num_tiles = _tiles_per_program("quantize", num_blocks)
-    # As bytes, since Triton has no E4M3 type on compute capability 8.0.
+    # The kernel writes scales as bytes, since Triton has no E4M3 type on compute capability 8.0.
     tensors = _flat(x), s2, packed, scales.view(torch.uint8), num_tiles
     factors = BLOCK_SCALE_RULES[block_scale].factors
     _launch("quantize", quantize_kernel, num_blocks, x, *tensors, num_tiles=num_tiles, FACTORS=factors)

@@ -36,7 +36,7 @@ def block_scales(a, b, c, d, s2, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr,
         a, b = _in_units_of(s2, a, IS_SIMPLE), _in_units_of(s2, b, IS_SIMPLE)
         c, d = _in_units_of(s2, c, IS_SIMPLE), _in_units_of(s2, d, IS_SIMPLE)
         least = _squared_error(a, b, c, d, scales, IS_SIMPLE and IS_NARROW, IS_NARROW)
-        # A loop with comparisons that pick the factor: unrolled, 17 candidates take ptxas half a minute.
+        # A loop, in which comparisons pick the factor: unrolled, a rule of 17 factors takes half a minute to compile.
         for index in range(1, len(FACTORS)):
             factor = FACTORS[1]
             for other in tl.static_range(2, len(FACTORS)):
@@ -63,7 +63,7 @@ def _ratio(amax, s2, IS_SIMPLE: tl.constexpr):
         factor = arithmetic.factor_of(s2)
         moved = s2 * factor
         amax = arithmetic.smaller(amax * factor, 2.0**20 * moved)
-        # A subnormal amax / 6 is rounded to a multiple of 2^-149: of 2^-49 here, as a sum with 2^-26 is. Others are added to 0.
+        # A subnormal amax / 6 is rounded to a multiple of 2^-149, which is 2^-49 here: a sum with 2^-26 is rounded so.
         offset = tl.where(amax < tl.where(factor > 1.0, 6 * 2.0**-26, 0.0), 2.0**-26, 0.0)
         sixth = tl.fma(amax, 1.0 / 6.0, offset)
         # Divided as in `divide`, but the product is rounded by itself, so that at a tie it is exactly half a unit.

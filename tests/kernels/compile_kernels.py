@@ -151,7 +151,7 @@ def compile_kernel(kernel, tiles: tuple[int, int], pointers: dict[str, str], con
 
 @dataclasses.dataclass
 class Memory:
-    """What Triton looks at of a tensor."""
+    """Stands for a tensor: Triton looks at its dtype and address alone."""
 
     dtype: torch.dtype
     address: int
@@ -161,7 +161,7 @@ class Memory:
 
 
 def count_specializations(kernel, pointers: dict[str, str], constants: dict, target: GPUTarget) -> int:
-    """How many kernels Triton's own look-up takes launches for that differ in sizes and in where s2 lies."""
+    """How many kernels Triton would compile for launches that differ in sizes and in the alignment of s2."""
     constants = {**constants, "TILE": 64}
     # `triton_kernels.launch` passes the constants last.
     assert set(kernel.arg_names[len(kernel.arg_names) - len(constants) :]) == set(constants), kernel.arg_names

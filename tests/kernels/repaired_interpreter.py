@@ -10,7 +10,7 @@ from triton.runtime import interpreter
 
 def _fma(self, x, y, z):
     with np.errstate(all="ignore"):
-        # Exact in float64; the sum is rounded to odd, so that rounding it again to float32 rounds the exact one.
+        # The product is exact in float64. The sum is rounded to odd there, so that rounding it to float32 rounds the exact sum.
         product, addend = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
         total = product + addend
         rest = total - product
@@ -30,7 +30,7 @@ def _convert_float(data, source, target, rounding_mode):
 
 
 def _generic_reduce(self, inputs):
-    """The NaN-propagating maximum, the only reduction of ours that the interpreter folds element by element, in Python."""
+    """The NaN-propagating maximum by NumPy. The interpreter would fold it element by element, in Python."""
     assert self.combine_fn.fn.__name__ == "larger"
     (values,) = inputs
     return [self.to_tensor(np.maximum.reduce(values.handle.data, axis=self.axis, keepdims=self.keep_dims), values.dtype)]

@@ -82,7 +82,7 @@ def test_kernels_compile_without_spills(capability):
     for entry in kernels:
         assert entry["stack"] == 0, entry
         assert entry["local"] == 0, entry
-        # A search keeps the block beside the candidate.
+        # A search among scales holds the block beside its decoded values.
         assert entry["registers"] <= (128 if entry["kernel"].endswith(("four_over_six", "mse")) else 96), entry
 
 

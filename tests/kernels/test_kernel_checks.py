@@ -32,6 +32,6 @@ def test_sample_of_the_checks_on_a_gpu(name):
 
 
 def test_the_check_of_large_tensors_on_a_smaller_one(monkeypatch):
-    """With as many tiles a program."""
+    """It has as many tiles per program as the large one."""
     monkeypatch.setattr(triton_kernels, "TILES_PER_PROGRAM", {"quantize": (4, 1)})
     assert kernel_checks.check_large(66, **on_device)

@@ -54,7 +54,7 @@ def _assert_quantized_one_by_one(quantizer, masters, outputs, rule, groups=GROUP
 
 
 FACTORS = [1.0, 1.01, 3.0, 0.9, 0.2, 0.2, 1e4, 1e-9, 0.0, 1.0, 2.0**-70, 1.0]
-"""A step's masters over the first ones: exponents stay, move up, move down, by little and by much; all zero; out of range."""
+"""The masters of a step are these times the first ones: exponents stay, move up or down, by little or much; zero; out of range."""
 
 
 @pytest.mark.parametrize("rule", [MAX_RULE, EXACT], ids=["pow2", "exact"])
@@ -172,7 +172,7 @@ def test_a_program_takes_many_chunks_where_all_exponents_moved():
 @pytest.mark.parametrize("rule", [MAX_RULE, EXACT], ids=["pow2", "exact"])
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
 def test_scales_of_every_exponent(quantizer_class, rule):
-    """In more slots than a program takes."""
+    """There are more slots than one program takes."""
     # 0x280000 is the mantissa of 2688.
     mantissas = torch.tensor([0, 1, 0x27FFFF, 0x280000, 0x280001, 0x7FFFFF])
     smallest = torch.tensor(reference.SMALLEST_GLOBAL_AMAX).view(torch.int32).long()

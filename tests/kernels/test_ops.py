@@ -42,7 +42,7 @@ OP_ARGUMENTS = {
 
 
 def _with_gradients(arguments):
-    """But for what an operator writes to."""
+    """The arguments, with gradients required of all float tensors."""
     return tuple(
         argument.detach().requires_grad_() if getattr(argument, "dtype", None) in DTYPES else argument for argument in arguments
     )
@@ -169,7 +169,7 @@ def test_a_new_shape_compiles_nothing(monkeypatch):
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, **arguments: compiled.append(arguments) or False)
     for shape in ((1, 16), (16,), (7, 3, 112), (4096, 2048), (33, 64)):
-        # Without our own memory of compiled kernels, Triton looks for each of them.
+        # `launch` keeps compiled kernels; with an empty store every call is looked up by Triton, which would compile what is new.
         monkeypatch.setattr(triton_kernels, "_compiled", {})
         x = torch.randn(shape, device=DEVICE)
         amax = reference.block_amax(x)

@@ -72,7 +72,7 @@ def test_ops_match_reference_under_any_global_scale(scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", ["pow2", "exact"])
 def test_programs_that_take_several_tiles(scale, dtype, monkeypatch):
-    """As they do from 2^24 elements on."""
+    """Tensors of more than 2^24 elements have such programs; here smaller ones are made to."""
     monkeypatch.setattr(triton_kernels, "TILES_PER_PROGRAM", {"quantize": (3, 1)})
     x = torch.randn(6400, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[-1, -1] = 1e3
@@ -138,7 +138,7 @@ def test_block_scales_of_every_rounding_match_reference():
 
 @pytest.mark.parametrize("significand", [1.0, 1.25, 1.37, 1 + 2.0**-23])
 def test_block_scales_match_reference_where_a_sixth_of_amax_is_subnormal(significand):
-    """Midpoints of E4M3 and the 16 multiples of 2^-149 on each side: rounding twice would make a third of a unit half a one."""
+    """Next to midpoints of E4M3, by 16 multiples of 2^-149 on each side. There amax / 6 rounded twice would end on the other side."""
     values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     midpoints = (values[2:] + values[1:-1]) / 2
     for exponent in (-126, -125, -124, -121, -118):
