@@ -1,4 +1,4 @@
-"""Compares Model Optimizer's static fake quant with ours, without the one difference between them: its approximate division.
+"""Model Optimizer's static fake quant against ours with the one difference between them taken away: its approximate division.
 
     python benchmarks/model_optimizer_bits.py       (no GPU; needs nvidia-modelopt 0.47, pulp and scipy)
 
@@ -45,11 +45,7 @@ def main() -> None:
     peer = peers.model_optimizer_functions()
     from modelopt.torch.kernels.quantization.common import nvfp4_quant
 
-<<<<<<< HEAD
-    # The interpreter lacks these.
-=======
     # The interpreter has no libdevice.
->>>>>>> kernels
     nvfp4_quant.libdevice = type("libdevice", (), {"isnan": staticmethod(lambda x: x != x)})
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc]
     torch.manual_seed(0)

@@ -1,12 +1,7 @@
 """Calls of Model Optimizer and torchao that do the same work, where these are installed.
 
-<<<<<<< HEAD
-There is one exception: Model Optimizer's CUDA extension is off, because it takes a minute to compile. It rounds block scales, a
-sixteenth of the elements, to E4M3; without it PyTorch does.
-=======
 Each has the settings that suit it best, with one exception: Model Optimizer's CUDA extension is off, since it takes a minute to
 compile. It rounds block scales to E4M3, a sixteenth of the elements; without it PyTorch does.
->>>>>>> kernels
 """
 
 import importlib.util
@@ -34,11 +29,7 @@ def model_optimizer_functions():
     from modelopt.torch.kernels.quantization.gemm import fp4_kernel
     from modelopt.torch.quantization import extensions
 
-<<<<<<< HEAD
-    # This turns the extension off. The PyTorch formula in its place is the same arithmetic.
-=======
     # This turns the CUDA extension off. The PyTorch formula in its place is the same arithmetic.
->>>>>>> kernels
     extensions.get_cuda_ext_fp8.extension = None
     return fp4_kernel
 
