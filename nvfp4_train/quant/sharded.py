@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.scale_rules import ScaleRule
-from nvfp4_train.quant.local_weight import LocalWeight, own_rows
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows, rows_per_rank
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.packed_shards import PackedShards
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -198,7 +198,7 @@ class _ThroughCustomAllGather:
         self._num_elements = 0
         for key, parameter in unit.in_order.items():
             self._place_of[key] = self._num_elements
-            self._num_elements += -(-parameter.shape[0] // unit.ranks.size()) * parameter[:1].numel()
+            self._num_elements += rows_per_rank(parameter.shape[0], unit.ranks.size()) * parameter[:1].numel()
         unit.module.set_custom_all_gather(self)  # type: ignore[arg-type]
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
