@@ -108,7 +108,7 @@ class QATModule(L.LightningModule):
         if isinstance(strategy, FullyShardedStrategy):
             sharding = {"mesh": strategy.shard_mesh, "reshard_after_forward": strategy.reshard_after_forward}
         built = build_model(self.model_config, self.quant_config, device, compute_dtype=self.compute_dtype, **sharding)
-        self.loss.prepare(frozen_builder(self.model_config, device, sharding.get("mesh")))
+        self.loss.prepare(frozen_builder(self.model_config, built.model, device, sharding.get("mesh")))
         self.model, self.selection, self.store = built.model, built.selection, built.store
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from nvfp4_train.models.build import kept_in_fp32
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
+from nvfp4_train.quant.local_weight import rows_per_rank
 from nvfp4_train.quant.policy import QuantConfig, select
 
 PACKED_BYTES = 0.5625
@@ -97,7 +98,7 @@ class _Unit:
         self.served_bytes = 4 if unit.in_fp32 else 2
         """Bytes of an element that is not quantized, gathered."""
         self.elements = sum(p.numel() for p in parameters.values())
-        shards = [(p, -(-p.shape[0] // shard_size) * p[0].numel()) for p in parameters.values()]
+        shards = [(p, rows_per_rank(p.shape[0], shard_size) * p[0].numel()) for p in parameters.values()]
         self.shard = sum(size for _, size in shards)
         """Elements of this rank, padded."""
         self.quantized_shard = sum(size for p, size in shards if id(p) in quantized)

@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available():
     # Kernels then run on CPU tensors, in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+# Most tensors here are small, and two threads would wait for each other more than they compute.
+torch.set_num_threads(1)
 os.environ["WANDB_MODE"] = "offline"
 # Tests neither use nor fill the user's caches.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nvfp4-tests-hf-")

@@ -69,6 +69,22 @@ def test_quickstart_regains_what_quantization_costs(quickstart: Path) -> None:
     assert found["export/bits_per_quantized_weight"] == pytest.approx(4.5, abs=0.01)
 
 
+def test_the_example_for_a_repl_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    x = torch.randn(8, 16)
+    before = model[0].weight.detach().clone()
+    names = {
+        "model": model,
+        "x": x,
+        "loss": lambda y: y.square().mean(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    exec(example, names)
+    assert not torch.equal(model[0].weight, before)
+    assert names["store"].names == ["0.weight", "2.weight"]
+
+
 def test_quickstart_leaves_the_files_that_the_readme_lists(quickstart: Path) -> None:
     _, _, table = (ROOT / "README.md").read_text().partition("A run writes")
     rows = re.findall(r"^\| (`.*?`) \|", table.partition("##")[0], re.M)
@@ -84,7 +100,9 @@ def training_model(run_dir: Path) -> QATModule:
     config = checkpoint["hyper_parameters"]["export"]["config"]
     fields = AutoConfig.for_model(**config).to_diff_dict() | {"model_type": config["model_type"]}
     known = {name: value for name, value in fields.items() if name not in ("transformers_version", "architectures", "dtype")}
-    module = QATModule(model=ModelConfig(config=known), quant=QuantConfig(), optim=OptimConfig())
+    # As the exported model computes; where bf16 is slow the run itself computed in float32, with the same weights.
+    model = ModelConfig(config=known, compute_dtype="bfloat16")
+    module = QATModule(model=model, quant=QuantConfig(), optim=OptimConfig())
     module.configure_model()
     module.load_state_dict(checkpoint["state_dict"])
     module.store.update()

@@ -4,6 +4,7 @@ import torch
 from lightning import Callback, Trainer
 
 from nvfp4_train.models.served_check import check_served
+from nvfp4_train.models.served_dtype import class_of
 from nvfp4_train.module import QATModule
 
 
@@ -27,6 +28,6 @@ class ServedCheck(Callback):
             num_modules = check_served(pl_module.model, ids.to(pl_module.device), pl_module.compute_dtype)
         if trainer.is_global_zero:
             print(
-                f"the training forward is that of the plain {type(pl_module.model).__name__}: {num_modules} modules compared",
+                f"the training forward is that of the plain {class_of(pl_module.model).__name__}: {num_modules} modules compared",
                 flush=True,
             )

@@ -19,7 +19,8 @@ from nvfp4_train.export.masters import check_tensors, rows_at_once
 from nvfp4_train.export.served import ServedWeights, refuse_unless, to_served
 from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
 from nvfp4_train.models.layout import HubLayout
-from nvfp4_train.models.sharding import own_rows
+from nvfp4_train.models.sharding import local_rows
+from nvfp4_train.quant.local_weight import rows_per_rank
 from nvfp4_train.quant.served import SERVED_DTYPE
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
@@ -52,7 +53,7 @@ class FromRanks(ServedWeights):
         mesh = next(tensor for tensor in self._shards.values() if isinstance(tensor, DTensor)).device_mesh
         self._group = mesh.get_group(mesh.ndim - 1)
         self._has_part = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-        self._device = own_rows(self._shards[self._names[0]])[0].device
+        self._device = local_rows(self._shards[self._names[0]])[0].device
         self._is_gathering = False
         self._check_finite()
 
@@ -119,7 +120,7 @@ class FromRanks(ServedWeights):
         return tuple(tensor for tensor in gathered if tensor is not None)
 
     def _served_rows(self, name: str) -> Tensor:
-        return to_served(name, own_rows(self._shards[name])[0], self.layout)
+        return to_served(name, local_rows(self._shards[name])[0], self.layout)
 
     def _check_finite(self) -> None:
         """Check every tensor that the store does not check, in one collective."""
@@ -142,7 +143,7 @@ def gather_rows(rows: Tensor, num_rows: int, group: distributed.ProcessGroup) ->
     """Gather every rank's rows of a tensor: all `num_rows` of them on the first rank of a group, None on the other ranks."""
     # Ranks send equally many bytes, of any dtype; those with fewer rows pad them.
     sent = rows.contiguous()
-    if len(rows) < (most := -(-num_rows // group.size())):
+    if len(rows) < (most := rows_per_rank(num_rows, group.size())):
         sent = rows.new_zeros((most, *rows.shape[1:]))
         sent[: len(rows)] = rows
     flat = sent.view(-1).view(torch.uint8)

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_frozen, load_model
+from nvfp4_train.models.causal_lm import COMPUTE_DTYPES, ModelConfig, decoder_layers, load_frozen, load_model, serve_buffers
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
-from nvfp4_train.models.served_dtype import served_dtypes
+from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, shard_model
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
-from nvfp4_train.quant.served import served_units, show_served
+from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit, parts_called_alone, served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
 
@@ -27,16 +28,29 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dty
     says that quantization begins later, or never.
 
     Args:
-        model: Its floating-point parameters are fp32 or bf16, and stay as they are.
+        model: Its floating-point parameters are fp32 or bf16, and stay as they are. It computes with NVFP4 weights when it is called
+            itself; so do, called by themselves, the body and the head of a transformers model, but no other parts.
         config: Which weights, and how; everything but the output embedding and routers by default.
         compute_dtype: Dtype of products and activations, bfloat16 or float32; weights have their served values in both. By default
             the dtype of the model's first parameter.
 
     Raises:
-        ValueError: Nothing is left to quantize, or a pattern of config matches nothing; see `select`.
+        ValueError: Nothing is left to quantize, a pattern of config matches nothing (see `select`), a parameter or compute_dtype is of
+            another dtype, or the model has been quantized before.
     """
     config = config or QuantConfig()
-    store = make_trainable(model, config, compute_dtype=compute_dtype or next(model.parameters()).dtype).store
+    if isinstance(model, ServedUnit):
+        raise ValueError("model must not have been quantized before; use the store of that call, or another copy of the model")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in COMPUTE_DTYPES.values():
+            raise ValueError(f"{name} must be float32 or bfloat16, got {parameter.dtype}; see model.float()")
+    first = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), SERVED_DTYPE)
+    compute_dtype = compute_dtype or first
+    if compute_dtype not in COMPUTE_DTYPES.values():
+        raise ValueError(f"compute_dtype must be torch.bfloat16 or torch.float32, got {compute_dtype!r}")
+    if isinstance(model, PreTrainedModel):
+        serve_buffers(model, compute_dtype)
+    store = make_trainable(model, config, compute_dtype=compute_dtype).store
     if config.enabled and config.start_step == 0:
         store.update()
     return store
@@ -64,13 +78,15 @@ def make_trainable(
 
     `fill` is called once the model is sharded, and gives it its weights. The caller does the store's first update.
     """
-    selection = select(model, quant, HubLayout(model.config) if isinstance(model, PreTrainedModel) else None)
+    layout = HubLayout(model.config) if _is_causal_lm(model) else None  # type: ignore[arg-type]
+    selection = select(model, quant, layout)
     kept = kept_in_fp32(model)
     sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
     units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
     shown = show_served(
         model,
         list(dict.fromkeys(units)),
+        also=[] if mesh is not None else parts_called_alone(model),
         kept=kept,
         gathered_as_served=gathered_as_served(sharded_units),
         compute_dtype=compute_dtype,
@@ -91,6 +107,11 @@ def make_trainable(
         compute_dtype=compute_dtype,
     )
     return Trainable(selection=selection, store=store)
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether it is of a class that readers of an exported folder build."""
+    return isinstance(model, PreTrainedModel) and class_of(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
 
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
@@ -146,11 +167,17 @@ ModelBuilder = Callable[[ModelConfig | None], nn.Module]
 """Builds another model beside the one that trains, frozen and in bf16: from a config or, without one, the student's original."""
 
 
-def frozen_builder(student: ModelConfig, device: torch.device, mesh: DeviceMesh | None = None) -> ModelBuilder:
-    """Builds models on the device, sharded over the mesh as the student is."""
+def frozen_builder(
+    student: ModelConfig, trained: nn.Module, device: torch.device, mesh: DeviceMesh | None = None
+) -> ModelBuilder:
+    """Builds models on the device, sharded over the mesh as the student is. `trained` is the student before its first step."""
 
     def build(config: ModelConfig | None = None) -> nn.Module:
         model = load_frozen(config or student)
+        if config is None and student.path is None:
+            # A model of random weights has no other original than the student itself.
+            state = trained.state_dict()
+            model.load_state_dict({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()})
         if mesh is None:
             return model.to(device)  # type: ignore[arg-type]
         shard_model(mesh, fsdp_units(model))

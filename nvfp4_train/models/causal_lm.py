@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from nvfp4_train.models.quirks import parameters_on_meta, take_rows_for_single_sequences
-from nvfp4_train.models.served_dtype import served_dtypes
+from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -112,13 +112,7 @@ def load_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -
         # Each kind of device draws other numbers, and some of Lightning's strategies build a model on the GPU.
         with torch.device("cpu"):
             return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config, compute_dtype)
-    # Tensors of another shape are refused below, with missing and unexpected ones.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        config.path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    model, info = loaded
-    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
-    return _for_training(model, config, compute_dtype)
+    return _for_training(_load_exactly(config.path, hf_config, options), config, compute_dtype)
 
 
 def load_frozen(config: ModelConfig) -> PreTrainedModel:
@@ -128,8 +122,18 @@ def load_frozen(config: ModelConfig) -> PreTrainedModel:
     if config.path is None:
         model = AutoModelForCausalLM.from_config(hf_config, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(config.path, config=hf_config, **options)
+        model = _load_exactly(config.path, hf_config, options)
     return model.requires_grad_(False).eval()
+
+
+def _load_exactly(path: str, hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    # Tensors of another shape are refused with the others.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = loaded
+    refuse_other_tensors(path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
+    return model
 
 
 def refuse_other_tensors(
@@ -168,7 +172,7 @@ def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> Pr
     """The transformers class as a reader builds it: in evaluation mode, its parameters on the meta device, its buffers on the CPU."""
     config = copy.deepcopy(model.config)
     with parameters_on_meta():
-        plain = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.config._attn_implementation)
+        plain = class_of(model)._from_config(config, dtype=dtype, attn_implementation=model.config._attn_implementation)
     return plain.eval()
 
 
@@ -184,7 +188,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
     take_rows_for_single_sequences()
-    _serve_buffers(model, compute_dtype)
+    serve_buffers(model, compute_dtype)
     # Some classes take the dtype to compute in from here.
     model.config.dtype = compute_dtype
     if config.gradient_checkpointing:
@@ -193,7 +197,7 @@ def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: to
     return model.train()
 
 
-def _serve_buffers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+def serve_buffers(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Give every buffer the value and the dtype that it is served with; bf16 ones are held in the dtype of the computation."""
     dtypes, saved = served_dtypes(model), model.state_dict().keys()
     computed = dict(plain_class(model).named_buffers())

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from nvfp4_train.models.causal_lm import ModelConfig, empty_model, load_config, refuse_other_tensors
-from nvfp4_train.models.sharding import own_rows
+from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 
@@ -146,7 +146,7 @@ class FolderWeights:
         self._check_copies(state)
 
     def _pieces(self, name: str, tensor: Tensor) -> Iterator[_Piece]:
-        rows, first = own_rows(tensor)
+        rows, first = local_rows(tensor)
         if name in self._key_of and rows.numel():
             yield _Piece(key=self._key_of[name], rows=slice(first, first + len(rows)) if rows.dim() else None, target=rows)
         for index, row in enumerate(rows if name in self._experts else ()):
@@ -156,7 +156,7 @@ class FolderWeights:
 
     def _check_copies(self, state: Mapping[str, Tensor]) -> None:
         for key, name in self._copies.items():
-            rows, first = own_rows(state[name])
+            rows, first = local_rows(state[name])
             with safe_open(self._file_of[key], "pt") as opened:
                 copy = _read(opened, _Piece(key=key, rows=slice(first, first + len(rows)), target=rows))
                 if self._shapes[key] != state[name].shape or not rows.equal(copy.to(rows)):

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
+from nvfp4_train.quant.served import SERVED_DTYPE
 
 
 class HubLayout:
@@ -69,7 +70,7 @@ class HubLayout:
             return "tied to another module"
         if not self._renamed.get(name, "").endswith(".weight"):
             return "the hub stores it in another layout"
-        if self.served_dtype(name) is not torch.bfloat16:
+        if self.served_dtype(name) is not SERVED_DTYPE:
             return f"transformers keeps it in {str(self.served_dtype(name)).removeprefix('torch.')}"
         return None
 

@@ -6,24 +6,36 @@ in `_keep_in_fp32_modules_strict`. `_keep_in_fp32_modules`, without `strict`, is
 
 import copy
 import re
+from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit
 
 
 def plain_model(config: PretrainedConfig) -> PreTrainedModel:
     """The causal LM that a reader of a bf16 folder builds, on the meta device. It takes no memory; the config is copied."""
     with torch.device("meta"):
         # Another attention implementation changes no tensor and may not be installed here.
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=SERVED_DTYPE, attn_implementation="eager")
+
+
+def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The transformers class of a model, under the mixins of ours and of FSDP2."""
+    classes: tuple[Any, ...] = type(model).__mro__
+    return next(cls for cls in classes if not issubclass(cls, ServedUnit | FSDPModule))
 
 
 def served_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     """Dtype by name of every parameter and buffer, including unsaved buffers and tied copies.
 
-    Reads the model's config alone, so the model may be in any dtype, sharded, or have modules of ours.
+    Reads the model's class and config alone, so the model may be in any dtype, sharded, or have modules of ours.
     """
-    return dtypes_of_plain(plain_model(model.config))
+    with torch.device("meta"):
+        plain = class_of(model)._from_config(copy.deepcopy(model.config), dtype=SERVED_DTYPE, attn_implementation="eager")
+    return dtypes_of_plain(plain)
 
 
 def dtypes_of_plain(plain: PreTrainedModel) -> dict[str, torch.dtype]:
@@ -31,7 +43,7 @@ def dtypes_of_plain(plain: PreTrainedModel) -> dict[str, torch.dtype]:
     dtypes = {name: tensor.dtype for name, tensor in plain.named_parameters(remove_duplicate=False)}
     dtypes |= {name: tensor.dtype for name, tensor in plain.named_buffers(remove_duplicate=False)}
     # As from_pretrained does: patterns are searched in the names of saved tensors, and `*` stands for anything.
-    for pattern, dtype in plain._get_dtype_plan(torch.bfloat16).items():
+    for pattern, dtype in plain._get_dtype_plan(SERVED_DTYPE).items():
         for name in plain.state_dict():
             if re.search(pattern.replace("*", ".*"), name):
                 dtypes[name] = dtype

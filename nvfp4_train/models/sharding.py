@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from nvfp4_train.models.causal_lm import decoder_layers
+from nvfp4_train.quant.local_weight import rows_per_rank
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 
@@ -110,12 +111,11 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
 
 
-def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """This rank's rows of a tensor of a sharded model, in the memory that FSDP2 uses, and the index of the first one."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), 0
     shard_dim = tensor.placements.index(Shard(0))
     # FSDP2 cuts as torch.chunk does: the last ranks may have fewer rows, or none.
-    rows_per_rank = -(-tensor.shape[0] // tensor.device_mesh.size(shard_dim))
-    first = rows_per_rank * tensor.device_mesh.get_local_rank(shard_dim)
+    first = rows_per_rank(tensor.shape[0], tensor.device_mesh.size(shard_dim)) * tensor.device_mesh.get_local_rank(shard_dim)
     return tensor.to_local().detach(), min(first, tensor.shape[0])

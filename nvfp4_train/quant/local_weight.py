@@ -9,9 +9,14 @@ PIECE, PIECE_ON_GPU = 1 << 20, 1 << 22
 """Elements of a piece on a CPU, where they fit the caches, and on a GPU, where the launches of smaller pieces would take too long."""
 
 
+def rows_per_rank(num_rows: int, num_ranks: int) -> int:
+    """As torch.chunk and FSDP2 cut rows: each rank has so many, but for the last ones, which may have fewer or none."""
+    return -(-num_rows // num_ranks)
+
+
 def own_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
     """One rank's part of rows that all ranks hold: ceil(num_rows / num_ranks) of them, fewer or none on the last ranks."""
-    each = -(-num_rows // num_ranks)
+    each = rows_per_rank(num_rows, num_ranks)
     return slice(rank * each, (rank + 1) * each)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.chunks import into_chunks
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.quant.local_weight import rows_per_rank
 
 ALIGNMENT = 16
 """Alignment in bytes of all buffers, because kernels load and store 16 bytes at once."""
@@ -116,7 +117,7 @@ class PackedShards:
             torch.split_with_sizes_copy(rows, self._num_unquantized, dim=1, out=padded_unquantized)
 
     def _rows_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (-(-shape[0] // self.num_ranks), *shape[1:])
+        return (rows_per_rank(shape[0], self.num_ranks), *shape[1:])
 
     def _quantized_views(self, shard: Tensor, starts: list[int], divisor: int) -> list[Tensor]:
         shapes = [(rows, columns // divisor) for rows, columns in self._quantized_rows]

@@ -112,6 +112,8 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
     selected (a serving engine fuses siblings, so they are quantized all or none).
     """
     linears = linears_of(model)
+    if not linears:
+        raise ValueError(f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none")
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in linears):
@@ -138,7 +140,7 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
         raise ValueError(
             f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
         )
-    groups = tuple(tuple(f"{name}.weight" for name in group) for group in _groups(chosen, linears))
+    groups = tuple(tuple(f"{name}.weight".removeprefix(".") for name in group) for group in _groups(chosen, linears))
     return Selection(manifest=QuantManifest(groups=groups, rule=config.scale_rule), kept=kept)
 
 

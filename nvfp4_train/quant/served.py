@@ -3,7 +3,7 @@
 A model is cut into units: the decoder layers, and the root, which owns the modules that are in no layer. While the forward of a unit
 runs, also one that recomputes activations, the `_parameters` of all its modules hold served values: decoded NVFP4 for quantized
 parameters, bf16 for all others. The forward of any module may read them. Afterwards, also after an error, the modules hold their
-masters again, so a checkpoint taken at any moment holds the masters. Gradients pass straight through.
+masters again, so a checkpoint that is taken while no forward runs holds the masters. Gradients pass straight through.
 
 A parameter that transformers keeps in fp32 is served in fp32, so it is shown as it is. Where products are slow in bf16 the model
 computes in float32, with the same served values.
@@ -119,7 +119,7 @@ class _ServedModule(NamedTuple):
     """Each parameter's name in the module, and in the unit. The latter is None where the parameter is shown as it is held."""
 
 
-class _ServedUnit:
+class ServedUnit:
     """Mixin, put before the class of a unit. While `forward` runs, the parameters of the unit's modules have served values.
 
     torch.compile guards all that a layer reads in every call, so the unit holds in one place what it needs of its modules.
@@ -140,7 +140,8 @@ class _ServedUnit:
         try:
             for module, (_, _, names), held in zip(modules, self.served_modules, masters, strict=True):
                 if isinstance(module, _ServedEmbedding):
-                    set_parameters(module, _ServedWhenRead(held, dtype))
+                    if not isinstance(held, _ServedWhenRead):
+                        set_parameters(module, _ServedWhenRead(held, dtype))
                     continue
                 shown: dict[str, Any] = {}
                 for name, key in names:
@@ -198,10 +199,18 @@ def served_units(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def parts_called_alone(model: nn.Module) -> list[nn.Module]:
+    """The body and the head of a Hugging Face model, which a loss may call in place of the model."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    parts = [getattr(model, "base_model", None), head]
+    return [part for part in parts if isinstance(part, nn.Module) and part is not model]
+
+
 def show_served(
     model: nn.Module,
     units: Sequence[nn.Module] = (),
     *,
+    also: Sequence[nn.Module] = (),
     kept: Collection[str] = (),
     gathered_as_served: Collection[nn.Module] = (),
     compute_dtype: torch.dtype = SERVED_DTYPE,
@@ -209,14 +218,15 @@ def show_served(
     """Let the forwards of a model and of its `units` compute with served values, in place.
 
     `kept` are names of parameters that are served in fp32. `gathered_as_served` are modules whose served values FSDP2 gathers. Units
-    may lie within one another; a module belongs to the innermost.
+    may lie within one another; a module belongs to the innermost. Those in `also` show their modules too when they are called by
+    themselves.
     Returns the places that show each parameter, by all of its names (`named_parameters(remove_duplicate=False)`).
     """
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(f"{prefix}." if prefix else "")
     shown: dict[str, list[Shown]] = {}
-    for unit in (model, *units):
+    for unit in (model, *units, *(part for part in also if part not in units)):
         weights: dict[str, Tensor] = {}
         modules, served = [], []
         for path, module in _modules_of(unit, units):
@@ -252,7 +262,7 @@ def units_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     units: list[tuple[str, nn.Module]] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, _ServedUnit):
+        if isinstance(module, ServedUnit):
             units.append((name, module))  # type: ignore[arg-type]
             inside.update(module.modules_with_parameters)
     embeddings = [(name, m) for name, m in model.named_modules() if isinstance(m, _ServedEmbedding) and m not in inside]
@@ -261,12 +271,12 @@ def units_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def modules_of_unit(unit: nn.Module) -> tuple[nn.Module, ...]:
     """The modules of a unit that have parameters."""
-    return unit.modules_with_parameters if isinstance(unit, _ServedUnit) else (unit,)
+    return unit.modules_with_parameters if isinstance(unit, ServedUnit) else (unit,)
 
 
 def served_parameters(unit: nn.Module, compute_dtype: torch.dtype) -> list[tuple[nn.Module, dict[str, Tensor | None]]]:
     """The parameters that a unit shows, by module and by name there. Not for use in its forward. A sharded unit must be unsharded."""
-    if isinstance(unit, _ServedUnit):
+    if isinstance(unit, ServedUnit):
         return unit.served()
     return [(unit, {name: to_served(p, compute_dtype) for name, p in unit._parameters.items() if p is not None})]
 
@@ -283,9 +293,9 @@ _classes: dict[type, type] = {}
 
 def _mix_in(unit: nn.Module) -> None:
     cls = type(unit)
-    if issubclass(cls, _ServedUnit):
+    if issubclass(cls, ServedUnit):
         return
     if cls not in _classes:
         # Checkpointing layers of transformers wrap the forward of a subclass too, so recomputation begins with this one.
-        _classes[cls] = type(cls.__name__, (_ServedUnit, cls), {"__module__": cls.__module__})
+        _classes[cls] = type(cls.__name__, (ServedUnit, cls), {"__module__": cls.__module__})
     unit.__class__ = _classes[cls]

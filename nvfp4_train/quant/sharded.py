@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nvfp4_train.kernels.fp4_kernel import nvfp4_quantize
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
+from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.kernels.scale_rules import ScaleRule
-from nvfp4_train.quant.local_weight import LocalWeight, own_rows
+from nvfp4_train.quant.local_weight import LocalWeight, own_rows, rows_per_rank
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.packed_shards import PackedShards
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -196,9 +197,12 @@ class _ThroughCustomAllGather:
         self._place_of: dict[str, int] = {}
         """First element of every parameter in one rank's part of FSDP2's buffer."""
         self._num_elements = 0
+        """Elements of that part."""
         for key, parameter in unit.in_order.items():
             self._place_of[key] = self._num_elements
-            self._num_elements += -(-parameter.shape[0] // unit.ranks.size()) * parameter[:1].numel()
+            self._num_elements += rows_per_rank(parameter.shape[0], unit.ranks.size()) * parameter[:1].numel()
+        # Kernels write whole blocks, in 16 bytes at once.
+        self._is_aligned = not any(place % BLOCK_SIZE for place in (*self._place_of.values(), self._num_elements))
         unit.module.set_custom_all_gather(self)  # type: ignore[arg-type]
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -212,8 +216,22 @@ class _ThroughCustomAllGather:
             self._check_order(input_tensor)
         received = unit.sent.new_empty(unit.sent.numel() * unit.ranks.size())
         distributed.all_gather_into_tensor(received, unit.sent, group=group)
-        unit.shards.unpack(received, self._table, unit.s2, output_tensor, self._unquantized_in(output_tensor))
+        if self._is_aligned:
+            unit.shards.unpack(received, self._table, unit.s2, output_tensor, self._unquantized_in(output_tensor))
+        else:
+            self._unpack_and_copy(received, output_tensor)
         return None
+
+    def _unpack_and_copy(self, received: Tensor, output: Tensor) -> None:
+        """By way of whole tensors of our own, which are aligned as kernels need it."""
+        unit, num_ranks = self._unit, self._unit.ranks.size()
+        whole = torch.empty(unit.shards.num_elements, dtype=unit.dtype, device=received.device)
+        unit.shards.unpack(received, unit.table, unit.s2, whole, unit.shards.padded_unquantized(whole))
+        by_rank = output.view(num_ranks, self._num_elements)
+        for name, tensor in zip([*unit.quantized, *unit.unquantized], unit.shards.whole_tensors(whole), strict=True):
+            place, num_rows = self._place_of[name], rows_per_rank(tensor.shape[0], num_ranks)
+            for rank, rows in enumerate(tensor.split(num_rows)):
+                by_rank[rank, place : place + rows.numel()] = rows.flatten()
 
     def _check_order(self, sent: Tensor) -> None:
         """Raise RuntimeError unless FSDP2 sends parameters in the order in which they are written. `sent` is what it would send."""

@@ -105,6 +105,16 @@ class StopAndSave(L.Callback):
             trainer.should_stop = True
 
 
+class SaveFirst(L.Callback):
+    """Saves a checkpoint before the first step."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 def snapshot(module: Any) -> dict[str, Any]:
     store = module.store
     weights = {name: store.compute_weight(name).cpu().clone() for name in store.manifest.names} if store.is_enabled else {}
@@ -193,6 +203,7 @@ def train(
     sharding: dict[str, Any] | None = None,
     save: tuple[int, str] | None = None,
     resume: str | None = None,
+    save_first: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Snapshots of a run of `steps` optimizer steps; a rank takes its share of the sequences, one after the other.
@@ -205,7 +216,7 @@ def train(
     trainer = make_trainer(
         how,
         sharding=sharding,
-        callbacks=(snapshots, *([StopAndSave(*save)] if save else [])),
+        callbacks=(snapshots, *([SaveFirst(save_first)] if save_first else []), *([StopAndSave(*save)] if save else [])),
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         **options,

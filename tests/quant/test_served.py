@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,6 +91,80 @@ def test_any_module_with_linears_in_one_call() -> None:
     store.update()
     assert not torch.equal(model(x), before)
     assert store.manifest.names == ["0.weight", "3.weight"]
+
+
+def test_a_body_and_a_head_that_are_called_by_themselves_show_served_values() -> None:
+    """A loss may compute the logits in pieces."""
+    model = tiny("gemma2")
+    store = nvfp4_train.quantize(model, compute_dtype=torch.bfloat16)
+    ids = torch.randint(0, 64, (1, 12))
+    whole = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.dtype == torch.bfloat16
+    assert torch.equal(hidden, whole.hidden_states[-1])
+    logits = model.lm_head(hidden)
+    assert logits.dtype == torch.bfloat16
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(model.get_parameter(name).grad is not None for name in store.names)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForMaskedLM"])
+def test_other_transformers_classes(kind: str) -> None:
+    config = transformers.AutoConfig.for_model(
+        "bert" if "Masked" in kind else "llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = getattr(transformers, kind).from_config(config).eval()
+    served = copy.deepcopy(model)
+    store = nvfp4_train.quantize(model)
+    with torch.no_grad():
+        for name, parameter in served.named_parameters():
+            parameter.copy_(store.compute_weight(name) if name in store.names else parameter.bfloat16())
+    ids = torch.randint(1, 64, (1, 12))
+    assert len(store.names) >= 12
+    assert torch.equal(model(input_ids=ids)[0], served(input_ids=ids)[0])
+
+
+def test_buffers_are_served_too() -> None:
+    """A falcon_h1 of fp32 computes some of them in fp32, its readers in bf16."""
+    model = tiny_model("falcon_h1").eval()
+    served = tiny_model("falcon_h1", torch.bfloat16).eval()
+    served.load_state_dict(model.state_dict())
+    store = nvfp4_train.quantize(model, compute_dtype=torch.bfloat16)
+    for name in store.names:
+        served.get_parameter(name).data.copy_(store.compute_weight(name))
+    ids = torch.randint(0, 64, (1, 12))
+    assert torch.equal(model(input_ids=ids).logits, served(input_ids=ids).logits)
+
+
+def test_a_linear_alone_is_quantized() -> None:
+    model = nn.Linear(16, 4)
+    store = nvfp4_train.quantize(model)
+    assert store.names == ["weight"]
+    x = torch.randn(2, 16)
+    assert torch.equal(model(x), F.linear(x, store.compute_weight("weight"), model.bias.bfloat16().float()))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.LayerNorm(4), {}, "must have an nn.Linear, got LayerNorm"),
+        (nn.Identity(), {}, "must have an nn.Linear, got Identity"),
+        (nn.Linear(16, 4).half(), {}, r"weight must be float32 or bfloat16, got torch.float16; see model.float\(\)"),
+        (nn.Linear(16, 4), {"compute_dtype": torch.float16}, "compute_dtype must be torch.bfloat16 or torch.float32"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(model: nn.Module, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nvfp4_train.quantize(model, **options)
+
+
+def test_a_second_store_of_one_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 4))
+    nvfp4_train.quantize(model)
+    with pytest.raises(ValueError, match="must not have been quantized before"):
+        nvfp4_train.quantize(model)
 
 
 def compiled_and_eager(enabled: bool) -> list[Tensor]:
