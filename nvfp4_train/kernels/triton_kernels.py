@@ -264,7 +264,7 @@ def static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_blo
         return out
     block_size = x.numel() // amax.numel()
     tensors = _flat(x), _flat(amax), global_amax, out
-    constants = {"IS_QUANTIZED": quantize_block_scales, "IS_PRODUCT": amax.is_cuda}
+    constants: dict[str, Any] = {"IS_QUANTIZED": quantize_block_scales, "IS_PRODUCT": amax.is_cuda}
     if block_size == reference.BLOCK_SIZE:
         _launch("static_fake_quant", static_fake_quant_kernel, amax.numel(), x, *tensors, **constants)
     elif block_size % 8 == 0:
