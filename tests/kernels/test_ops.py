@@ -12,6 +12,7 @@ from nvfp4_train.kernels import chunks, fp4_kernel, multi_tensor, reference, tri
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
 S2 = torch.tensor([0.003], device=DEVICE)
+INPUT_SCALE = torch.tensor([2.0**-8], device=DEVICE)
 PACKED, BLOCK_SCALES = reference.quantize(X, S2)
 
 OP_ARGUMENTS = {
@@ -38,6 +39,8 @@ OP_ARGUMENTS = {
         )
     ],
     "dequantize": [(PACKED, BLOCK_SCALES, S2, torch.bfloat16), (PACKED, BLOCK_SCALES.float(), S2, torch.float32)],
+    "quantize_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
+    "fake_quant_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
 }
 
 
@@ -85,6 +88,8 @@ def test_public_functions_take_tensors_without_values(kind):
         assert fp4_kernel.nvfp4_fake_quant(x, s2).shape == x.shape
         assert fp4_kernel.static_blockwise_fp4_fake_quant(x, block_amax).shape == x.shape
         assert fp4_kernel.compute_fp4_scales(block_amax, global_amax).shape == (3, 3)
+        assert [t.shape for t in fp4_kernel.nvfp4_quantize_input(x, s2)] == [(3, 48), (3, 24), (3, 3)]
+        assert fp4_kernel.nvfp4_fake_quant_input(x, s2).shape == x.shape
 
 
 @pytest.mark.parametrize("name", OP_ARGUMENTS)
@@ -114,6 +119,8 @@ def _every_operation(x, amax, s2, table):
         packed,
         scales,
         decoded,
+        *fp4_kernel.nvfp4_quantize_input(x, INPUT_SCALE.to(x.device)),
+        fp4_kernel.nvfp4_fake_quant_input(x, INPUT_SCALE.to(x.device)),
     )
 
 
