@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nvfp4_train.metrics import VAL_LOSS_MASTER, VAL_LOSS_MASTER_AT_SWITCH, VAL_LOSS_PTQ, VAL_LOSS_QUANTIZED
+from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
 from nvfp4_train.module import QATModule
 
 
@@ -74,7 +74,7 @@ class Requantize(Callback):
         elif not pl_module.store.is_enabled:
             pl_module.store.update()
         pl_module.results |= self._losses_at_switch
-        pl_module.report(self._evaluate(trainer, pl_module, VAL_LOSS_QUANTIZED, VAL_LOSS_MASTER))
+        pl_module.report(self._evaluate(trainer, pl_module, QUANTIZED, MASTER))
         if not pl_module.quant_config.enabled:
             # A run that continues from this one with quantization has its own switch.
             self._losses_at_switch = {}
@@ -96,14 +96,14 @@ class Requantize(Callback):
         assert pl_module.store is not None
         pl_module.store.update()
         pl_module.store.check_finite()
-        losses = self._evaluate(trainer, pl_module, VAL_LOSS_PTQ, VAL_LOSS_MASTER_AT_SWITCH)
+        losses = self._evaluate(trainer, pl_module, PTQ, MASTER_AT_SWITCH)
         pl_module.report(losses)
         self._losses_at_switch = losses
 
     def _evaluate(self, trainer: Trainer, pl_module: QATModule, quantized: str, masters: str) -> dict[str, float]:
         assert pl_module.store is not None
         batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        losses = {quantized: pl_module.evaluate(batches)}
+        found = {quantized: pl_module.evaluate(batches)}
         with pl_module.store.masters_only():
-            losses[masters] = pl_module.evaluate(batches)
-        return losses
+            found[masters] = pl_module.evaluate(batches)
+        return {evaluation_metric(name, state): value for state in found for name, value in found[state].items()}
