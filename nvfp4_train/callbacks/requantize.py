@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, val_metric
+from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
 from nvfp4_train.module import QATModule
 from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.policy import SERVINGS
@@ -124,4 +124,4 @@ class Requantize(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: QATModule, of: str, serving: str | None = None) -> dict[str, float]:
         batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        return {val_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}
+        return {evaluation_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}

@@ -10,11 +10,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from nvfp4_train.models.causal_lm import COMPUTE_DTYPES, ModelConfig, decoder_layers, load_frozen, load_model, serve_buffers
+from nvfp4_train.models.causal_lm import (
+    COMPUTE_DTYPES,
+    ModelConfig,
+    decoder_layers,
+    hold_as_served,
+    load_frozen,
+    load_model,
+    serve_buffers,
+)
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
-from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, shard_model
+from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit, parts_called_alone, served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -182,24 +190,43 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ValueError(f"optim.frozen must leave a parameter to train, got {list(patterns)}, which match all")
 
 
-ModelBuilder = Callable[[ModelConfig | None], nn.Module]
-"""Builds another model beside the one that trains, frozen and in bf16: from a config or, without one, the student's original."""
+@dataclass(frozen=True, kw_only=True)
+class ModelBuilder:
+    """Builds other models beside the student, the one that trains: frozen, with bf16 values, and sharded if the student is."""
 
+    student: nn.Module
+    """Before its first step."""
+    config: ModelConfig
+    """Where it comes from."""
+    device: torch.device
+    compute_dtype: torch.dtype = SERVED_DTYPE
+    """Dtype of products and activations."""
+    mesh: DeviceMesh | None = None
 
-def frozen_builder(
-    student: ModelConfig, trained: nn.Module, device: torch.device, mesh: DeviceMesh | None = None
-) -> ModelBuilder:
-    """Builds models on the device, sharded over the mesh as the student is. `trained` is the student before its first step."""
-
-    def build(config: ModelConfig | None = None) -> nn.Module:
-        model = load_frozen(config or student)
-        if config is None and student.path is None:
-            # A model of random weights has no other original than the student itself.
-            state = trained.state_dict()
+    def __call__(self, config: ModelConfig | None = None) -> nn.Module:
+        """The model of a config, in evaluation mode on the device; without one a copy of the student as it was loaded."""
+        # A model of random weights has no other original than the student itself.
+        is_copy = config is None and self.config.path is None
+        opened = None if self.mesh is None or is_copy else open_folder(config or self.config, self.compute_dtype)
+        model = load_frozen(config or self.config) if opened is None else opened[0].requires_grad_(False).eval()
+        if is_copy:
+            state = self.student.state_dict()
             model.load_state_dict({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()})
-        if mesh is None:
-            return model.to(device)  # type: ignore[arg-type]
-        shard_model(mesh, fsdp_units(model))
+        hold_as_served(model, self.compute_dtype)
+        if self.mesh is None:
+            return model.to(self.device)  # type: ignore[arg-type]
+        shard_frozen(self.mesh, model)
+        if opened is not None:
+            allocate(model, self.device)
+            opened[1].read_into(model)
+            round_to_served(model)
         return model
 
-    return build
+
+@torch.no_grad()
+def round_to_served(model: PreTrainedModel) -> None:
+    """Round every parameter, sharded or not, to the dtype that it is served in, in place. It stays in its own dtype."""
+    dtypes = served_dtypes(model)
+    for name, parameter in model.named_parameters():
+        rows, _ = local_rows(parameter)
+        rows.copy_(rows.to(dtypes[name]))

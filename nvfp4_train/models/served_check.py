@@ -33,7 +33,7 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
     `model` was made by `build_model`, and is in the state in which it trains next. input_ids are int64 [B, T]. A module that does not
     repeat its own output is passed over with a warning. Under FSDP2 call it on every rank. Returns the number of modules compared.
     """
-    with _undisturbed(model):
+    with undisturbed(model):
         trained = _outputs_of(model, input_ids)
         first = _first_difference(model, input_ids, compute_dtype, trained)
         if first is None:
@@ -54,7 +54,7 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with deterministic algorithms, and without compiled layers, which hooks would compile anew."""
     modules = list(model.modules())
     was_training = [module.training for module in modules]
