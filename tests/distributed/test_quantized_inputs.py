@@ -20,7 +20,6 @@ from nvfp4_train.quant.served import served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
 
-
 WAYS = {"FSDP2": {}, "FSDP2, recomputing": {"gradient_checkpointing": True}, "FSDP2, compiled": {"compiled": True}}
 
 
