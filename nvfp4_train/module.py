@@ -1,7 +1,7 @@
 """The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -21,8 +21,10 @@ from nvfp4_train.losses.base import Batch, Loss
 from nvfp4_train.losses.next_token import NextTokenLoss
 from nvfp4_train.models.build import build_model, frozen_builder
 from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
+from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.policy import QuantConfig, Selection
+from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
 
@@ -67,6 +69,7 @@ class QATModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.selection: Selection | None = None
         self.store: WeightStore | None = None
+        self.quant_state: QuantState | None = None
         self.compute_dtype = torch.bfloat16
         self.compute_dtype_reason = ""
         self.clock = TrainClock()
@@ -107,9 +110,20 @@ class QATModule(L.LightningModule):
         sharding: dict[str, Any] = {}
         if isinstance(strategy, FullyShardedStrategy):
             sharding = {"mesh": strategy.shard_mesh, "reshard_after_forward": strategy.reshard_after_forward}
-        built = build_model(self.model_config, self.quant_config, device, compute_dtype=self.compute_dtype, **sharding)
+        built = build_model(
+            self.model_config,
+            self.quant_config,
+            device,
+            compute_dtype=self.compute_dtype,
+            frozen=self.optim_config.frozen,
+            **sharding,
+        )
         self.loss.prepare(frozen_builder(self.model_config, built.model, device, sharding.get("mesh")))
         self.model, self.selection, self.store = built.model, built.selection, built.store
+        # As a module of this one it is in every checkpoint.
+        self.quant_state = built.store.state
+        # DDP would broadcast it in every forward; all ranks have the same.
+        self._ddp_params_and_buffers_to_ignore = [f"quant_state.{name}" for name, _ in self.quant_state.named_buffers()]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V], in the dtype of the computation, of token ids [B, T]."""
@@ -160,6 +174,34 @@ class QATModule(L.LightningModule):
                 distributed.all_reduce(total)
             self.train(was_training)
             return (total[0] / total[1]).item()
+
+    def prepare(self, batches: Iterable[tuple[Batch, bool]], progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+        """Calibrate and equalize the model before it is first quantized, see `models.prepare`. Returns lines for the user."""
+        assert self.model is not None and self.store is not None
+        if self.quant_config.calibration.sequences == 0:
+            return []
+        optimizers = [] if self._trainer is None else self.trainer.optimizers
+        with self.clock.paused():
+            return prepare(
+                self.model,
+                self.store,
+                self.quant_config,
+                batches,
+                optimizer=optimizers[0] if optimizers else None,
+                progress=progress,
+            )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the inputs of quantized weights have scales, without which they cannot be quantized."""
+        return self.quant_config.calibration.sequences > 0
+
+    @contextmanager
+    def serving(self, name: str) -> Iterator[None]:
+        """Compute inside the context as one of `quant.policy.SERVINGS` does."""
+        assert self.inputs is not None
+        with self.inputs.serving(name):
+            yield
 
     def report(self, metrics: dict[str, float]) -> None:
         """Log metrics now, and keep them among the results."""

@@ -5,7 +5,7 @@ theirs. A chunk is a run of blocks of one slot that one program of a kernel take
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -72,6 +72,10 @@ class Weights:
     """uint8 [..., K // 2]."""
     scales: list[Tensor]
     """float8_e4m3fn [..., K // 16]."""
+    steps: list[Tensor] = field(default_factory=list)
+    """int8 [..., K // 16], of a fitted rule: read, and written where they are chosen anew."""
+    hessians: list[Tensor] = field(default_factory=list)
+    """float32 [K // 16, 16, 16], or one for each expert, [E, K // 16, 16, 16]; masters may share one."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -89,22 +93,38 @@ class Weights:
             ("decoded", (torch.float32, torch.bfloat16, torch.float16)),
             ("packed", (torch.uint8,)),
             ("scales", (torch.float8_e4m3fn,)),
+            ("steps", (torch.int8,)),
+            ("hessians", (torch.float32,)),
         ):
             tensors = getattr(self, name)
             if len({tensor.dtype for tensor in tensors}) > 1:
                 raise ValueError(f"{name} must share one dtype, got {', '.join(sorted({str(t.dtype) for t in tensors}))}")
             for index, tensor in enumerate(tensors):
                 self._check(f"{name}[{index}]", tensor, dtypes)
-        for name, divisor in (("decoded", 1), ("packed", 2), ("scales", BLOCK_SIZE)):
-            outputs = getattr(self, name)
-            if not outputs and (name == "decoded" or not self.packed and not self.scales):
-                continue
-            if len(outputs) != len(self.masters):
-                raise ValueError(f"{name} must have one tensor per master, {len(self.masters)}, got {len(outputs)}")
-            for index, (master, output) in enumerate(zip(self.masters, outputs, strict=True)):
-                required = (*master.shape[:-1], master.shape[-1] // divisor)
-                if output.shape != required:
-                    raise ValueError(f"{name}[{index}] must have shape {required}, got {tuple(output.shape)}")
+        for name, divisor in (("decoded", 1), ("packed", 2), ("scales", BLOCK_SIZE), ("steps", BLOCK_SIZE)):
+            if self._is_given(name):
+                for index, (master, tensor) in enumerate(zip(self.masters, getattr(self, name), strict=True)):
+                    required = (*master.shape[:-1], master.shape[-1] // divisor)
+                    if tensor.shape != required:
+                        raise ValueError(f"{name}[{index}] must have shape {required}, got {tuple(tensor.shape)}")
+        if self._is_given("hessians"):
+            for index, (master, hessian) in enumerate(zip(self.masters, self.hessians, strict=True)):
+                shared = (master.shape[-1] // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
+                allowed = [shared, (master.shape[0], *shared)] if master.dim() == 3 else [shared]
+                if hessian.shape not in allowed:
+                    raise ValueError(
+                        f"hessians[{index}] must have shape {' or '.join(map(str, allowed))}, got {tuple(hessian.shape)}"
+                    )
+
+    def _is_given(self, name: str) -> bool:
+        """Whether a list has tensors. Raises ValueError where it lacks some, or all that another list asks for."""
+        tensors = getattr(self, name)
+        partner = {"packed": "scales", "scales": "packed", "steps": "hessians", "hessians": "steps"}.get(name)
+        if not tensors and (partner is None or not getattr(self, partner)):
+            return False
+        if len(tensors) != len(self.masters):
+            raise ValueError(f"{name} must have one tensor per master, {len(self.masters)}, got {len(tensors)}")
+        return True
 
     def _check(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         if tensor.dtype not in dtypes:
@@ -119,7 +139,7 @@ class Weights:
             )
 
     def tensors(self) -> list[Tensor]:
-        return [*self.masters, *self.decoded, *self.packed, *self.scales]
+        return [*self.masters, *self.decoded, *self.packed, *self.scales, *self.steps, *self.hessians]
 
 
 def into_chunks(table: Tensor, steps: Sequence[int], blocks_per_chunk: int) -> Tensor:

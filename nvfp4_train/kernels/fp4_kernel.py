@@ -115,17 +115,50 @@ def nvfp4_global_scale(global_amax: Tensor, rule: ScaleRule = MAX_RULE) -> Tenso
     return reference.global_scale(global_amax.detach(), rule)
 
 
-def nvfp4_quantize(x: Tensor, global_scale: Tensor, rule: ScaleRule = MAX_RULE) -> tuple[Tensor, Tensor]:
-    """x [..., K] under its s2 -> packed codes uint8 [..., K // 2] and block scales float8_e4m3fn [..., K // 16]."""
-    return torch.ops.nvfp4.quantize(x, _checked_global_scale(x, global_scale), rule.block_scale)
+def nvfp4_quantize(
+    x: Tensor, global_scale: Tensor, rule: ScaleRule = MAX_RULE, steps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [..., K] under its s2 -> packed codes uint8 [..., K // 2] and block scales float8_e4m3fn [..., K // 16].
+
+    A fitted rule takes the steps of the blocks, int8 [..., K // 16], as `nvfp4_choose_steps` gives them, now or some time ago.
+    """
+    global_scale = _checked_global_scale(x, global_scale)
+    _check_steps(x, rule, steps)
+    return torch.ops.nvfp4.quantize(x, global_scale, rule.block_scale, steps)
 
 
 def nvfp4_fake_quant(
-    x: Tensor, global_scale: Tensor, out_dtype: torch.dtype | None = None, rule: ScaleRule = MAX_RULE
+    x: Tensor,
+    global_scale: Tensor,
+    out_dtype: torch.dtype | None = None,
+    rule: ScaleRule = MAX_RULE,
+    steps: Tensor | None = None,
 ) -> Tensor:
-    """`fp4_dequantize(*nvfp4_quantize(x, s2, rule), s2)` in one pass: shaped like x, in out_dtype (that of x if None)."""
+    """`fp4_dequantize(*nvfp4_quantize(x, s2, rule, steps), s2)` in one pass: shaped like x, in out_dtype (that of x if None)."""
     out_dtype = _checked_out_dtype(x, out_dtype)
-    return torch.ops.nvfp4.fake_quant(x, _checked_global_scale(x, global_scale), out_dtype, rule.block_scale)
+    global_scale = _checked_global_scale(x, global_scale)
+    _check_steps(x, rule, steps)
+    return torch.ops.nvfp4.fake_quant(x, global_scale, out_dtype, rule.block_scale, steps)
+
+
+def nvfp4_choose_steps(x: Tensor, global_scale: Tensor, hessian: Tensor, rule: ScaleRule) -> Tensor:
+    """The steps of the blocks of x [..., K] under a fitted rule: int8 [..., K // 16].
+
+    hessian is float32 [K // 16, 16, 16], for each block of columns the mean of x_b x_b' over the inputs x_b of the layer there. A
+    step is chosen so that the mean square of what quantizing the block adds to the layer's output is least.
+    """
+    global_scale = _checked_global_scale(x, global_scale)
+    if not rule.is_fitted:
+        raise ValueError(f"rule must be fitted to choose steps, as block_scale='hessian' is, got {rule.block_scale!r}")
+    _check_tensors(hessian=hessian)
+    required = (x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
+    if hessian.dtype != torch.float32 or hessian.shape != required:
+        raise ValueError(
+            f"hessian must be float32 of shape {required} for x of shape {tuple(x.shape)}, "
+            f"got {hessian.dtype} of shape {tuple(hessian.shape)}"
+        )
+    _check_same_device(x, hessian=hessian)
+    return torch.ops.nvfp4.choose_steps(x, global_scale, hessian, rule.block_scale)
 
 
 def nvfp4_quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +206,24 @@ def _check_blocks(name: str, x: Tensor) -> None:
         raise ValueError(
             f"the last dimension of {name} must be a multiple of the block size {BLOCK_SIZE}, got shape {tuple(x.shape)}"
         )
+
+
+def _check_steps(x: Tensor, rule: ScaleRule, steps: Tensor | None) -> None:
+    """Raise ValueError unless there are steps for every block of x under a fitted rule, and none under any other."""
+    if not rule.is_fitted:
+        if steps is not None:
+            raise ValueError(f"steps are for fitted rules alone, got some under rule {rule.block_scale!r}")
+        return
+    if steps is None:
+        raise ValueError(f"steps are required under rule {rule.block_scale!r}, got None: see nvfp4_choose_steps")
+    _check_tensors(steps=steps)
+    required = (*x.shape[:-1], x.shape[-1] // BLOCK_SIZE)
+    if steps.dtype != torch.int8 or steps.shape != required:
+        raise ValueError(
+            f"steps must be int8 of shape {required} for x of shape {tuple(x.shape)}, "
+            f"got {steps.dtype} of shape {tuple(steps.shape)}"
+        )
+    _check_same_device(x, steps=steps)
 
 
 def _check_divides_into_blocks(x: Tensor, amax: Tensor) -> None:

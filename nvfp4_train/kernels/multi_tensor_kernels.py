@@ -172,7 +172,7 @@ class TritonPasses:
         num_multiprocessors = torch.cuda.get_device_properties(weights.device).multi_processor_count if is_cuda else 1
         self._num_persistent = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
 
-    def measure(self) -> None:
+    def measure(self, refit: bool = False) -> None:
         weights = self.weights
         # The dtype too: memory that masters of one dtype have left may be taken by masters of another.
         tabled = weights.masters[0].dtype, *map(Tensor.data_ptr, self._tensors)
@@ -195,7 +195,7 @@ class TritonPasses:
         constants = {"DIVISOR": reference.FP4_MAX * self.rule.largest, "IS_POW2": self.rule.is_pow2, "TILE": 256}
         launch("update_scales", update_scales_kernel, -(-num_slots // 256), 4, slots.measured, args, constants)
 
-    def quantize(self) -> None:
+    def quantize(self, refit: bool = False) -> None:
         num_programs = self._table.shape[0]
         if self.rule.is_pow2:
             num_programs = min(self._num_persistent, num_programs)

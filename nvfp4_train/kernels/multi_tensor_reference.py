@@ -16,8 +16,8 @@ class ReferencePasses:
         self.slots = slots
         self.rule = rule
 
-    def measure(self) -> None:
-        """Raise `measured` to the amax of the masters."""
+    def measure(self, refit: bool = False) -> None:
+        """Raise `measured` to the amax of the masters. refit: `choose_steps` comes before `quantize`."""
         for master, slot in zip(self.weights.masters, self.weights.first_slots, strict=True):
             if master.numel():
                 amax = reference.block_amax(master).reshape(num_slots_of(master), -1).amax(1)
@@ -32,18 +32,33 @@ class ReferencePasses:
         slots.global_scales.copy_(reference.global_scale(slots.global_amax, self.rule))
         slots.measured.zero_()
 
-    def quantize(self) -> None:
-        """Write the outputs under the global scales."""
+    def choose_steps(self) -> None:
+        """Choose the steps of a fitted rule anew, under the global scales."""
+        weights = self.weights
+        of_masters = zip(weights.masters, weights.first_slots, weights.steps, weights.hessians, strict=True)
+        for master, first_slot, steps, hessian in of_masters:
+            if master.numel() == 0:
+                continue
+            scales = self._of_master(self.slots.global_scales, master, first_slot)
+            # One slot, or one for each expert.
+            rows_of, steps_of = (tensor.view(len(scales), -1, tensor.shape[-1]) for tensor in (master, steps))
+            hessian_of = hessian.expand(len(scales), *hessian.shape[-3:])
+            for slot, s2 in enumerate(scales):
+                steps_of[slot].copy_(reference.choose_steps(rows_of[slot], s2, hessian_of[slot], self.rule))
+
+    def quantize(self, refit: bool = False) -> None:
+        """Write the outputs under the global scales and steps."""
         weights = self.weights
         for index, (master, slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
             if master.numel() == 0:
                 continue
             s2 = self._of_master(self.slots.global_scales, master, slot).reshape(-1, *[1] * (master.dim() - 1))
+            steps = weights.steps[index] if weights.steps else None
             if weights.decoded:
                 decoded = weights.decoded[index]
-                decoded.copy_(reference.fake_quant(master, s2, decoded.dtype, self.rule))
+                decoded.copy_(reference.fake_quant(master, s2, decoded.dtype, self.rule, steps))
             if weights.packed:
-                packed, scales = reference.quantize(master, s2, self.rule)
+                packed, scales = reference.quantize(master, s2, self.rule, steps)
                 weights.packed[index].copy_(packed)
                 weights.scales[index].copy_(scales)
 

@@ -77,15 +77,19 @@ def _fake_block_amax(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // reference.BLOCK_SIZE), dtype=torch.float32)
 
 
-def _quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, Tensor]:
-    return reference.quantize(x, s2, ScaleRule(block_scale=block_scale))
+def _quantize(x: Tensor, s2: Tensor, block_scale: str = "max", steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return reference.quantize(x, s2, ScaleRule(block_scale=block_scale), steps)
 
 
-def _fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max") -> Tensor:
-    return reference.fake_quant(x, s2, dtype, ScaleRule(block_scale=block_scale))
+def _fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max", steps: Tensor | None = None) -> Tensor:
+    return reference.fake_quant(x, s2, dtype, ScaleRule(block_scale=block_scale), steps)
 
 
-def _fake_quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, Tensor]:
+def _choose_steps(x: Tensor, s2: Tensor, hessian: Tensor, block_scale: str) -> Tensor:
+    return reference.choose_steps(x, s2, hessian, ScaleRule(block_scale=block_scale))
+
+
+def _fake_quantize(x: Tensor, s2: Tensor, block_scale: str = "max", steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     return packed, _fake_block_amax(x).to(torch.float8_e4m3fn)
 
@@ -110,11 +114,18 @@ _register(
     _static_fake_quant,
     lambda x, amax, global_amax, quantize_block_scales, dtype: x.new_empty(x.shape, dtype=dtype),
 )
-_register('quantize(Tensor x, Tensor s2, str block_scale="max") -> (Tensor, Tensor)', _quantize, _fake_quantize)
 _register(
-    'fake_quant(Tensor x, Tensor s2, ScalarType dtype, str block_scale="max") -> Tensor',
+    'quantize(Tensor x, Tensor s2, str block_scale="max", Tensor? steps=None) -> (Tensor, Tensor)', _quantize, _fake_quantize
+)
+_register(
+    'fake_quant(Tensor x, Tensor s2, ScalarType dtype, str block_scale="max", Tensor? steps=None) -> Tensor',
     _fake_quant,
-    lambda x, s2, dtype, block_scale="max": x.new_empty(x.shape, dtype=dtype),
+    lambda x, s2, dtype, block_scale="max", steps=None: x.new_empty(x.shape, dtype=dtype),
+)
+_register(
+    "choose_steps(Tensor x, Tensor s2, Tensor hessian, str block_scale) -> Tensor",
+    _choose_steps,
+    lambda x, s2, hessian, block_scale: _fake_block_amax(x).to(torch.int8),
 )
 _register(
     "dequantize(Tensor packed, Tensor scales, Tensor s2, ScalarType dtype) -> Tensor",

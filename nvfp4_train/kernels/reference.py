@@ -13,7 +13,8 @@ Every operation is rounded once in fp32, in the order written, and divisions are
 bits: a reciprocal in place of a division, `block_amax / (6 * s2)`, and skipping the rounding of the block scale before the codes
 are taken. A value that is exactly zero, of either sign, has code 0; a negative value that rounds to zero keeps its sign (code 8).
 
-That is the default rule. `scale_rules` has others: they divide global_amax by another number, and choose among several s_block.
+That is the default rule. `scale_rules` has others: they divide global_amax by another number, and choose among several s_block, by
+the values of a block alone (`block_scales`) or by what a layer does with them (`choose_steps`).
 
 s2 lies in 2^-128 to 2^119, and from `global_scale` it does. Under another one scales or values leave fp32: the result means
 nothing, and kernels may give another.
@@ -35,6 +36,9 @@ E4M3_MIN = 2.0**-6
 
 SMALLEST_GLOBAL_AMAX = 7.9e-36
 """Below this global amax 1 / s2 leaves fp32. Such a tensor counts as all zero, with s2 = 1."""
+
+ELEMENTS_PER_SEARCH = 2**17
+"""Elements that `choose_steps` looks at together, so that its temporaries stay near the caches."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -74,15 +78,21 @@ def round_to_e4m3(scale: Tensor) -> Tensor:
     return scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
-def block_scales(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
+def block_scales(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE, steps: Tensor | None = None) -> Tensor:
     """Block scales of x [..., K] under s2 (broadcastable): float32 [..., K // 16], values that E4M3 holds exactly.
 
-    ratio = block_amax / 6 / s2, two divisions, and for each factor of the rule candidate = E4M3(clamp(ratio * factor, 2^-6, 448)).
-    Each operation is rounded once in fp32. The candidate with the least `squared_error` is taken, the larger one of equals. A
-    block that holds NaN has the scale NaN.
+    ratio = block_amax / 6 / s2, two divisions, and for each factor of the rule candidate = E4M3(clamp(ratio * factor, 2^-6, 448)),
+    or, for each step, the `neighbour` of that of factor 1. Each operation is rounded once in fp32. The candidate with the least
+    `squared_error` is taken, the larger one of equals. Under a fitted rule it is the neighbour that steps, int8 [..., K // 16], name.
+    A block that holds NaN has the scale NaN.
     """
     ratio = divide(block_amax(x), FP4_MAX) / s2
     best, *others = (round_to_e4m3((ratio * factor).clamp(min=E4M3_MIN)) for factor in rule.factors)
+    if rule.is_fitted:
+        assert steps is not None, f"rule {rule.block_scale} needs the steps of its blocks"
+        return neighbour(best, steps)
+    if len(rule.steps) > 1:
+        best, *others = (neighbour(best, step) for step in rule.steps)
     if others:
         in_units_of_s2 = x.float() / s2
         least = squared_error(in_units_of_s2, best)
@@ -93,6 +103,75 @@ def block_scales(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> Tensor:
     return best
 
 
+def neighbour(scales: Tensor, steps: Tensor | int) -> Tensor:
+    """The block scale (float32) that many E4M3 values above each block scale, within 2^-6 to 448. NaN stays NaN."""
+    codes = scales.to(torch.float8_e4m3fn).view(torch.uint8).int()
+    moved = (codes + steps).clamp(0x08, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.where(scales.isnan(), scales, moved)
+
+
+def choose_steps(x: Tensor, s2: Tensor, hessian: Tensor, rule: ScaleRule) -> Tensor:
+    """The step of each block of x [..., K] under s2 (one element), by which a layer's output loses least: int8 [..., K // 16].
+
+    hessian is float32 [K // 16, 16, 16]: H, the mean of x_b x_b' over the inputs x_b of a layer at the columns of each block. Of the
+    rule's steps the one with the least `output_error` is taken, the larger scale of equals. Where a limit of block scales comes
+    first, the step ends there. Where a block holds NaN it is 0.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    # Some megabytes at a time: a candidate takes several copies of the rows.
+    pieces = rows.split(max(1, ELEMENTS_PER_SEARCH // x.shape[-1]))
+    steps = torch.cat([_choose_steps(piece, s2, hessian, rule) for piece in pieces])
+    return steps.view(*x.shape[:-1], -1)
+
+
+def _choose_steps(x: Tensor, s2: Tensor, hessian: Tensor, rule: ScaleRule) -> Tensor:
+    """`choose_steps` of rows [N, K]."""
+    first = round_to_e4m3((divide(block_amax(x), FP4_MAX) / s2).clamp(min=E4M3_MIN))
+    in_units_of_s2 = round_for_search(x.float() / s2, first)
+    best, *others = (neighbour(first, step) for step in rule.steps)
+    least = output_error(in_units_of_s2, best, hessian)
+    for scales in others:
+        error = output_error(in_units_of_s2, scales, hessian)
+        is_better = error < least
+        best, least = torch.where(is_better, scales, best), torch.where(is_better, error, least)
+    codes, first_codes = (scales.to(torch.float8_e4m3fn).view(torch.int8) for scales in (best, first))
+    return codes - first_codes
+
+
+def round_for_search(x: Tensor, scales: Tensor) -> Tensor:
+    """x [..., K] in units of s2 as `choose_steps` looks at it, given the scales [..., K // 16] that the max rule has for it.
+
+    It is limited to 7 times its scale (beyond, all candidates saturate) and rounded, ties to even, to a multiple of 2^-9 times the
+    power of two in the scale. Then an error of any candidate, at most 8 steps away, has at most 12 significant bits.
+    """
+    blocks = x.unflatten(-1, (-1, BLOCK_SIZE))
+    limit = (7 * scales).unsqueeze(-1)
+    power = (scales.view(torch.int32) & 0x7F800000).view(torch.float32).unsqueeze(-1)
+    # A float32 around this number is such a multiple.
+    offset = 1.5 * 2.0**23 * 2.0**-9 * power
+    return ((blocks.clamp(-limit, limit) + offset) - offset).flatten(-2)
+
+
+def output_error(x: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """d' H d of each block of x [N, K]: float32 [N, K // 16], d being what encoding and decoding x under the scales adds to it.
+
+    x is from `round_for_search`. Of H, [K // 16, 16, 16], the lower triangle alone is read, and of each number its first 12
+    significant bits. So its products with d are exact, and an FMA gives the bits of a product and a sum. The order is
+
+        t_i = 2 H_i0 d_0 + 2 H_i1 d_1 + ... + H_ii d_i        from left to right
+        error = the sum of d_i t_i                            as `squared_error` adds up squares
+
+    where each sum and each d_i t_i is rounded once in fp32. Numbers of H are 0, or from 2^-120 to 2^100.
+    """
+    d = (decode(encode(x, scales), scales) - x).unflatten(-1, (-1, BLOCK_SIZE)).permute(2, 1, 0).contiguous()
+    short = (hessian.contiguous().view(torch.int32) & -0x1000).view(torch.float32)
+    factors = (short * (2 - torch.eye(BLOCK_SIZE, device=x.device))).permute(1, 2, 0).unsqueeze(-1)
+    t = factors[:, 0] * d[0]
+    for j in range(1, BLOCK_SIZE):
+        t[j:] += factors[j:, j] * d[j]
+    return _sum_in_pairs((d * t).movedim(0, -1)).t()
+
+
 def squared_error(x: Tensor, scales: Tensor) -> Tensor:
     """Sum of (x_hat - x)^2 over each block, x_hat being x [..., K] encoded and decoded under block scales [..., K // 16].
 
@@ -101,10 +180,14 @@ def squared_error(x: Tensor, scales: Tensor) -> Tensor:
     once in fp32. The 16 squares are added in pairs of neighbours, then the 8 sums likewise, and so on.
     """
     errors = (decode(encode(x, scales), scales) - x).unflatten(-1, (-1, BLOCK_SIZE))
-    sums = errors * errors
-    while sums.shape[-1] > 1:
-        sums = sums[..., 0::2] + sums[..., 1::2]
-    return sums.squeeze(-1)
+    return _sum_in_pairs(errors * errors)
+
+
+def _sum_in_pairs(values: Tensor) -> Tensor:
+    """Sums over the last dimension, a power of two long: pairs of neighbours, then pairs of their sums, and so on."""
+    while values.shape[-1] > 1:
+        values = values[..., 0::2] + values[..., 1::2]
+    return values.squeeze(-1)
 
 
 def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
@@ -156,12 +239,12 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
 
 
-def quantize(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, s2: Tensor, rule: ScaleRule = MAX_RULE, steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [..., K] and its global scale s2 (one element) -> packed codes uint8 [..., K // 2], E4M3 scales [..., K // 16].
 
-    The scale of a block that holds NaN is NaN, and its codes mean nothing.
+    steps are those of `block_scales`. The scale of a block that holds NaN is NaN, and its codes mean nothing.
     """
-    scales = block_scales(x, s2, rule)
+    scales = block_scales(x, s2, rule, steps)
     return pack(encode(x, scales * s2)), scales.to(torch.float8_e4m3fn)
 
 
@@ -183,9 +266,9 @@ def decode_shards(received: Tensor, table: Tensor, s2: Tensor, out: Tensor) -> N
         out[first_value : first_value + values.numel()] = values.flatten()
 
 
-def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, rule: ScaleRule = MAX_RULE) -> Tensor:
-    """`dequantize(*quantize(x, s2, rule), s2, dtype)`, without the packing."""
-    scales = block_scales(x, s2, rule) * s2
+def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, rule: ScaleRule = MAX_RULE, steps: Tensor | None = None) -> Tensor:
+    """`dequantize(*quantize(x, s2, rule, steps), s2, dtype)`, without the packing."""
+    scales = block_scales(x, s2, rule, steps) * s2
     return decode(encode(x, scales), scales).to(dtype)
 
 

@@ -1,6 +1,7 @@
 """Makes a model train with its served weights: selects what is quantized, lets modules show it, and makes the store."""
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,16 +136,19 @@ def build_model(
     device: torch.device,
     *,
     compute_dtype: torch.dtype,
+    frozen: Sequence[str] = (),
     mesh: DeviceMesh | None = None,
     reshard_after_forward: bool = True,
 ) -> BuiltModel:
     """Load or make the model of a config, and make it trainable; sharded over the mesh if there is one.
 
-    A sharded model gets its weights here, on the device. A model that is not sharded is still on the CPU.
+    `frozen` are patterns of parameters that are not trained, see `freeze`. A sharded model gets its weights here, on the device.
+    A model that is not sharded is still on the CPU.
     """
     # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
     opened = None if mesh is None else open_folder(config, compute_dtype)
     model = load_model(config, compute_dtype) if opened is None else opened[0]
+    freeze(model, frozen)
 
     def read_rows() -> None:
         if opened is not None:
@@ -161,6 +165,21 @@ def build_model(
         fill=read_rows,
     )
     return BuiltModel(model=model, selection=made.selection, store=made.store)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop the training of the parameters with a name that matches a pattern. Raises ValueError where one matches none, or all."""
+    names: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ValueError(
+                f"optim.frozen: pattern {pattern!r} matches no parameter; names look like {', '.join(list(names)[:3])}"
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ValueError(f"optim.frozen must leave a parameter to train, got {list(patterns)}, which match all")
 
 
 ModelBuilder = Callable[[ModelConfig | None], nn.Module]

@@ -8,12 +8,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_train.kernels import chunks, fp4_kernel, multi_tensor, reference, triton_kernels
+from nvfp4_train.kernels.scale_rules import ScaleRule
 
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
 S2 = torch.tensor([0.003], device=DEVICE)
 INPUT_SCALE = torch.tensor([2.0**-8], device=DEVICE)
 PACKED, BLOCK_SCALES = reference.quantize(X, S2)
+FITTED = ScaleRule(block_scale="hessian")
+HESSIAN = torch.eye(16, device=DEVICE).expand(3, 16, 16).contiguous()
+STEPS = reference.choose_steps(X, S2, HESSIAN, FITTED)
 
 OP_ARGUMENTS = {
     "block_amax": [(X,), (X.bfloat16(),), (X.transpose(0, 1),), (X[:0],)],
@@ -24,11 +28,23 @@ OP_ARGUMENTS = {
         (X, AMAX[..., :1], AMAX.max(), True, torch.float32),
         (X, X.unflatten(-1, (-1, 6)).abs().amax(-1), AMAX.max(), True, torch.float32),
     ],
-    "quantize": [(X, S2), (X, S2, "mse"), (X.half().transpose(0, 1), S2), (X[:, :0], S2)],
+    "quantize": [
+        (X, S2),
+        (X, S2, "mse"),
+        (X.transpose(0, 1), S2, "hessian", STEPS.transpose(0, 1)),
+        (X.half().transpose(0, 1), S2),
+        (X[:, :0], S2),
+    ],
     "fake_quant": [
         (X, S2, torch.bfloat16),
         (X, S2, torch.float32, "four_over_six"),
+        (X, S2, torch.bfloat16, "hessian", STEPS),
         (X.bfloat16().transpose(0, 1), S2, torch.float32),
+    ],
+    "choose_steps": [
+        (X, S2, HESSIAN, "hessian"),
+        (X.bfloat16().transpose(0, 1), S2, HESSIAN.transpose(1, 2), "hessian"),
+        (X[:0], S2, HESSIAN, "hessian"),
     ],
     "decode_shards": [
         (
@@ -86,6 +102,9 @@ def test_public_functions_take_tensors_without_values(kind):
         global_amax = block_amax.max()
         assert fp4_kernel.fp4_dequantize(packed, scales, fp4_kernel.nvfp4_global_scale(global_amax)).shape == x.shape
         assert fp4_kernel.nvfp4_fake_quant(x, s2).shape == x.shape
+        steps = fp4_kernel.nvfp4_choose_steps(x, s2, torch.empty(3, 16, 16), FITTED)
+        assert steps.dtype == torch.int8
+        assert fp4_kernel.nvfp4_fake_quant(x, s2, rule=FITTED, steps=steps).shape == x.shape
         assert fp4_kernel.static_blockwise_fp4_fake_quant(x, block_amax).shape == x.shape
         assert fp4_kernel.compute_fp4_scales(block_amax, global_amax).shape == (3, 3)
         assert [t.shape for t in fp4_kernel.nvfp4_quantize_input(x, s2)] == [(3, 48), (3, 24), (3, 3)]
@@ -109,6 +128,7 @@ def _every_operation(x, amax, s2, table):
     decoded = torch.zeros(x.numel(), dtype=torch.bfloat16, device=x.device)
     received = torch.cat((packed.flatten(), scales.flatten().view(torch.uint8)))
     torch.ops.nvfp4.decode_shards(received, table, s2, decoded)
+    steps = fp4_kernel.nvfp4_choose_steps(x, s2, torch.eye(16, device=x.device).expand(x.shape[-1] // 16, 16, 16), FITTED)
     return (
         fp4_kernel.compute_fp4_scales(amax),
         fp4_kernel.static_blockwise_fp4_fake_quant(x, amax, out_dtype=torch.bfloat16),
@@ -119,6 +139,8 @@ def _every_operation(x, amax, s2, table):
         packed,
         scales,
         decoded,
+        steps,
+        fp4_kernel.nvfp4_fake_quant(x, s2, rule=FITTED, steps=steps),
         *fp4_kernel.nvfp4_quantize_input(x, INPUT_SCALE.to(x.device)),
         fp4_kernel.nvfp4_fake_quant_input(x, INPUT_SCALE.to(x.device)),
     )

@@ -1,0 +1,50 @@
+"""What a model goes through once before it is quantized: calibration, equalization, and the choice of its static input scales."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nvfp4_train.models.causal_lm import compute_logits
+from nvfp4_train.models.equalize import equalize
+from nvfp4_train.quant.calibration import calibrate
+from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.quant.store import WeightStore
+
+Batch = dict[str, Tensor]
+
+PROOF_TOKENS = 32
+"""Tokens of the sequence on which a fold is proven."""
+
+
+def prepare(
+    model: PreTrainedModel,
+    store: WeightStore,
+    config: QuantConfig,
+    batches: Iterable[tuple[Batch, bool]],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[str]:
+    """Calibrate on batches of one sequence, each with whether it counts; equalize the masters in place; fill the state of the store.
+
+    The store is updated by the caller. Masters keep their meaning: the model computes what it computed before. So does an optimizer
+    that is given. Call it on every rank. Returns lines for the user. Raises ValueError for batches that cannot calibrate the model.
+    """
+    device = next(model.parameters()).device
+
+    def run(batch: Batch) -> None:
+        compute_logits(model, batch["input_ids"].to(device))
+
+    calibration = calibrate(model, store.manifest, progress(batches), run)
+    statistics, notes = calibration.statistics, list(calibration.notes)
+    if config.alpha is not None:
+        length = min(PROOF_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROOF_TOKENS)
+        vocab_size = model.config.get_text_config().vocab_size
+        ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+        equalized = equalize(model, store.manifest, statistics, config.alpha, ids, optimizer=optimizer)
+        statistics = equalized.statistics
+        notes += equalized.notes
+    store.state.fill(statistics, headroom=config.input_headroom)
+    return notes
