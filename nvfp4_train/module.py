@@ -23,6 +23,7 @@ from nvfp4_train.models.build import ModelBuilder, build_model
 from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer
+from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.policy import QuantConfig, Selection
 from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
@@ -70,6 +71,7 @@ class QATModule(L.LightningModule):
         self.selection: Selection | None = None
         self.store: WeightStore | None = None
         self.quant_state: QuantState | None = None
+        self.inputs: InputQuantizers | None = None
         self.compute_dtype = torch.bfloat16
         self.compute_dtype_reason = ""
         self.clock = TrainClock()
@@ -127,7 +129,7 @@ class QATModule(L.LightningModule):
                 mesh=sharding.get("mesh"),
             )
         )
-        self.model, self.selection, self.store = built.model, built.selection, built.store
+        self.model, self.selection, self.store, self.inputs = built.model, built.selection, built.store, built.inputs
         # As a module of this one it is in every checkpoint.
         self.quant_state = built.store.state
         # DDP would broadcast it in every forward; all ranks have the same.
@@ -213,9 +215,24 @@ class QATModule(L.LightningModule):
         """Whether the inputs of quantized weights have scales, without which they cannot be quantized."""
         return self.quant_config.calibration.sequences > 0
 
+    def update(self, *, refit: bool = False) -> None:
+        """Let the forward compute with the quantized model of the current masters, see `WeightStore.update`."""
+        assert self.store is not None and self.inputs is not None
+        self.store.update(refit=refit)
+        if self.quant_config.activations == "nvfp4" and not self.inputs.is_enabled:
+            self.inputs.check_calibrated()
+            self.inputs.enable()
+
+    @contextmanager
+    def masters_only(self) -> Iterator[None]:
+        """Compute inside the context with the unquantized model."""
+        assert self.store is not None and self.inputs is not None
+        with self.store.masters_only(), self.inputs.serving("w4a16"):
+            yield
+
     @contextmanager
     def serving(self, name: str) -> Iterator[None]:
-        """Compute inside the context as one of `quant.policy.SERVINGS` does."""
+        """Compute inside the context with the quantized model as one of `quant.policy.SERVINGS` does."""
         assert self.inputs is not None
         with self.inputs.serving(name):
             yield

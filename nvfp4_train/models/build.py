@@ -23,6 +23,8 @@ from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
+from nvfp4_train.quant.inputs import InputQuantizers
+from nvfp4_train.quant.linear import quantize_inputs
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit, parts_called_alone, served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -71,6 +73,8 @@ class Trainable:
 
     selection: Selection
     store: WeightStore
+    inputs: InputQuantizers
+    """The quantizers of the inputs of quantized weights. They are off."""
 
 
 def make_trainable(
@@ -89,6 +93,8 @@ def make_trainable(
     """
     layout = HubLayout(model.config) if _is_causal_lm(model) else None  # type: ignore[arg-type]
     selection = select(model, quant, layout)
+    # The store, and with it the scales, is made last. Nobody reads them before that.
+    inputs = quantize_inputs(model, selection.manifest, lambda group: store.state.input_scale(group))
     kept = kept_in_fp32(model)
     sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
     units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
@@ -102,9 +108,10 @@ def make_trainable(
     )
     for layer in decoder_layers(model) if compile_layers else ():
         layer.compile()
+    store: WeightStore
     if mesh is None:
-        store: WeightStore = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
-        return Trainable(selection=selection, store=store)
+        store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
+        return Trainable(selection=selection, store=store, inputs=inputs)
     shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
     if fill is not None:
         fill()
@@ -115,7 +122,7 @@ def make_trainable(
         gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
         compute_dtype=compute_dtype,
     )
-    return Trainable(selection=selection, store=store)
+    return Trainable(selection=selection, store=store, inputs=inputs)
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
@@ -172,7 +179,7 @@ def build_model(
         compile_layers=config.compile,
         fill=read_rows,
     )
-    return BuiltModel(model=model, selection=made.selection, store=made.store)
+    return BuiltModel(model=model, selection=made.selection, store=made.store, inputs=made.inputs)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_train.kernels.fp4_kernel import is_input_scale
-
-SERVINGS = ("w4a16", "w4a4")
-"""How a quantized model is served: with inputs in bf16, or in NVFP4 too."""
+from nvfp4_train.quant.policy import SERVINGS
 
 TOKENS_OF_A_SAMPLE = 64
 
@@ -51,11 +49,11 @@ class InputQuantizer:
     """
 
     def __init__(self, group: str, num_siblings: int, read_scale: Callable[[], Tensor]) -> None:
-        """`group` is a name for errors. `read_scale` returns the float32 [1] scale from where it lives now."""
+        """`group` is a name for errors. `read_scale` returns the float32 [1] scale from where it lives, once the quantizer is enabled."""
         self.group = group
         self.is_enabled = False
         """Whether the linears of the group compute with quantized inputs."""
-        self.scale = read_scale()
+        self.scale = torch.zeros(1)
         self._read_scale = read_scale
         self._num_siblings = num_siblings
         self._kept: _Kept | None = None
@@ -127,7 +125,7 @@ class InputQuantizers:
         if serving not in SERVINGS:
             raise ValueError(f"serving must be one of {', '.join(SERVINGS)}, got {serving!r}")
         was_enabled = self.is_enabled
-        self.enable(serving == "w4a4")
+        self.enable(SERVINGS[serving] == "nvfp4")
         try:
             yield
         finally:
