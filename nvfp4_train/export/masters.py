@@ -22,8 +22,7 @@ ELEMENTS_AT_ONCE = 1 << 20
 class FromMasters(ServedWeights):
     """Served weights quantized from masters by `state_dict` name, on any device. Tied copies may be left out.
 
-    `state` is the `state_dict` of the store's `QuantState`; only fitted rules and quantized activations need it. Raises ValueError
-    where weights, manifest, config and state do not fit together, or a weight is NaN or Inf.
+    Raises ValueError where weights, manifest, config and state do not fit together, or a weight is NaN or Inf.
     """
 
     def __init__(
@@ -35,8 +34,7 @@ class FromMasters(ServedWeights):
     ) -> None:
         layout = HubLayout(config)
         check_tensors(weights, layout)
-        self._state = state or {}
-        super().__init__(layout, manifest)
+        super().__init__(layout, manifest, state)
         self._weights = weights
         self._global_scales = self._find_global_scales()
         for name in self:
@@ -52,7 +50,8 @@ class FromMasters(ServedWeights):
         codes, scales = zip(*pieces, strict=True)
         # Concatenated as bytes, because cat knows no float8 on CUDA in some versions.
         block_scales = torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
-        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], self._global_scales[name].reshape(1).clone(), None)
+        s2 = self._global_scales[name].reshape(1).clone()
+        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], s2, self.input_scale(name))
 
     def compute_weight(self, name: str) -> Tensor:
         s2, rule = self._global_scales[name].to(self._weights[name].device), self.manifest.rule
@@ -66,11 +65,6 @@ class FromMasters(ServedWeights):
             return ((rows, None) for rows in pieces)
         steps = self._from_state(name, "steps").to(weight.device)
         return zip(pieces, steps.split(len(pieces[0])), strict=True)
-
-    def _from_state(self, name: str, leaf: str) -> Tensor:
-        if (key := f"{name}.{leaf}") not in self._state:
-            raise ValueError(f"state must hold {key}, which the manifest needs; calibrate before the export")
-        return self._state[key]
 
     def _find_global_scales(self) -> dict[str, Tensor]:
         """s2 of each quantized weight, one element on the CPU."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import compute_logits
-from nvfp4_train.models.served_check import undisturbed
+from nvfp4_train.quant.undisturbed import undisturbed
 
 PROBE_TOKENS = 4
 SMALLEST, LARGEST = -8.0, 16.0

@@ -9,8 +9,7 @@ class are by `kernels.reference`, linear by linear.
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from transformers import PreTrainedModel
 from nvfp4_train.kernels import reference
 from nvfp4_train.models.causal_lm import compute_logits, plain_class
 from nvfp4_train.models.served_dtype import served_dtypes
-from nvfp4_train.quant.inputs import InputQuantizers, uncompiled
+from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.served import SERVED_DTYPE, modules_of_unit, served_parameters, units_of
+from nvfp4_train.quant.undisturbed import undisturbed
 
 Outputs = dict[str, list[list[Tensor]]]
 """The floating-point tensors that a module returned, by its name, call after call."""
@@ -61,31 +61,6 @@ def check_served(
         f"module with another output, by up to {difference:.3g}; please report the model type {model.config.model_type}. "
         "callbacks.served_check=null trains nevertheless: its losses are not those of the exported model"
     )
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with deterministic algorithms, and without compiled layers, which take no notice of hooks."""
-    modules = list(model.modules())
-    was_training = [module.training for module in modules]
-    is_deterministic, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    try:
-        for module in modules:
-            module.training = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with warnings.catch_warnings(), uncompiled(model):
-            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
-        for module, training in zip(modules, was_training, strict=True):
-            module.training = training
-            if isinstance(module, FSDPModule):
-                # A forward without a backward leaves the root unsharded.
-                module.reshard()
 
 
 def _outputs_of(model: nn.Module, input_ids: Tensor) -> Outputs:

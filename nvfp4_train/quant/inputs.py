@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nvfp4_train.kernels.fp4_kernel import is_input_scale
 from nvfp4_train.quant.policy import SERVINGS
+from nvfp4_train.quant.undisturbed import undisturbed
 
 TOKENS_OF_A_SAMPLE = 64
 
@@ -49,11 +50,12 @@ class InputQuantizer:
     """
 
     def __init__(self, group: str, num_siblings: int, read_scale: Callable[[], Tensor]) -> None:
-        """`group` is a name for errors. `read_scale` returns the float32 [1] scale from where it lives, once the quantizer is enabled."""
+        """`group` is a name for errors. `read_scale` returns the float32 [1] scale from where it lives when it is called."""
         self.group = group
         self.is_enabled = False
         """Whether the linears of the group compute with quantized inputs."""
-        self.scale = torch.zeros(1)
+        self.scale = torch.empty(0)
+        """The scale when it was last read."""
         self._read_scale = read_scale
         self._num_siblings = num_siblings
         self._kept: _Kept | None = None
@@ -121,9 +123,7 @@ class InputQuantizers:
 
     @contextmanager
     def serving(self, serving: str) -> Iterator[None]:
-        """Compute as a model is that is served as `w4a16` or `w4a4` inside the context."""
-        if serving not in SERVINGS:
-            raise ValueError(f"serving must be one of {', '.join(SERVINGS)}, got {serving!r}")
+        """Compute inside the context as a model that is served as one of `SERVINGS`, by name."""
         was_enabled = self.is_enabled
         self.enable(SERVINGS[serving] == "nvfp4")
         try:
@@ -178,7 +178,7 @@ def record_inputs(model: nn.Module, quantizers: InputQuantizers, run: Callable[[
             _, packed, scales = torch.ops.nvfp4.quantize_input(x, scale)
             samples[name] = InputSample(name, x.cpu(), packed.cpu(), scales.cpu())
 
-    with uncompiled(model), quantizers.serving("w4a4"):
+    with undisturbed(model), quantizers.serving("w4a4"):
         scales = quantizers.scales()
         handles = []
         for group in quantizers.groups:
@@ -191,16 +191,3 @@ def record_inputs(model: nn.Module, quantizers: InputQuantizers, run: Callable[[
             for handle in handles:
                 handle.remove()
     return list(samples.values())
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Call compiled modules as they are written: compiled ones take no notice of hooks that are set later."""
-    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
-    try:
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, call in compiled:
-            module._compiled_call_impl = call

@@ -70,7 +70,8 @@ def quantize_inputs(model: nn.Module, manifest: QuantManifest, scale_of: Callabl
     """Let the linears of a manifest quantize their inputs, in place, once `enable` of the returned quantizers is called.
 
     Parameters and `state_dict` stay as they are. Call it before `show_served`, torch.compile and `fully_shard`, all of which look at
-    the classes of modules. `scale_of` gives the live scale of a group, float32 [1], by the name of its first parameter.
+    the classes of modules. `scale_of` gives the live scale of a group, float32 [1], by the name of its first parameter; it is called
+    once the quantizers are enabled.
 
     Raises:
         ValueError: A parameter of the manifest is no weight of an `nn.Linear`, or its linear has inputs that are no multiple of 16.

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from nvfp4_train.quant.calibration import InputStatistics
 from torch import nn
 
 from nvfp4_train.kernels.scale_rules import ScaleRule
-from nvfp4_train.quant.calibration import InputStatistics
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.state import QuantState
 
-WEIGHTS = {"layers.0.q.weight": torch.randn(8, 32), "layers.0.k.weight": torch.randn(4, 32), "layers.0.down.weight": torch.randn(8, 48)}
+WEIGHTS = {
+    "layers.0.q.weight": torch.randn(8, 32),
+    "layers.0.k.weight": torch.randn(4, 32),
+    "layers.0.down.weight": torch.randn(8, 48),
+}
 GROUPS = (("layers.0.q.weight", "layers.0.k.weight"), ("layers.0.down.weight",))
 
 
@@ -39,7 +43,14 @@ def test_siblings_share_what_is_of_their_input() -> None:
 
 @pytest.mark.parametrize(
     ("amax", "headroom", "scale"),
-    [(2688.0, 1.0, 1.0), (2688.5, 1.0, 2.0), (2688.0, 2.0, 2.0), (1.0, 2.0, 2.0**-10), (21.0, 2.0, 2.0**-6), (21.1, 2.0, 2.0**-5)],
+    [
+        (2688.0, 1.0, 1.0),
+        (2688.5, 1.0, 2.0),
+        (2688.0, 2.0, 2.0),
+        (1.0, 2.0, 2.0**-10),
+        (21.0, 2.0, 2.0**-6),
+        (21.1, 2.0, 2.0**-5),
+    ],
 )
 def test_an_input_scale_is_the_least_power_of_two_with_headroom(amax: float, headroom: float, scale: float) -> None:
     state = state_of("hessian")
