@@ -8,8 +8,7 @@ bits unless one of them reads a parameter, a dtype or a buffer that the other do
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from nvfp4_train.models.causal_lm import compute_logits, plain_class
 from nvfp4_train.models.served_dtype import served_dtypes
 from nvfp4_train.quant.served import SERVED_DTYPE, modules_of_unit, served_parameters, units_of
+from nvfp4_train.quant.undisturbed import undisturbed
 
 Outputs = dict[str, list[list[Tensor]]]
 """The floating-point tensors that a module returned, by its name, call after call."""
@@ -33,7 +33,7 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
     `model` was made by `build_model`, and is in the state in which it trains next. input_ids are int64 [B, T]. A module that does not
     repeat its own output is passed over with a warning. Under FSDP2 call it on every rank. Returns the number of modules compared.
     """
-    with _undisturbed(model):
+    with undisturbed(model):
         trained = _outputs_of(model, input_ids)
         first = _first_difference(model, input_ids, compute_dtype, trained)
         if first is None:
@@ -51,32 +51,6 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
         f"module with another output, by up to {difference:.3g}; please report the model type {model.config.model_type}. "
         "callbacks.served_check=null trains nevertheless: its losses are not those of the exported model"
     )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with deterministic algorithms, and without compiled layers, which hooks would compile anew."""
-    modules = list(model.modules())
-    was_training = [module.training for module in modules]
-    compiled = [module._compiled_call_impl for module in modules]
-    is_deterministic, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    try:
-        for module in modules:
-            module.training, module._compiled_call_impl = False, None
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
-        for module, training, call in zip(modules, was_training, compiled, strict=True):
-            module.training, module._compiled_call_impl = training, call
-            if isinstance(module, FSDPModule):
-                # A forward without a backward leaves the root unsharded.
-                module.reshard()
 
 
 def _outputs_of(model: nn.Module, input_ids: Tensor) -> Outputs:
