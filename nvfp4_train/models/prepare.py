@@ -44,7 +44,9 @@ def prepare(
         length = min(PROOF_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROOF_TOKENS)
         vocab_size = model.config.get_text_config().vocab_size
         ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-        equalized = equalize(model, store.manifest, statistics, config.alpha, ids, optimizer=optimizer)
+        equalized = equalize(
+            model, store.manifest, statistics, config.alpha, ids, optimizer=optimizer, round_to_pow2=config.equalize_pow2
+        )
         statistics = equalized.statistics
         notes.append(f"equalized {len(equalized.folded)} norms and linears (quant.equalize={config.alpha:g})")
         notes += _listed(equalized.skipped)
