@@ -136,7 +136,7 @@ def test_inputs_are_quantized_as_by_the_reference(family: str, compute_dtype: to
 def test_an_input_that_is_quantized_by_another_groups_scale_is_found() -> None:
     model, quantizers = with_quantized_inputs("llama", torch.bfloat16, 2.0**-13)
     other = copy.copy(quantizers["model.layers.1.mlp.down_proj.weight"])
-    other._read_scale = lambda: torch.tensor([2.0**-30])
+    other.scale = torch.tensor([2.0**-30])
     model.model.layers[1].mlp.down_proj.input_quantizer = other
     with pytest.raises(ValueError, match=r"but model\.layers\.1\.mlp\.down_proj \(NVFP4Linear\) is the first module"):
         check_served(model, IDS, torch.bfloat16, quantizers)

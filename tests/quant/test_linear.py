@@ -222,8 +222,8 @@ def test_what_needs_no_gradient_keeps_nothing() -> None:
     assert not model(torch.randn(4, 32)).requires_grad
 
 
-def test_a_scale_that_moves_is_followed() -> None:
-    """`nn.Module.to` replaces buffers."""
+def test_a_scale_that_is_replaced_is_followed() -> None:
+    """`nn.Module.to` replaces buffers, so does a load with `assign`."""
     torch.manual_seed(0)
     model, scales = Siblings(), Scales()
     quantizers = quantize_inputs(model, SIBLINGS, scales)
@@ -232,10 +232,13 @@ def test_a_scale_that_moves_is_followed() -> None:
     before = model(x)
     # Only where values saturate, or scales underflow, does another power of two change anything.
     scales.value = torch.tensor([2.0**-20])
+    quantizers.enable()
     assert not torch.equal(model(x), before)
-    scales.value = torch.ones(1, device="meta")
-    with pytest.raises(ValueError, match=r"input scale of q_proj.weight must be on the device of its input, cpu, got meta"):
-        model(x)
+    quantizer, moved = quantizers["q_proj.weight"], x.to("meta")
+    with pytest.raises(ValueError, match=r"input scale of q_proj.weight must be on the device of its input, meta, got cpu"):
+        quantizer(moved)
+    scales.value = scales.value.to("meta")
+    assert quantizer(moved).values.is_meta
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, torch.nan])
