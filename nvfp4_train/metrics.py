@@ -1,18 +1,23 @@
 """Names of metrics that one part of a run writes and another one reads."""
 
-MASTER_AT_SWITCH, PTQ, MASTER, QUANTIZED = "master_at_switch", "ptq", "master", "quantized"
-"""What held-out metrics are of: the masters and the quantized model when quantization begins, and both at the end."""
+MASTER, QUANTIZED = "master", "quantized"
+"""What is evaluated at the end: masters rounded to bf16, and quantized weights (QAT)."""
+MASTER_AT_SWITCH, PTQ = "master_at_switch", "ptq"
+"""The same at the switch."""
 
 
-def val_metric(name: str, of: str, serving: str | None = None) -> str:
-    """A held-out metric (`loss`, `kl`, ...) of one of the above; without a serving it is of the one that was trained."""
-    return f"val/{name}_{of}" if serving is None else f"val/{name}_{of}_{serving}"
+def evaluation_metric(name: str, state: str, serving: str | None = None) -> str:
+    """The metric of what an evaluation of weights in a state calls `name`: `loss`, or what the loss reports beside it.
+
+    Without a serving it is of the one that was trained.
+    """
+    return f"val/{name}_{state}" if serving is None else f"val/{name}_{state}_{serving}"
 
 
-VAL_LOSS_MASTER = val_metric("loss", MASTER)
-VAL_LOSS_QUANTIZED = val_metric("loss", QUANTIZED)
-VAL_LOSS_MASTER_AT_SWITCH = val_metric("loss", MASTER_AT_SWITCH)
-VAL_LOSS_PTQ = val_metric("loss", PTQ)
+VAL_LOSS_MASTER = evaluation_metric("loss", MASTER)
+VAL_LOSS_QUANTIZED = evaluation_metric("loss", QUANTIZED)
+VAL_LOSS_MASTER_AT_SWITCH = evaluation_metric("loss", MASTER_AT_SWITCH)
+VAL_LOSS_PTQ = evaluation_metric("loss", PTQ)
 
 TOKENS_PER_S = "train/tokens_per_s"
 PEAK_GIB = "memory/peak_gib"

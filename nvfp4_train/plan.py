@@ -304,7 +304,9 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
     ]
     if teacher is not None:
         sent = sum(unit.sent(packed=False) for unit in teacher_units)
-        wire.append(row("all-gather, teacher", "A (W-1) x 2 bytes of its shards", lambda _: shape.micro_batches * others * sent))
+        wire.append(
+            row("all-gather, teacher", "A (W-1) x 2 bytes of its shards", lambda _: shape.micro_batches * others * sent)
+        )
     wire_total = Row(
         name="on the wire", formula="received per GPU", bf16=sum(r.bf16 for r in wire), packed=sum(r.packed for r in wire)
     )

@@ -76,8 +76,21 @@ def test_evaluation_weights_every_sequence_alike() -> None:
     first, second, third = torch.randint(0, 64, (3, 12))
     together = module.evaluate([{"input_ids": torch.stack([first, second, third])}])
     apart = module.evaluate([{"input_ids": torch.stack([first, second])}, {"input_ids": third[None]}])
-    assert apart == pytest.approx(together, rel=1e-3)
+    assert apart.keys() == {"loss"}
+    assert apart["loss"] == pytest.approx(together["loss"], rel=1e-3)
     assert module.training, "the mode is restored"
+
+
+def test_evaluation_weights_every_position_that_counts_alike() -> None:
+    module = make()
+    module._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    ids, mask = torch.randint(0, 64, (3, 12)), torch.rand(3, 12) < 0.4
+    mask[0, 1:] = False
+    together = module.evaluate([{"input_ids": ids, "loss_mask": mask}])
+    apart = module.evaluate([{"input_ids": ids[i : i + 1], "loss_mask": mask[i : i + 1]} for i in range(3)])
+    assert apart["loss"] == pytest.approx(together["loss"], rel=1e-3)
+    with pytest.raises(ValueError, match="held-out sequences must have a position that counts, got none"):
+        module.evaluate([{"input_ids": ids[:1], "loss_mask": mask[:1]}])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -130,7 +143,7 @@ class SaveEarlier(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: QATModule, *args: object) -> None:  # type: ignore[override]
         if trainer.global_step == 1:
             trainer.save_checkpoint(self.path)
-            self.loss = pl_module.evaluate(Tokens().val_dataloader())
+            self.loss = pl_module.evaluate(Tokens().val_dataloader())["loss"]
 
 
 @pytest.mark.parametrize("how", ["validate", "test", "predict"])

@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, val_metric
+from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
 from nvfp4_train.module import QATModule
 from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.policy import SERVINGS
@@ -68,17 +68,17 @@ class Requantize(Callback):
         # Outside of a fit, Lightning has just moved the masters, and restored those of a checkpoint if there is one.
         assert pl_module.store is not None
         if trainer.state.fn != TrainerFn.FITTING and pl_module.store.is_enabled:
-            pl_module.store.update()
+            pl_module.update()
 
     def _report_end(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
         if not self._metrics_at_switch:
             self._switch(trainer, pl_module)
         elif not pl_module.store.is_enabled:
-            pl_module.store.update()
+            pl_module.update()
         pl_module.results |= self._metrics_at_switch
         quantized = self._evaluate_quantized(trainer, pl_module, QUANTIZED)
-        with pl_module.store.masters_only():
+        with pl_module.masters_only():
             pl_module.report(quantized | self._evaluate(trainer, pl_module, MASTER))
         if not pl_module.quant_config.enabled:
             # A run that continues from this one with quantization has its own switch.
@@ -94,7 +94,7 @@ class Requantize(Callback):
             self._switch(trainer, pl_module)
         else:
             # A store that is not enabled belongs to a run that continues: its choices are those of the checkpoint.
-            store.update(refit=store.is_enabled and trainer.global_step % config.refit_every == 0)
+            pl_module.update(refit=store.is_enabled and trainer.global_step % config.refit_every == 0)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             store.check_finite()
 
@@ -105,7 +105,7 @@ class Requantize(Callback):
         notes = pl_module.prepare(batches, progress_bar("calibration", is_shown=trainer.is_global_zero))
         if trainer.is_global_zero and notes:
             print("\n".join(notes), flush=True)
-        pl_module.store.update(refit=True)
+        pl_module.update(refit=True)
         pl_module.store.check_finite()
         metrics |= self._evaluate_quantized(trainer, pl_module, PTQ)
         pl_module.report(metrics)
@@ -124,4 +124,4 @@ class Requantize(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: QATModule, of: str, serving: str | None = None) -> dict[str, float]:
         batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        return {val_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}
+        return {evaluation_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}
