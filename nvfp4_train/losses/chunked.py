@@ -24,6 +24,8 @@ class WholeLogits:
     """Logits that exist already, [N, V] of any float dtype."""
 
     def __init__(self, logits: Tensor) -> None:
+        # Models with a padded vocabulary return a part of it.
+        logits = logits.contiguous()
         self.inputs = (logits,)
         self.takes_gradients = logits.requires_grad
         self.gradients = [torch.empty_like(logits) if self.takes_gradients else None]
