@@ -42,7 +42,7 @@ def test_the_launcher_refuses_before_training(override: str, message: str, tmp_p
     [
         ("loss.temperature=0", "error: loss: loss.temperature must be above 0 and finite, got 0"),
         ("loss.divergence=kl", "error: loss.divergence must be 'forward_kl' or 'reverse_kl' or 'jsd', got 'kl'"),
-        ("loss.teacher_path=/nonexistent", "/nonexistent"),
+        ("loss.teacher_path=/nonexistent", "error: loss.teacher_path='/nonexistent': "),
     ],
 )
 def test_the_launcher_refuses_options_of_distillation(override: str, message: str, tmp_path: Path) -> None:
