@@ -170,7 +170,7 @@ def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str
 def test_evaluation_in_a_run_does_not_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make()
     updates = []
-    monkeypatch.setattr(module.store, "update", lambda update=module.store.update: (updates.append(1), update()))
+    monkeypatch.setattr(module.store, "update", lambda refit, update=module.store.update: (updates.append(1), update()))
     fit(module, limit_val_batches=1.0, val_check_interval=1, num_sanity_val_steps=1)
     assert len(updates) == 5, "at the start, and after each of four steps"
 
