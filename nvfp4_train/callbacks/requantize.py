@@ -50,7 +50,9 @@ class Requantize(Callback):
             self._after_step(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        self._report_end(trainer, pl_module)
+        # The last checkpoint follows. That of a run without quantization holds the masters that were trained, not equalized.
+        if pl_module.quant_config.enabled:
+            self._report_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
@@ -82,9 +84,6 @@ class Requantize(Callback):
         quantized = self._evaluate_quantized(trainer, pl_module, QUANTIZED)
         with pl_module.masters_only():
             pl_module.report(quantized | self._evaluate(trainer, pl_module, MASTER))
-        if not pl_module.quant_config.enabled:
-            # A run that continues from this one with quantization has its own switch.
-            self._metrics_at_switch = {}
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:
         self._last_step = trainer.global_step
