@@ -3,10 +3,11 @@
     python benchmarks/step.py [--models llama_125m llama_1b] [--steps 20] [--eager-only] [--profile]
 
 A step is what a run does after the data has arrived: forward, loss, backward, clipping, fused AdamW and, with quantization on, the
-weight store's update. Weights and tokens are random, and input scales are set for activations of that size. The sides run alternately in one process, each on its own copy of the
-model; times are device-synchronised medians over the steps, memory is the peak that the allocator reached while one side alone
-was on the device. A third side is the plain model under bf16 autocast, with nothing of this project in it but loss and optimizer;
-where Model Optimizer is installed, a fourth is that with its weight-only fake quantization, which runs eagerly. (torchao's NVFP4
+weight store's update. Weights and tokens are random, and input scales are set for activations of that size. The sides run
+alternately in one process, each on its own copy of the model; times are device-synchronised medians over the steps, memory is the
+peak that the allocator reached while one side alone was on the device. One side is the plain model under bf16 autocast, with nothing
+of this project in it but loss and optimizer;
+where Model Optimizer is installed, another is that with its weight-only fake quantization, which runs eagerly. (torchao's NVFP4
 training quantizes activations as well, and computes on Blackwell only.)
 """
 
