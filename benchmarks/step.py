@@ -59,7 +59,7 @@ class Run:
         self.optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=1000)
         self.input_ids = torch.randint(0, config["vocab_size"], batch, device="cuda")
         if self.store is not None:
-            self.store.state.to("cuda")
+            self.store.state.to_empty(device="cuda")
             for group in self.store.manifest.groups:
                 self.store.state.input_scale(group[0]).fill_(INPUT_SCALE)
             self.module.update()
