@@ -1,5 +1,6 @@
 """Quantization-aware distillation: the student's distributions over the next token are drawn to those of a frozen teacher."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -9,20 +10,22 @@ from torch import Tensor, nn
 from nvfp4_train.losses.base import Batch
 from nvfp4_train.losses.chunked import Logits, ProjectedLogits, WholeLogits, mean_losses, mean_metrics, with_gradients
 from nvfp4_train.losses.divergence import Divergence, Objective, Positions
+from nvfp4_train.losses.hidden import LayerOutputs, hidden_error
 from nvfp4_train.models.build import ModelBuilder
-from nvfp4_train.models.causal_lm import ModelConfig, compute_logits
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers
 from nvfp4_train.models.logits import find_logit_map, hidden_states
 from nvfp4_train.models.sharding import call_within
 
 
 class DistillationLoss:
-    """(1 - c) T^2 D + c CE, a mean over positions: D is a divergence of student and teacher at temperature T, c is `cross_entropy`.
+    """(1 - c) T^2 D + c CE + w E: D is a divergence of student and teacher at temperature T, c is `cross_entropy`, w is `hidden`.
 
-    Without a mask D is taken at every position, and the next token's cross-entropy CE at all but the last of a sequence; with one
-    both at those before a marked token. See `Objective`. Where gradients are off, as in an evaluation, metrics come beside the loss:
-    `kl`, the forward KL at temperature 1, and `cross_entropy`, both in nats a position, and `top1_agreement`, the share of positions
-    at which student and teacher hold the same token most likely. In training the two parts of a mix do: `divergence`, which is T^2 D,
-    and `cross_entropy`.
+    Without a mask D is a mean over every position, and the next token's cross-entropy CE over all but the last of a sequence; with one
+    both are over those before a marked token. See `Objective`. E is the `hidden_error` of some layers, at every position.
+
+    Where gradients are off, as in an evaluation, metrics come beside the loss: `kl`, the forward KL at temperature 1, and
+    `cross_entropy`, both in nats a position, `top1_agreement`, the share of positions at which student and teacher hold the same token
+    most likely, and `hidden_error`. In training the parts of a mix do: `divergence`, which is T^2 D, `cross_entropy`, `hidden_error`.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class DistillationLoss:
         divergence: Divergence = "forward_kl",
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
+        hidden: float = 0.0,
         teacher_path: str | None = None,
         chunk_tokens: int | None = None,
     ) -> None:
@@ -39,6 +43,7 @@ class DistillationLoss:
             divergence: `forward_kl`, KL(teacher || student); `reverse_kl`, KL(student || teacher); or `jsd`, Jensen-Shannon.
             temperature: T, by which the logits of both are divided in D.
             cross_entropy: c, the weight of CE in the mix, from 0 to below 1.
+            hidden: w, the weight of the error of hidden states.
             teacher_path: A local folder or a hub name of a Hugging Face causal LM with the student's tokens. None: the student as it
                 was loaded, in bf16.
             chunk_tokens: Positions whose logits exist at once. None: as many as 1 GiB holds.
@@ -49,9 +54,14 @@ class DistillationLoss:
         self.objective = Objective(divergence=divergence, temperature=temperature, cross_entropy=cross_entropy)
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"loss.chunk_tokens must be at least 1, or null, got {chunk_tokens}")
+        if not 0 <= hidden < math.inf:
+            raise ValueError(f"loss.hidden must be at least 0 and finite, got {hidden}")
+        self.hidden = hidden
         self.teacher_path = teacher_path
         self.chunk_tokens = chunk_tokens
         self.teacher: nn.Module | None = None
+        self._layers: tuple[LayerOutputs, ...] = ()
+        """Of student and teacher, where their hidden states are compared."""
         self._is_chunked: bool | None = None
         """Whether both models' logits are made a few positions at a time. Not known before the first call."""
 
@@ -67,6 +77,14 @@ class DistillationLoss:
                 f"loss.teacher_path={self.teacher_path!r} must name a model with the student's vocabulary of {expected} tokens, "
                 f"got one of {found}"
             )
+        if self.hidden:
+            for name, of in (("layers", num_layers), ("channels", num_channels)):
+                if of(teacher) != of(build.student):
+                    raise ValueError(
+                        f"loss.hidden={self.hidden:g} needs a teacher with as many {name} as the student, {of(build.student)}, got "
+                        f"{of(teacher)} of loss.teacher_path={self.teacher_path!r}; set loss.hidden=0"
+                    )
+            self._layers = LayerOutputs(build.student), LayerOutputs(teacher)
         self.teacher = teacher
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,6 +92,8 @@ class DistillationLoss:
         if self._is_chunked is None:
             self._is_chunked = self._find_logit_maps(model, batch["input_ids"])
         positions = Positions.of(batch)
+        for outputs in self._layers:
+            outputs.start()
         if self._is_chunked:
             return call_within(model, self._by_chunks, model, batch["input_ids"], positions)
         student = WholeLogits(compute_logits(model, batch["input_ids"]).flatten(0, 1))
@@ -117,16 +137,29 @@ class DistillationLoss:
 
     def _result(self, student: Logits, found: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.objective.mix(found["divergence"], found["cross_entropy"])
-        if not student.takes_gradients:
+        if student.takes_gradients:
+            loss = with_gradients(loss, student)
+            found = found if self.objective.cross_entropy or self.hidden else {}
+        else:
             del found["divergence"]
-            return loss, found
-        return with_gradients(loss, student), found if self.objective.cross_entropy else {}
+        if self.hidden:
+            error = hidden_error(*(outputs.take() for outputs in self._layers))
+            loss, found = loss + self.hidden * error, found | {"hidden_error": error.detach()}
+        return loss, found
 
 
 def projected_logits(model: nn.Module, hidden: Tensor) -> ProjectedLogits:
     """Logits of hidden states [B, T, H] by the output embedding that `model` shows now."""
     head = model.get_output_embeddings()  # type: ignore
     return ProjectedLogits(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
+
+
+def num_layers(model: nn.Module) -> int:
+    return len(decoder_layers(model))
+
+
+def num_channels(model: nn.Module) -> int:
+    return model.config.get_text_config().hidden_size  # type: ignore
 
 
 def vocabulary_size(model: nn.Module) -> int:

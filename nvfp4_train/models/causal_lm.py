@@ -192,8 +192,9 @@ def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the modules that transformers never splits over devices."""
-    return [module for module in model.modules() if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())]
+    """The repeated blocks of a model: the modules that transformers never splits over devices. Those sharded have classes of their own."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if names.intersection(cls.__name__ for cls in type(module).__mro__)]
 
 
 def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
