@@ -192,7 +192,7 @@ def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the modules that transformers never splits over devices. Those sharded have classes of their own."""
+    """The repeated blocks of a model: the modules that transformers never splits over devices, or subclasses that FSDP2 made."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if names.intersection(cls.__name__ for cls in type(module).__mro__)]
 
