@@ -296,6 +296,43 @@ def check_every_bf16(
     )
 
 
+def check_inputs(
+    num_elements: float = 1e9, chunk: int = 2**22, stride: int = 1, device: str = "cuda", ops=torch.ops.nvfp4
+) -> str:
+    """The chain of linears' inputs: random values, and every finite bf16, or every so many, under scales of the whole range."""
+
+    def check(x: Tensor, exponent: int, what: str) -> Tensor:
+        input_scale = torch.tensor(2.0 ** min(max(exponent, -100), 100), device=device)
+        packed, scales = reference.quantize_input(x, input_scale)
+        x_hat = reference.dequantize(packed, scales, input_scale, x.dtype)
+        wanted = ("values", x_hat), ("codes", packed), ("scales", scales)
+        for (name, tensor), actual in zip(wanted, ops.quantize_input(x, input_scale), strict=True):
+            assert_same(actual, tensor, f"{name} of an input, {what}")
+        assert_same(ops.fake_quant_input(x, input_scale), x_hat, f"fake_quant_input, {what}")
+        return scales
+
+    source = RandomInput(chunk, device)
+    num_chunks = -(-int(num_elements) // chunk)
+    kinds = torch.zeros(3, dtype=torch.int64, device=device)
+    for index in range(num_chunks):
+        x, _, what = source.draw(index)
+        exponent = int(x.abs().amax().float().clamp(2.0**-100, 2.0**100).log2()) - int(source.integers(0, 16, 1))
+        scales = check(x, exponent, what).float()
+        kinds += torch.stack([(scales == 0).sum(), ((scales > 0) & (scales < 2.0**-6)).sum(), (scales == 448).sum()])
+    assert (kinds > 0).all(), kinds
+    values = torch.arange(2**16, device=device).to(torch.int16).view(BF16)
+    values = values[values.isfinite()]
+    values = values[values.abs().argsort(stable=True)][::stride]
+    values = values[: len(values) // 16 * 16].view(-1, 16)
+    exponents = range(-100, 101, 4)
+    for exponent in exponents:
+        check(values, exponent, f"every bf16 under 2^{exponent}")
+    return (
+        f"inputs of linears: {num_chunks * chunk:.2e} random elements, with {', '.join(f'{int(n):.1e}' for n in kinds)} block scales "
+        f"of 0, subnormal and 448; {values.numel()} of 65280 bf16 values under {len(exponents)} input scales"
+    )
+
+
 def check_large(num_rows: int = 2**20 + 64, device: str = "cuda", ops=torch.ops.nvfp4) -> str:
     x = torch.randn(num_rows, 2048, device=device, dtype=BF16)
     x[-1, -1] = 300.0

@@ -32,8 +32,10 @@ from nvfp4_train.kernels.fp4_kernel import (
     nvfp4_block_amax,
     nvfp4_choose_steps,
     nvfp4_fake_quant,
+    nvfp4_fake_quant_input,
     nvfp4_global_scale,
     nvfp4_quantize,
+    nvfp4_quantize_input,
     static_blockwise_fp4_fake_quant,
 )
 from nvfp4_train.kernels.scale_rules import ScaleRule
@@ -60,6 +62,7 @@ CHECKS = (
     kernel_checks.check_choose_steps,
     kernel_checks.check_block_sizes,
     kernel_checks.check_every_bf16,
+    kernel_checks.check_inputs,
     kernel_checks.check_large,
     kernel_checks.check_model_optimizer,
 )
@@ -153,6 +156,8 @@ def time_kernels(shape: tuple[int, int], slack: float) -> None:
         ("block amax fp32", 4.25, None, nvfp4_block_amax, (masters,)),
         ("quantize and pack fp32", 4.5625, 0.93, lambda x: nvfp4_quantize(x, pow2), (masters,)),
         ("fake quant fp32 to bf16", 6, 0.93, lambda x: nvfp4_fake_quant(x, pow2, BF16), (masters,)),
+        ("input to values and codes", 4.5625, 0.90, lambda x: nvfp4_quantize_input(x, pow2), (xs,)),
+        ("input to values", 4, 0.90, lambda x: nvfp4_fake_quant_input(x, pow2), (xs,)),
     ]
     rows += rows_of_rules(xs, masters, global_amax) + rows_of_block_sizes(xs, packed, pow2)
     times = {}
@@ -226,6 +231,7 @@ def time_small() -> None:
         "dequantize": lambda: fp4_dequantize(*packed, s2, dtype=BF16),
         "fake quant fp32 to bf16": lambda: nvfp4_fake_quant(master, s2, BF16),
         "quantize and pack fp32": lambda: nvfp4_quantize(master, s2),
+        "input to values and codes": lambda: nvfp4_quantize_input(x, s2),
     }
     empty = measure([calls["empty kernel"]] * 100)
     for name, call in calls.items():

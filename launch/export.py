@@ -37,7 +37,7 @@ def main() -> None:
         tokenizer = args.tokenizer or checkpoint.tokenizer
         report = export_model(
             args.out,
-            FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config),
+            FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state),
             format=args.format,
             tokenizer=AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None,
             generation_config=checkpoint.generation_config,

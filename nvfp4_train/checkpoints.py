@@ -135,9 +135,10 @@ def check_same_weights(path: Path, saved: Mapping[str, tuple[int, ...]], ours: M
     for name in {**ours, **saved}:
         if saved.get(name) != ours.get(name):
             there, here = saved.get(name, "missing"), ours.get(name, "missing")
+            options = "quant.*" if name.startswith("quant_state.") else "model.*"
             raise ValueError(
                 f"the checkpoint {path} was saved with another model: {name} is {there} there and {here} here; "
-                "set model.* as in the run that saved it"
+                f"set {options} as in the run that saved it"
             )
 
 

@@ -1,9 +1,23 @@
 """Names of metrics that one part of a run writes and another one reads."""
 
-VAL_LOSS_MASTER = "val/loss_master"
-VAL_LOSS_QUANTIZED = "val/loss_quantized"
-VAL_LOSS_MASTER_AT_SWITCH = "val/loss_master_at_switch"
-VAL_LOSS_PTQ = "val/loss_ptq"
+MASTER, QUANTIZED = "master", "quantized"
+"""What is evaluated at the end: masters rounded to bf16, and quantized weights (QAT)."""
+MASTER_AT_SWITCH, PTQ = "master_at_switch", "ptq"
+"""The same at the switch."""
+
+
+def evaluation_metric(name: str, state: str, serving: str | None = None) -> str:
+    """The metric of what an evaluation of weights in a state calls `name`: `loss`, or what the loss reports beside it.
+
+    Without a serving it is of the one that was trained.
+    """
+    return f"val/{name}_{state}" if serving is None else f"val/{name}_{state}_{serving}"
+
+
+VAL_LOSS_MASTER = evaluation_metric("loss", MASTER)
+VAL_LOSS_QUANTIZED = evaluation_metric("loss", QUANTIZED)
+VAL_LOSS_MASTER_AT_SWITCH = evaluation_metric("loss", MASTER_AT_SWITCH)
+VAL_LOSS_PTQ = evaluation_metric("loss", PTQ)
 
 TOKENS_PER_S = "train/tokens_per_s"
 PEAK_GIB = "memory/peak_gib"

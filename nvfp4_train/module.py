@@ -1,7 +1,7 @@
 """The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -17,12 +17,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.checkpoints import check_same_weights, shapes
-from nvfp4_train.losses.base import Batch, Loss
+from nvfp4_train.losses.base import Batch, Loss, num_positions
 from nvfp4_train.losses.next_token import NextTokenLoss
-from nvfp4_train.models.build import build_model, frozen_builder
+from nvfp4_train.models.build import ModelBuilder, build_model
 from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
+from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer
+from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.policy import QuantConfig, Selection
+from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
 
@@ -67,6 +70,8 @@ class QATModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.selection: Selection | None = None
         self.store: WeightStore | None = None
+        self.quant_state: QuantState | None = None
+        self.inputs: InputQuantizers | None = None
         self.compute_dtype = torch.bfloat16
         self.compute_dtype_reason = ""
         self.clock = TrainClock()
@@ -107,9 +112,28 @@ class QATModule(L.LightningModule):
         sharding: dict[str, Any] = {}
         if isinstance(strategy, FullyShardedStrategy):
             sharding = {"mesh": strategy.shard_mesh, "reshard_after_forward": strategy.reshard_after_forward}
-        built = build_model(self.model_config, self.quant_config, device, compute_dtype=self.compute_dtype, **sharding)
-        self.loss.prepare(frozen_builder(self.model_config, built.model, device, sharding.get("mesh")))
-        self.model, self.selection, self.store = built.model, built.selection, built.store
+        built = build_model(
+            self.model_config,
+            self.quant_config,
+            device,
+            compute_dtype=self.compute_dtype,
+            frozen=self.optim_config.frozen,
+            **sharding,
+        )
+        self.loss.prepare(
+            ModelBuilder(
+                student=built.model,
+                config=self.model_config,
+                device=device,
+                compute_dtype=self.compute_dtype,
+                mesh=sharding.get("mesh"),
+            )
+        )
+        self.model, self.selection, self.store, self.inputs = built.model, built.selection, built.store, built.inputs
+        # As a module of this one it is in every checkpoint.
+        self.quant_state = built.store.state
+        # DDP would broadcast it in every forward; all ranks have the same.
+        self._ddp_params_and_buffers_to_ignore = [f"quant_state.{name}" for name, _ in self.quant_state.named_buffers()]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V], in the dtype of the computation, of token ids [B, T]."""
@@ -126,40 +150,90 @@ class QATModule(L.LightningModule):
             self.model.set_requires_gradient_sync(is_last)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch, "train")
+        loss, metrics = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
+        for name, value in metrics.items():
+            self.log(f"train/{name}", value)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self._loss(batch, "val")
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        loss, metrics = self._loss(batch)
+        for name, value in {"loss": loss, **metrics}.items():
+            self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True, batch_size=num_positions(batch))
 
-    def _loss(self, batch: Batch, stage: str) -> Tensor:
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.model is not None, "configure_model has not run"
-        loss, metrics = self.loss(self.model, batch)
-        for name, value in metrics.items():
-            self.log(f"{stage}/{name}", value, sync_dist=stage == "val", batch_size=len(batch["input_ids"]))
-        return loss
+        return self.loss(self.model, batch)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over batches in the current state of the weights, over all ranks; the clock stands still meanwhile."""
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means of the loss, by the name `loss`, and of its metrics, in the current state of the weights.
+
+        They are over all positions that count of the batches of all ranks. The clock stands still meanwhile. Raises ValueError if no
+        position counts.
+        """
         with self.clock.paused():
-            assert self.model is not None
             was_training = self.training
             self.eval()
-            total = torch.zeros(2, dtype=torch.float64, device=self.device)
+            totals: dict[str, Tensor] = {}
+            num_counted = 0
             for batch in batches:
+                num_counted += (weight := num_positions(batch))
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 with self.trainer.precision_plugin.forward_context():
-                    loss, _ = self.loss(self.model, batch)
-                num_sequences = len(batch["input_ids"])
-                total += torch.stack((loss.double() * num_sequences, total.new_tensor(num_sequences)))
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(total)
+                    loss, metrics = self._loss(batch)
+                for name, value in {"loss": loss, **metrics}.items():
+                    totals[name] = totals.get(name, 0) + weight * value.double()
             self.train(was_training)
-            return (total[0] / total[1]).item()
+            sums = sum_over_ranks({"positions": num_counted} | {name: total.item() for name, total in totals.items()})
+        if not sums["positions"]:
+            raise ValueError(
+                "held-out sequences must have a position that counts, got none: every token of every loss_mask but first tokens is "
+                "unmarked; hold out others (data.val_fraction, data.val_sequences)"
+            )
+        return {name: total / sums["positions"] for name, total in sums.items() if name != "positions"}
+
+    def prepare(self, batches: Iterable[tuple[Batch, bool]], progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+        """Calibrate and equalize the model before it is first quantized, see `models.prepare`. Returns lines for the user."""
+        assert self.model is not None and self.store is not None
+        optimizers = [] if self._trainer is None else self.trainer.optimizers
+        with self.clock.paused():
+            return prepare(
+                self.model,
+                self.store,
+                self.quant_config,
+                batches,
+                optimizer=optimizers[0] if optimizers else None,
+                progress=progress,
+            )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the inputs of quantized weights have scales, without which they cannot be quantized."""
+        return self.quant_config.calibration.sequences > 0
+
+    def update(self, *, refit: bool = False) -> None:
+        """Let the forward compute with the quantized model of the current masters, see `WeightStore.update`."""
+        assert self.store is not None and self.inputs is not None
+        self.store.update(refit=refit)
+        if self.quant_config.activations == "nvfp4" and not self.inputs.is_enabled:
+            self.inputs.check_calibrated()
+            self.inputs.enable()
+
+    @contextmanager
+    def masters_only(self) -> Iterator[None]:
+        """Compute inside the context with the unquantized model."""
+        assert self.store is not None and self.inputs is not None
+        with self.store.masters_only(), self.inputs.serving("w4a16"):
+            yield
+
+    @contextmanager
+    def serving(self, name: str) -> Iterator[None]:
+        """Compute inside the context with the quantized model as one of `quant.policy.SERVINGS` does."""
+        assert self.inputs is not None
+        with self.inputs.serving(name):
+            yield
 
     def report(self, metrics: dict[str, float]) -> None:
         """Log metrics now, and keep them among the results."""
@@ -206,3 +280,13 @@ class QATModule(L.LightningModule):
                 "manifest": self.selection.manifest.to_dict(),
             }
         }
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Sums by name over all ranks, of which some may lack names. A collective."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    by_rank: list[dict[str, float]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(by_rank, values)
+    names = dict.fromkeys(name for found in by_rank for name in found)
+    return {name: sum(found.get(name, 0.0) for found in by_rank) for name in names}

@@ -23,11 +23,15 @@ class OptimConfig:
     """Steps of linear warm-up from 0."""
     min_lr_ratio: float = 0.1
     """Share of the peak that the cosine ends at."""
+    frozen: Sequence[str] = ()
+    """Shell patterns over parameter names that are not trained, such as *embed_tokens* and lm_head*."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} must be above 0 and finite, got {getattr(self, name)}")
+        if isinstance(self.frozen, str):
+            raise ValueError(f"optim.frozen must be a list of patterns, got the string {self.frozen!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}")
         if not 0 <= self.weight_decay < math.inf:

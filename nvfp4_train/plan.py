@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.models.build import kept_in_fp32
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
 from nvfp4_train.models.layout import HubLayout
@@ -35,6 +36,8 @@ class RunShape:
     batch_size: int = 1
     seq_len: int = 2048
     gradient_checkpointing: bool = False
+    logits_at_once: int | None = None
+    """Tokens whose logits exist at once, of student and teacher, where the loss has a teacher; None without one."""
 
     def __post_init__(self) -> None:
         for name, option in (
@@ -122,18 +125,25 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32)
 
 
-def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module) -> int:
-    """Bytes per token that one decoder layer saves for its backward, see `NOTES`. Raises ValueError for a layer it does not know."""
+def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module, *, packs_inputs: bool = False) -> float:
+    """Bytes per token that one decoder layer saves for its backward, see `NOTES`. Raises ValueError for a layer it does not know.
+
+    With `packs_inputs` the inputs of quantized weights are saved packed (W4A4).
+    """
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
-    num_bytes = 16 * hidden + 4 * queries + 4 * keys + 4 * heads
+    num_bytes: float = 16 * hidden + 4 * queries + 4 * keys + 4 * heads
+    # Beside the packed output of attention its plain one stays, which attention itself saves.
+    attention_input = PACKED_BYTES * queries + (PACKED_BYTES - 2) * hidden if packs_inputs else 0
+    num_bytes += attention_input
     names = [name for name, _ in layer.named_modules()]
     if any(name.endswith("q_norm") for name in names):
         num_bytes += 8 * (queries + keys)
     experts = {name: p for name, p in layer.named_parameters() if "experts" in name.split(".")}
     if not experts:
-        return num_bytes + 8 * config.intermediate_size
+        mlp_inputs = (PACKED_BYTES - 2) * (hidden + config.intermediate_size) if packs_inputs else 0
+        return num_bytes + mlp_inputs + 8 * config.intermediate_size
     shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in experts.items()}
     if set(shapes) != {"gate_up_proj", "down_proj"} or any("shared_expert" in name for name in names):
         raise ValueError(
@@ -152,15 +162,17 @@ A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a
       and output (d, k wide: 2 (2 d + 2 k)) and its log-sum-exps (4 heads), norms of queries and keys 8 (d + k) more; the MLP saves
       gate, up, the activated gate and the product (f wide: 2 f each). A layer of experts saves 4 h + 8 f + 44 for every expert that
       a token goes to, and 4 for every expert, instead of 8 f. With gradient checkpointing T 2 h each, and one whole layer in its
-      backward. Compilation saves less.
-logits  12 V T: the loss holds the fp32 log-softmax, its gradient and the gradient of the logits
+      backward. Compilation saves less. W4A4 saves the inputs of quantized weights packed: 0.5625 in place of 2 bytes.
+logits  12 V T: the loss holds the fp32 log-softmax, its gradient and the gradient of the logits. Distillation has the logits of C
+      tokens at once, of student and teacher
 On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers (about 1 GiB)."""
 
 
-def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Plan:
-    """Count memory and traffic. `model` may lie on the meta device."""
+def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teacher: PreTrainedModel | None = None) -> Plan:
+    """Count memory and traffic. `model` and the teacher of its loss, if it has one, may lie on the meta device."""
     config, width = model.config, shape.shard_size
-    names = select(model, quant, HubLayout(config)).manifest.names if quant.enabled else []
+    manifest = select(model, quant, HubLayout(config)).manifest if quant.enabled else None
+    names = [] if manifest is None else manifest.names
     parameters = dict(model.named_parameters(remove_duplicate=False))
     quantized = {id(parameters[name]) for name in names}
     quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0
@@ -192,14 +204,39 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
             packed=sum(unit.kept() for unit in units),
         ),
     ]
+    if manifest is not None and manifest.rule.is_fitted:
+        hessians = sum(64 * parameters[group[0]].shape[-1] for group in manifest.groups)
+        steps = sum(unit.quantized_shard for unit in units) / BLOCK_SIZE
+        memory.append(
+            Row(name="Hessians and steps", formula="64 K for every group's input + q / 16", bf16=0, packed=hessians + steps)
+        )
+    teacher_units: list[_Unit] = []
+    if teacher is not None:
+        of_teacher, gathered_of_teacher = fsdp_units(teacher), set[int]()
+        teacher_units = [_Unit(unit, gathered_of_teacher, set(), width, 2.0) for unit in of_teacher]
+        memory.append(row("teacher", "2 bytes of its shards", lambda _: 2 * sum(unit.shard for unit in teacher_units)))
 
-    saved = [layer_activation_bytes(config, module) for module in layers]
-    activations = shape.tokens * (2 * config.hidden_size * len(layers) if shape.gradient_checkpointing else sum(saved))
-    recomputed = shape.tokens * max(saved) if shape.gradient_checkpointing else 0
-    logits = 12 * config.vocab_size * shape.tokens
+    def saved(packed: bool) -> list[float]:
+        """Bytes that each layer saves for its backward."""
+        packs_inputs = packed and quant.activations == "nvfp4"
+        return [shape.tokens * layer_activation_bytes(config, module, packs_inputs=packs_inputs) for module in layers]
+
+    def activations(packed: bool) -> float:
+        return shape.tokens * 2 * config.hidden_size * len(layers) if shape.gradient_checkpointing else sum(saved(packed))
+
+    def recomputed(packed: bool) -> float:
+        return max(saved(packed)) if shape.gradient_checkpointing else 0
+
+    if shape.logits_at_once is None:
+        logits, logits_formula = 12 * config.vocab_size * shape.tokens, "12 V T"
+    else:
+        # In bf16, of student and teacher; and the hidden states of both, with the gradient of one.
+        at_once = min(shape.logits_at_once, shape.tokens)
+        logits = 4 * config.vocab_size * at_once + 6 * config.hidden_size * shape.tokens
+        logits_formula = "4 V C + 6 h T"
     parts = [
-        row("activations", "A_l", lambda _: activations),
-        row("logits", "12 V T", lambda _: logits),
+        row("activations", "A_l", activations),
+        row("logits", logits_formula, lambda _: logits),
         row("largest layer, gathered", "2 bytes an element", lambda _: layer.unsharded),
     ]
     gathered = 2 * layer.unsharded if shape.reshard_after_forward else sum(unit.unsharded for unit in layer_units)
@@ -212,8 +249,14 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
     moments = [
         row(
             "at the loss",
-            "head + activations + logits",
-            lambda _: head_unit.unsharded + (0 if shape.reshard_after_forward else gathered) + activations + logits,
+            "head + activations + logits" + (" + the teacher's head" if teacher is not None else ""),
+            lambda packed: (
+                head_unit.unsharded
+                + sum(unit.unsharded for unit in teacher_units[-1:])
+                + (0 if shape.reshard_after_forward else gathered)
+                + activations(packed)
+                + logits
+            ),
         ),
         row(
             "in the backward of a layer",
@@ -225,8 +268,8 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
                 + received(packed)
                 + layer_grad
                 + 4 * width * layer.shard
-                + activations
-                + recomputed
+                + activations(packed)
+                + recomputed(packed)
             ),
         ),
         row(
@@ -259,6 +302,11 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape) -> Pl
         row("reduce-scatter", "(W-1) 4 n, once per step", lambda _: others * 4 * shard),
         row("all-reduce of copies", "2 (R-1)/R 4 n", lambda _: 2 * (copies - 1) / copies * 4 * shard),
     ]
+    if teacher is not None:
+        sent = sum(unit.sent(packed=False) for unit in teacher_units)
+        wire.append(
+            row("all-gather, teacher", "A (W-1) x 2 bytes of its shards", lambda _: shape.micro_batches * others * sent)
+        )
     wire_total = Row(
         name="on the wire", formula="received per GPU", bf16=sum(r.bf16 for r in wire), packed=sum(r.packed for r in wire)
     )

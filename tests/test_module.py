@@ -13,7 +13,7 @@ from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule, TrainClock
 from nvfp4_train.optim import OptimConfig
-from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.quant.policy import CalibrationConfig, QuantConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -33,7 +33,9 @@ def make(cls: type[QATModule] = QATModule, /, **options: object) -> QATModule:
         compute_dtype=str(options.pop("compute_dtype", "auto")),
     )
     torch.manual_seed(0)
-    module = cls(model=model, quant=QuantConfig(**options), optim=OptimConfig(lr=1e-2))
+    # The random tokens below are too few to calibrate with.
+    quant = QuantConfig(calibration=CalibrationConfig(sequences=0), equalize=None, **options)
+    module = cls(model=model, quant=quant, optim=OptimConfig(lr=1e-2))
     module.configure_model()
     return module
 
@@ -76,8 +78,21 @@ def test_evaluation_weights_every_sequence_alike() -> None:
     first, second, third = torch.randint(0, 64, (3, 12))
     together = module.evaluate([{"input_ids": torch.stack([first, second, third])}])
     apart = module.evaluate([{"input_ids": torch.stack([first, second])}, {"input_ids": third[None]}])
-    assert apart == pytest.approx(together, rel=1e-3)
+    assert apart.keys() == {"loss"}
+    assert apart["loss"] == pytest.approx(together["loss"], rel=1e-3)
     assert module.training, "the mode is restored"
+
+
+def test_evaluation_weights_every_position_that_counts_alike() -> None:
+    module = make()
+    module._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    ids, mask = torch.randint(0, 64, (3, 12)), torch.rand(3, 12) < 0.4
+    mask[0, 1:] = False
+    together = module.evaluate([{"input_ids": ids, "loss_mask": mask}])
+    apart = module.evaluate([{"input_ids": ids[i : i + 1], "loss_mask": mask[i : i + 1]} for i in range(3)])
+    assert apart["loss"] == pytest.approx(together["loss"], rel=1e-3)
+    with pytest.raises(ValueError, match="held-out sequences must have a position that counts, got none"):
+        module.evaluate([{"input_ids": ids[:1], "loss_mask": mask[:1]}])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -130,7 +145,7 @@ class SaveEarlier(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: QATModule, *args: object) -> None:  # type: ignore[override]
         if trainer.global_step == 1:
             trainer.save_checkpoint(self.path)
-            self.loss = pl_module.evaluate(Tokens().val_dataloader())
+            self.loss = pl_module.evaluate(Tokens().val_dataloader())["loss"]
 
 
 @pytest.mark.parametrize("how", ["validate", "test", "predict"])
@@ -155,7 +170,7 @@ def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str
 def test_evaluation_in_a_run_does_not_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make()
     updates = []
-    monkeypatch.setattr(module.store, "update", lambda update=module.store.update: (updates.append(1), update()))
+    monkeypatch.setattr(module.store, "update", lambda refit, update=module.store.update: (updates.append(1), update()))
     fit(module, limit_val_batches=1.0, val_check_interval=1, num_sanity_val_steps=1)
     assert len(updates) == 5, "at the start, and after each of four steps"
 

@@ -5,26 +5,31 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nvfp4_train.metrics import VAL_LOSS_MASTER, VAL_LOSS_MASTER_AT_SWITCH, VAL_LOSS_PTQ, VAL_LOSS_QUANTIZED
+from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
+from nvfp4_train.models.prepare import first_sequences
 from nvfp4_train.module import QATModule
+from nvfp4_train.progress import progress_bar
+from nvfp4_train.quant.calibration import Batch
+from nvfp4_train.quant.policy import SERVINGS
 
 
 class Requantize(Callback):
-    """Decides when weights are quantized.
+    """Decides when weights are quantized, and when a fitted rule chooses anew.
 
-    At the switch it reports the validation loss of the masters and of the quantized weights (that is PTQ). At the end of training it
-    reports the same pair (that is QAT). With `quant.enabled=false` both pairs are taken at the end.
+    At the switch the model is calibrated and equalized once. Held-out metrics are reported of the masters before that and of the
+    quantized model after it (that is PTQ), and of both at the end of training (that is QAT). The quantized model is measured as it
+    was trained, and after a calibration under every serving. With `quant.enabled=false` all of this happens at the end.
     """
 
     def __init__(self) -> None:
         self._last_step = -1
-        self._losses_at_switch: dict[str, float] = {}
+        self._metrics_at_switch: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses_at_switch": self._losses_at_switch}
+        return {"losses_at_switch": self._metrics_at_switch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses_at_switch = dict(state_dict["losses_at_switch"])
+        self._metrics_at_switch = dict(state_dict["losses_at_switch"])
 
     def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
         config = pl_module.quant_config
@@ -37,7 +42,7 @@ class Requantize(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Every strategy has restored its checkpoint by now.
         if trainer.global_step < pl_module.quant_config.start_step:
-            self._losses_at_switch = {}
+            self._metrics_at_switch = {}
         self._after_step(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
@@ -45,7 +50,9 @@ class Requantize(Callback):
             self._after_step(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        self._report_end(trainer, pl_module)
+        # The last checkpoint follows. That of a run without quantization holds the masters that were trained, not equalized.
+        if pl_module.quant_config.enabled:
+            self._report_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
@@ -65,19 +72,18 @@ class Requantize(Callback):
         # Outside of a fit, Lightning has just moved the masters, and restored those of a checkpoint if there is one.
         assert pl_module.store is not None
         if trainer.state.fn != TrainerFn.FITTING and pl_module.store.is_enabled:
-            pl_module.store.update()
+            pl_module.update()
 
     def _report_end(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
-        if not self._losses_at_switch:
+        if not self._metrics_at_switch:
             self._switch(trainer, pl_module)
         elif not pl_module.store.is_enabled:
-            pl_module.store.update()
-        pl_module.results |= self._losses_at_switch
-        pl_module.report(self._evaluate(trainer, pl_module, VAL_LOSS_QUANTIZED, VAL_LOSS_MASTER))
-        if not pl_module.quant_config.enabled:
-            # A run that continues from this one with quantization has its own switch.
-            self._losses_at_switch = {}
+            pl_module.update()
+        pl_module.results |= self._metrics_at_switch
+        quantized = self._evaluate_quantized(trainer, pl_module, QUANTIZED)
+        with pl_module.masters_only():
+            pl_module.report(quantized | self._evaluate(trainer, pl_module, MASTER))
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:
         self._last_step = trainer.global_step
@@ -85,25 +91,48 @@ class Requantize(Callback):
         assert store is not None
         if not config.enabled or trainer.global_step < config.start_step:
             return
-        if self._losses_at_switch:
-            store.update()
-        else:
+        if not self._metrics_at_switch:
             self._switch(trainer, pl_module)
+        else:
+            # A store that is not enabled belongs to a run that continues: its choices are those of the checkpoint.
+            pl_module.update(refit=store.is_enabled and trainer.global_step % config.refit_every == 0)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             store.check_finite()
 
     def _switch(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
-        pl_module.store.update()
+        metrics = self._evaluate(trainer, pl_module, MASTER_AT_SWITCH)
+        if num_sequences := pl_module.quant_config.calibration.sequences:
+            notes = pl_module.prepare(
+                _calibration_batches(trainer, num_sequences), progress_bar("calibration", is_shown=trainer.is_global_zero)
+            )
+            if trainer.is_global_zero:
+                print("\n".join(notes), flush=True)
+        pl_module.update(refit=True)
         pl_module.store.check_finite()
-        losses = self._evaluate(trainer, pl_module, VAL_LOSS_PTQ, VAL_LOSS_MASTER_AT_SWITCH)
-        pl_module.report(losses)
-        self._losses_at_switch = losses
+        metrics |= self._evaluate_quantized(trainer, pl_module, PTQ)
+        pl_module.report(metrics)
+        self._metrics_at_switch = metrics
 
-    def _evaluate(self, trainer: Trainer, pl_module: QATModule, quantized: str, masters: str) -> dict[str, float]:
-        assert pl_module.store is not None
+    def _evaluate_quantized(self, trainer: Trainer, pl_module: QATModule, of: str) -> dict[str, float]:
+        """Metrics as trained, and after a calibration under every serving."""
+        trained = pl_module.quant_config.trained_serving
+        metrics = self._evaluate(trainer, pl_module, of)
+        if pl_module.is_calibrated:
+            metrics |= {f"{name}_{trained}": value for name, value in metrics.items()}
+            for serving in SERVINGS.keys() - {trained}:
+                with pl_module.serving(serving):
+                    metrics |= self._evaluate(trainer, pl_module, of, serving)
+        return metrics
+
+    def _evaluate(self, trainer: Trainer, pl_module: QATModule, of: str, serving: str | None = None) -> dict[str, float]:
         batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        losses = {quantized: pl_module.evaluate(batches)}
-        with pl_module.store.masters_only():
-            losses[masters] = pl_module.evaluate(batches)
-        return losses
+        return {evaluation_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}
+
+
+def _calibration_batches(trainer: Trainer, num_sequences: int) -> list[tuple[Batch, bool]]:
+    """This rank's sequences, those that the data module chooses or else the first ones that the rank trains on."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "calibration_batches"):
+        return data.calibration_batches(num_sequences)
+    return first_sequences(data.train_dataloader(), -(-num_sequences // trainer.world_size))

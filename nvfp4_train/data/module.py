@@ -188,6 +188,23 @@ class TextDataModule(L.LightningDataModule):
         own = np.arange(rank, self.val_sequences, world_size)
         return self._loader(self._val, [part.tolist() for part in np.array_split(own, num_batches)])
 
+    def calibration_batches(self, num_sequences: int) -> list[tuple[dict[str, Tensor], bool]]:
+        """This rank's part of the first sequences of the training stream, as batches of one, and whether each counts.
+
+        All ranks together have each of them once, whatever their number. Where it does not divide evenly, some ranks repeat one that
+        does not count, because a forward of a sharded model is a collective. Where the training text has fewer sequences, it is all of
+        them.
+        """
+        assert self._train is not None, "setup comes first"
+        num_sequences = min(num_sequences, len(self._train))
+        rank, world_size = self._rank_and_world_size()
+        order = next(iter(StreamSampler(len(self._train), batch_size=num_sequences, seed=self.seed)))
+        own = range(rank, -(-num_sequences // world_size) * world_size, world_size)
+        return [
+            ({"input_ids": self._train[order[place % num_sequences]]["input_ids"][None]}, place < num_sequences)
+            for place in own
+        ]
+
     def state_dict(self) -> dict[str, int]:
         return {"step": self.trainer.global_step, "position": self._position()} if self.trainer else self._resumed
 

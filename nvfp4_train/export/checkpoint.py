@@ -13,6 +13,7 @@ from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.quant.manifest import QuantManifest
 
 STATE_PREFIX = "model."
+QUANT_STATE_PREFIX = "quant_state."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class ExportableCheckpoint:
     """Master weights and what belongs to them."""
 
     weights: Mapping[str, Tensor]
+    quant_state: Mapping[str, Tensor]
+    """`state_dict` of the store's `QuantState`."""
     manifest: QuantManifest
     config: PretrainedConfig
     generation_config: GenerationConfig | None
@@ -42,7 +45,7 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
         saved = checkpoint["hyper_parameters"]["export"]
         settings, generation = saved["config"], saved["generation_config"]
         model_type, manifest = settings["model_type"], _manifest(saved)
-        weights = _weights(path, checkpoint)
+        weights, quant_state = (_tensors(path, checkpoint, prefix) for prefix in (STATE_PREFIX, QUANT_STATE_PREFIX))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must hold a state_dict and hyper_parameters['export'] with config, generation_config and manifest, as "
@@ -53,6 +56,7 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
     tokenizer = path.parent / "tokenizer"
     return ExportableCheckpoint(
         weights=weights,
+        quant_state=quant_state,
         manifest=manifest,
         config=CONFIG_MAPPING[model_type].from_dict(settings),
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
@@ -68,8 +72,9 @@ def _manifest(saved: Mapping[str, Any]) -> QuantManifest:
     return QuantManifest(groups=groups, rule=ScaleRule(global_scale=saved["global_scale"]))
 
 
-def _weights(path: Path, checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def _tensors(path: Path, checkpoint: Mapping[str, Any], prefix: str) -> Mapping[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
     if is_sharded_checkpoint(path):
-        return SavedTensors(path, f"state_dict.{STATE_PREFIX}")
+        return SavedTensors(path, f"state_dict.{prefix}")
     state = checkpoint["state_dict"]
-    return {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -45,7 +45,7 @@ class FromRanks(ServedWeights):
         layout = HubLayout(model.config)
         self._shards = {name: tensor for name, tensor in sharded_state(model).items() if name not in layout.aliases}
         check_tensors(self._shards, layout)
-        super().__init__(layout, store.manifest)
+        super().__init__(layout, store.manifest, store.state.state_dict())
         store.check_finite()
         self._store = store
         self._global_scale = store.global_scale.cpu()
@@ -88,7 +88,8 @@ class FromRanks(ServedWeights):
 
     def quantized(self, name: str) -> QuantizedTensor:
         codes, block_scales = self._ask(name)
-        return QuantizedTensor(codes[None], block_scales[None], self._global_scale[self._store.slots(name)].clone(), None)
+        s2 = self._global_scale[self._store.slots(name)].clone()
+        return QuantizedTensor(codes[None], block_scales[None], s2, self.input_scale(name))
 
     def compute_weight(self, name: str) -> Tensor:
         (codes,), (block_scales,), (s2,), _ = self.quantized(name)

@@ -1,6 +1,6 @@
 """Served weights from masters, those of a checkpoint or of a state dict: checked against the config, scaled and quantized."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,13 +22,19 @@ ELEMENTS_AT_ONCE = 1 << 20
 class FromMasters(ServedWeights):
     """Served weights quantized from masters by `state_dict` name, on any device. Tied copies may be left out.
 
-    Raises ValueError where weights, manifest and config do not fit together, or a weight is NaN or Inf.
+    Raises ValueError where weights, manifest, config and state do not fit together, or a weight is NaN or Inf.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], manifest: QuantManifest, config: PretrainedConfig) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        manifest: QuantManifest,
+        config: PretrainedConfig,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         layout = HubLayout(config)
         check_tensors(weights, layout)
-        super().__init__(layout, manifest)
+        super().__init__(layout, manifest, state)
         self._weights = weights
         self._global_scales = self._find_global_scales()
         for name in self:
@@ -39,17 +45,26 @@ class FromMasters(ServedWeights):
         return to_served(name, self._weights[name].detach(), self.layout)
 
     def quantized(self, name: str) -> QuantizedTensor:
-        weight = self._weights[name].detach()
-        s2 = self._global_scales[name].to(weight.device)
-        codes, scales = zip(*(nvfp4_quantize(rows, s2, self.manifest.rule) for rows in _pieces(weight)), strict=True)
+        s2 = self._global_scales[name].to(self._weights[name].device)
+        pieces = (nvfp4_quantize(rows, s2, self.manifest.rule, steps) for rows, steps in self._pieces(name))
+        codes, scales = zip(*pieces, strict=True)
         # Concatenated as bytes, because cat knows no float8 on CUDA in some versions.
         block_scales = torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
-        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], self._global_scales[name].reshape(1).clone(), None)
+        s2 = self._global_scales[name].reshape(1).clone()
+        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], s2, self.input_scale(name))
 
     def compute_weight(self, name: str) -> Tensor:
+        s2, rule = self._global_scales[name].to(self._weights[name].device), self.manifest.rule
+        return torch.cat([nvfp4_fake_quant(rows, s2, SERVED_DTYPE, rule, steps) for rows, steps in self._pieces(name)])
+
+    def _pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The rows of a quantized master, some at a time, with their steps where the rule has some."""
         weight = self._weights[name].detach()
-        s2 = self._global_scales[name].to(weight.device)
-        return torch.cat([nvfp4_fake_quant(rows, s2, SERVED_DTYPE, self.manifest.rule) for rows in _pieces(weight)])
+        pieces = weight.split(rows_at_once(weight.shape[1]))
+        if not self.manifest.rule.is_fitted:
+            return ((rows, None) for rows in pieces)
+        steps = self._from_state(name, "steps").to(weight.device)
+        return zip(pieces, steps.split(len(pieces[0])), strict=True)
 
     def _find_global_scales(self) -> dict[str, Tensor]:
         """s2 of each quantized weight, one element on the CPU."""
@@ -91,11 +106,6 @@ def _is_same(alias: Tensor, source: Tensor) -> bool:
     # Tied tensors are normally one storage. A copy with other values would be lost. Both have to be alive while addresses are
     # compared, because a tensor read from disk may get the address of the last one.
     return alias.data_ptr() == source.data_ptr() or alias.equal(source)
-
-
-def _pieces(weight: Tensor) -> Iterable[Tensor]:
-    """The rows of a matrix, some at a time."""
-    return weight.split(rows_at_once(weight.shape[1]))
 
 
 def rows_at_once(num_columns: int) -> int:

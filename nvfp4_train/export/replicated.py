@@ -16,7 +16,7 @@ class FromStore(FromMasters):
 
     def __init__(self, model: PreTrainedModel, store: WeightStore) -> None:
         self._store = store
-        super().__init__(model.state_dict(), store.manifest, model.config)
+        super().__init__(model.state_dict(), store.manifest, model.config, store.state.state_dict())
 
     def compute_weight(self, name: str) -> Tensor:
         return self._store.compute_weight(name).to(SERVED_DTYPE)

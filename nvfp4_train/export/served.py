@@ -7,9 +7,11 @@ There are three sources: master weights (`masters`), the store of a replicated m
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from nvfp4_train.export.formats.base import QuantizedTensor
+from nvfp4_train.kernels.fp4_kernel import is_input_scale
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.policy import linears_of, sibling_set, unfit
@@ -18,17 +20,24 @@ from nvfp4_train.quant.policy import linears_of, sibling_set, unfit
 class ServedWeights(Mapping[str, Tensor]):
     """The tensors of a model by `state_dict` name, without tied copies, each with the value that a reader has to compute with.
 
-    Raises ValueError where no reader could read the quantized weights of the manifest as such.
+    `state` is the `state_dict` of the store's `QuantState`; only fitted rules and quantized inputs need it. Raises ValueError where no
+    reader could read the quantized weights of the manifest as such, or state does not hold what the manifest needs.
     """
 
-    def __init__(self, layout: HubLayout, manifest: QuantManifest) -> None:
+    def __init__(self, layout: HubLayout, manifest: QuantManifest, state: Mapping[str, Tensor] | None = None) -> None:
         check_manifest(manifest, layout)
         self.layout = layout
         self.manifest = manifest
+        self._state = state or {}
         self._quantized = frozenset(manifest.names)
+        self._input_scales = self._find_input_scales() if manifest.activations == "nvfp4" else {}
 
     def is_quantized(self, name: str) -> bool:
         return name in self._quantized
+
+    def input_scale(self, name: str) -> Tensor | None:
+        """1 / g of the input of a quantized weight, float32 [1] on the CPU, in memory of its own; None where inputs are as they are."""
+        return torch.tensor([self._input_scales[name]]) if name in self._input_scales else None
 
     @abstractmethod
     def plain(self, name: str) -> Tensor:
@@ -41,6 +50,23 @@ class ServedWeights(Mapping[str, Tensor]):
     @abstractmethod
     def compute_weight(self, name: str) -> Tensor:
         """A quantized weight [N, K] in bf16, as the forward computes with it: what the written one must decode to."""
+
+    def _from_state(self, name: str, leaf: str) -> Tensor:
+        if (key := f"{name}.{leaf}") not in self._state:
+            raise ValueError(f"state must hold {key}, which the manifest needs; calibrate before the export")
+        return self._state[key]
+
+    def _find_input_scales(self) -> dict[str, float]:
+        scales: dict[str, float] = {}
+        for group in self.manifest.groups:
+            value = self._from_state(group[0], "input_scale").item()
+            if not is_input_scale(value):
+                raise ValueError(
+                    f"the input scale of {', '.join(group)} must be a power of two to serve it in W4A4, got {value}; calibrate before "
+                    "the export, or export with quant.serve=w4a16"
+                )
+            scales.update(dict.fromkeys(group, value))
+        return scales
 
     def __getitem__(self, name: str) -> Tensor:
         return self.compute_weight(name) if self.is_quantized(name) else self.plain(name)

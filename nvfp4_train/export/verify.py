@@ -7,7 +7,8 @@ The checks by name, in order; a failure is an ExportError whose message begins w
     keys       the tensors are those of the model, with each quantized weight replaced by its parts
     tensors    dtypes and shapes
     scheme     the config selects exactly the quantized linears, by names in memory and on disk
-    inputs     no scales of activations (weights only)
+    inputs     input scales are there exactly where the config has inputs quantized: powers of two, one for siblings, and the
+               expected ones; the codes that a reader makes of some inputs of the training forward are those of that forward
     scales     block scales are finite and at least E4M3's floor, global scales positive and finite, and their inverse too
     siblings   modules that serving engines fuse have one global scale, and are all quantized or none
     values     decoded and plain tensors equal the expected ones bit for bit
@@ -22,7 +23,7 @@ exact product lies within 2^-21 of the boundary between the two.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from nvfp4_train.export.readers.disk import E4M3_TABLE, StoredTensor, read_heade
 from nvfp4_train.export.registry import find_reader
 from nvfp4_train.kernels.reference import BLOCK_SIZE, E4M3_MIN
 from nvfp4_train.models.layout import HubLayout, shown
+from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.policy import sibling_set
 
 FORBIDDEN_IN_KEYS = ("base_layer", "_orig_mod", "_fsdp", "quantizer", "amax", "zero_point", "weight_shape")
@@ -67,28 +69,46 @@ class VerifyReport:
     """Bits of a quantized weight: codes, block scales and global scales."""
     compared: int
     """Model tensors whose values were compared with the expected ones."""
+    quantizes_inputs: bool = False
+    """Whether readers quantize the inputs of quantized modules (W4A4)."""
+    input_codes: int = 0
+    """Codes of inputs that were made anew and compared with those of the training forward."""
 
     def __str__(self) -> str:
         values = f"{self.compared} compared with the model" if self.compared else "values not compared"
+        codes = f"{self.input_codes:,} of their codes compared" if self.input_codes else "their codes not compared"
+        inputs = f"; inputs in NVFP4, {codes}" if self.quantizes_inputs else ""
         return (
             f"verified {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB, {values}; {self.quantized_parameters:,} parameters "
-            f"at {self.bits_per_weight:.3f} bits"
+            f"at {self.bits_per_weight:.3f} bits{inputs}"
         )
 
 
 def verify_export(
-    folder: str | os.PathLike, expected: Mapping[str, Tensor] | None = None, *, format: str = "compressed_tensors"
+    folder: str | os.PathLike,
+    expected: Mapping[str, Tensor] | None = None,
+    *,
+    format: str = "compressed_tensors",
+    input_scales: Mapping[str, Tensor] | None = None,
+    inputs: Sequence[InputSample] = (),
 ) -> VerifyReport:
-    """Check a folder; `expected` holds the compute weight of every tensor of the model by `state_dict` name."""
+    """Check a folder, raising ExportError.
+
+    Args:
+        folder: The folder.
+        expected: The compute weight of every tensor of the model by `state_dict` name. Values are not compared without.
+        format: A name of `registry.known_formats`.
+        input_scales: 1 / g of the input of every quantized weight, float32 [1], by `state_dict` name.
+        inputs: Inputs of the training forward, with their codes.
+    """
     folder, reader = Path(folder), find_reader(format)
-    is_selected = _check_config(folder, reader)
+    is_selected, quantizes_inputs = _check_config(folder, reader)
     layout = HubLayout(AutoConfig.from_pretrained(folder, local_files_only=True))
     stored = _check_index(folder)
     exported = _Exported(reader, layout, stored, _check_keys(reader, layout, stored))
     _check_tensors(exported)
     _check_scheme(exported, is_selected)
-    activations = _scales_of_activations(layout, stored)
-    require("inputs", not activations, f"{shown(activations)} present")
+    input_codes = _check_inputs(exported, quantizes_inputs, input_scales, inputs)
     _check_scales(exported)
     _check_siblings(exported)
     compared = 0 if expected is None else _check_values(exported, expected)
@@ -101,6 +121,8 @@ def verify_export(
         quantized_parameters=num_parameters,
         bits_per_weight=8 * part_bytes / num_parameters,
         compared=compared,
+        quantizes_inputs=quantizes_inputs,
+        input_codes=input_codes,
     )
 
 
@@ -125,14 +147,20 @@ class _Exported:
         """The global scale, as the format stores it."""
         return self.part(module, self.reader.stored_scale).bytes().view(np.float32)[0]
 
+    def stored_input_scale(self, module: str) -> np.float32:
+        """That of its input."""
+        assert self.reader.stored_input_scale is not None
+        return self.part(module, self.reader.stored_input_scale).bytes().view(np.float32)[0]
 
-def _check_config(folder: Path, reader: Reader) -> Callable[[str], bool]:
+
+def _check_config(folder: Path, reader: Reader) -> tuple[Callable[[str], bool], bool]:
+    """Whether a loader takes a module for quantized, by name, and whether it quantizes inputs."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"config: config.json does not load: {error}") from error
     require("config", config.get("dtype") == "bfloat16", f"dtype must be bfloat16, got {config.get('dtype')!r}")
-    return reader.check_config(folder, config)
+    return reader.check_config(folder, config), reader.quantizes_inputs(config)
 
 
 def _check_index(folder: Path) -> dict[str, StoredTensor]:
@@ -212,6 +240,59 @@ def _check_scheme(exported: _Exported, is_selected: Callable[[str], bool]) -> No
     for name in exported.layout.matrices_outside_linears():
         message = f"{name} is selected by the config; serving engines take it for a linear layer, but it is not quantized"
         require("scheme", not is_selected(name), message)
+
+
+def _check_inputs(
+    exported: _Exported, is_quantized: bool, expected: Mapping[str, Tensor] | None, samples: Sequence[InputSample]
+) -> int:
+    """Check the scales of inputs, and compare codes. Returns the number of codes."""
+    present = _scales_of_activations(exported.layout, exported.stored)
+    if not is_quantized:
+        require("inputs", not present, f"{shown(present)} present, but the config has no inputs quantized")
+        require("inputs", not expected and not samples, "the model quantizes inputs (W4A4), but the config has none quantized")
+        return 0
+    required = {f"{module}.{exported.reader.stored_input_scale}" for module in exported.quantized}
+    require("inputs", not (missing := required - present), f"missing {shown(missing)}")
+    require("inputs", not (extra := present - required), f"unexpected {shown(extra)}")
+    for key in required:
+        got = exported.stored[key].dtype, exported.stored[key].shape
+        require("inputs", got == ("F32", (1,)), f"{key} must be F32 (1,), got {got[0]} {got[1]}")
+    _check_input_scales(exported, expected or {})
+    return sum(_compare_input(exported, sample) for sample in samples)
+
+
+def _check_input_scales(exported: _Exported, expected: Mapping[str, Tensor]) -> None:
+    hub_names = exported.layout.linears()
+    scales = {module: exported.stored_input_scale(module) for module in sorted(exported.quantized)}
+    for module, scale in scales.items():
+        # Under another scale engines part ways: some multiply by 1 / g, which is rounded.
+        is_power_of_two = bool(np.isfinite(scale) and np.frexp(scale)[0] == 0.5)
+        require("inputs", is_power_of_two, f"the input scale of {module} is stored as {scale}, which is no power of two")
+    for module, scale in scales.items():
+        for sibling in scales.keys() & set(sibling_set(module)):
+            other = scales[sibling]
+            require("inputs", scale == other, f"{module} has the input scale {scale} on disk, {sibling} has {other}")
+    for name, wanted in expected.items():
+        module = hub_names[name.removesuffix(".weight")] or name
+        got = exported.reader.input_scale(scales[module])
+        require(
+            "inputs", got == wanted.item(), f"the input of {module} has the scale {got} on disk, {wanted.item()} in training"
+        )
+
+
+def _compare_input(exported: _Exported, sample: InputSample) -> int:
+    """Make the codes of an input anew. Returns their number."""
+    module = exported.layout.linears()[sample.module] or sample.module
+    codes, scales = exported.reader.encode_input(sample.x.float().numpy(), exported.stored_input_scale(module))
+    num_wrong = int(np.count_nonzero(scales != sample.scales.view(torch.uint8).numpy()))
+    require(
+        "inputs", num_wrong == 0, f"a reader gives {num_wrong} blocks of the input of {module} another scale than training did"
+    )
+    num_wrong = int(np.count_nonzero(codes != sample.packed.numpy()))
+    require(
+        "inputs", num_wrong == 0, f"a reader makes {num_wrong} bytes of codes of the input of {module} that training did not"
+    )
+    return 2 * codes.size
 
 
 def _check_scales(exported: _Exported) -> None:

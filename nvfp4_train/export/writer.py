@@ -26,6 +26,7 @@ from nvfp4_train.export.shards import FileGroup, write_shards
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.manifest import QuantManifest
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -55,6 +56,7 @@ def export_compressed_tensors(
     weights: Mapping[str, Tensor],
     manifest: QuantManifest,
     config: PretrainedConfig,
+    state: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> ExportReport:
@@ -65,6 +67,7 @@ def export_compressed_tensors(
         weights: Master weights by `state_dict` name of the Hugging Face model, on any device. Tied aliases may be left out.
         manifest: What is quantized, and how. Siblings have to be in one group.
         config: The model's config. Written with dtype bfloat16.
+        state: `state_dict` of the store's `QuantState`; only fitted rules and quantized inputs need it.
         overwrite: Replace an existing model folder, once the new one has been verified.
         options: Further options of `export_model`.
 
@@ -74,7 +77,7 @@ def export_compressed_tensors(
         ExportError: The written folder failed its verification and was removed.
     """
     check_target(folder, overwrite)
-    return export_model(folder, FromMasters(weights, manifest, config), overwrite=overwrite, **options)
+    return export_model(folder, FromMasters(weights, manifest, config, state), overwrite=overwrite, **options)
 
 
 def export_model(
@@ -87,6 +90,7 @@ def export_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     expected: Mapping[str, Tensor] | None = None,
+    inputs: Sequence[InputSample] = (),
 ) -> ExportReport:
     """Write served weights as a folder, verify it from disk and give it its name. Asks `served` for one tensor at a time.
 
@@ -99,6 +103,7 @@ def export_model(
         max_shard_bytes: Size above which the weights are split over several files with an index.
         overwrite: Replace an existing model folder, once the new one has been verified.
         expected: Compute weights by `state_dict` name, which the decoded folder must equal. By default those of `served`.
+        inputs: Inputs of the training forward with their codes (`record_inputs`), which a reader must make of them, too (W4A4).
 
     Raises:
         FileExistsError: The folder exists and is not to be replaced.
@@ -116,7 +121,14 @@ def export_model(
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
         shards = write_shards(partial, writer.file_groups(), max_shard_bytes)
-        verified = verify_export(partial, served if expected is None else expected, format=format)
+        scales = ((name, served.input_scale(name)) for name in served.manifest.names)
+        verified = verify_export(
+            partial,
+            served if expected is None else expected,
+            format=format,
+            input_scales={name: scale for name, scale in scales if scale is not None},
+            inputs=inputs,
+        )
     return ExportReport(
         folder=target,
         shards=shards,
@@ -173,21 +185,20 @@ class _Writer:
         """The tensors on disk of a bundle; with `on_meta` tensors like them on the meta device, without any weight."""
         layout = self.served.layout
         if self.served.is_quantized(names[0]):
-            weight = _described(layout.tensors[names[0]].shape) if on_meta else self.served.quantized(names[0])
+            weight = self._described(names[0]) if on_meta else self.served.quantized(names[0])
             return self.format.tensors(self.hub_modules[_owner(names[0])], weight)
         return layout.to_hub({name: layout.tensors[name] if on_meta else self.served.plain(name) for name in names})
 
-
-def _described(shape: torch.Size) -> QuantizedTensor:
-    """A quantized weight [N, K] on the meta device."""
-    num_rows, num_columns = shape
-    with torch.device("meta"):
-        return QuantizedTensor(
-            torch.empty(1, num_rows, num_columns // 2, dtype=torch.uint8),
-            torch.empty(1, num_rows, num_columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn),
-            torch.empty(1),
-            None,
-        )
+    def _described(self, name: str) -> QuantizedTensor:
+        """A quantized weight [N, K] on the meta device."""
+        num_rows, num_columns = self.served.layout.tensors[name].shape
+        with torch.device("meta"):
+            return QuantizedTensor(
+                torch.empty(1, num_rows, num_columns // 2, dtype=torch.uint8),
+                torch.empty(1, num_rows, num_columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn),
+                torch.empty(1),
+                None if self.served.input_scale(name) is None else torch.empty(1),
+            )
 
 
 def _owner(key: str) -> str:

@@ -5,9 +5,11 @@ the last dimension, unless a function takes other sizes. Floating-point inputs a
 A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; quantizing under any other means nothing.
 
 All raise ValueError for other shapes, dtypes and devices than they name. On the CPU they refuse values, too: a global scale outside
-of these limits, and an amax that is NaN, Inf or negative. On CUDA the host would have to wait for the device to see values, and
-torch.compile sees none while it traces; a NaN is passed on there to all that it scales.
+of these limits, an input scale that is no power of two, and an amax that is NaN, Inf or negative. On CUDA the host would have to wait
+for the device to see values, and torch.compile sees none while it traces; a NaN is passed on there to all that it scales.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-128, 2.0**119
 """Limits of a global scale."""
+SMALLEST_INPUT_SCALE, LARGEST_INPUT_SCALE = 2.0**-100, 2.0**100
+"""Limits of the scale of a linear's input."""
 
 
 def compute_fp4_scales(amax: Tensor, global_amax: Tensor | None = None, quantize_block_scales: bool = True) -> Tensor:
@@ -157,6 +161,21 @@ def nvfp4_choose_steps(x: Tensor, global_scale: Tensor, hessian: Tensor, rule: S
     return torch.ops.nvfp4.choose_steps(x, global_scale, hessian, rule.block_scale)
 
 
+def nvfp4_quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An input x [..., K] of a linear as it is served, decoded and in code, in one pass.
+
+    Returns x_hat shaped like x in its dtype, packed codes uint8 [..., K // 2] and block scales float8_e4m3fn [..., K // 16]. x_hat is
+    `fp4_dequantize(packed, scales, input_scale)`. input_scale is float32 with one element, a power of two from 2^-100 to 2^100: the
+    inverse of the `input_global_scale` of an exported folder. See `reference.quantize_input` for the arithmetic.
+    """
+    return torch.ops.nvfp4.quantize_input(x, _checked_input_scale(x, input_scale))
+
+
+def nvfp4_fake_quant_input(x: Tensor, input_scale: Tensor) -> Tensor:
+    """The first result of `nvfp4_quantize_input` alone."""
+    return torch.ops.nvfp4.fake_quant_input(x, _checked_input_scale(x, input_scale))
+
+
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
@@ -277,3 +296,21 @@ def _checked_global_scale(x: Tensor, global_scale: Tensor) -> Tensor:
     _check_scale(global_scale)
     # By broadcasting, a scale of shape [1, 1, 1] would give the result of a matrix three dimensions.
     return global_scale.float().reshape(())
+
+
+def _checked_input_scale(x: Tensor, input_scale: Tensor) -> Tensor:
+    _check_float(x=x)
+    _check_blocks("x", x)
+    _check_tensors(input_scale=input_scale)
+    if input_scale.dtype != torch.float32:
+        raise ValueError(f"input_scale must be float32, got {input_scale.dtype}")
+    _check_single("input_scale", input_scale)
+    _check_same_device(x, input_scale=input_scale)
+    if _is_readable(input_scale) and not is_input_scale(input_scale.item()):
+        raise ValueError(f"input_scale must be a power of two from 2^-100 to 2^100, got {input_scale.item()}")
+    return input_scale.reshape(())
+
+
+def is_input_scale(value: float) -> bool:
+    """Whether a number may be the scale of a linear's input: a power of two from 2^-100 to 2^100."""
+    return SMALLEST_INPUT_SCALE <= value <= LARGEST_INPUT_SCALE and math.frexp(value)[0] == 0.5

@@ -94,6 +94,15 @@ def _fake_quantize(x: Tensor, s2: Tensor, block_scale: str = "max", steps: Tenso
     return packed, _fake_block_amax(x).to(torch.float8_e4m3fn)
 
 
+def _quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    packed, scales = reference.quantize_input(x, input_scale)
+    return reference.dequantize(packed, scales, input_scale, x.dtype), packed, scales
+
+
+def _fake_quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_fake_quantize(x, input_scale)
+
+
 _register("block_amax(Tensor x) -> Tensor", reference.block_amax, _fake_block_amax)
 _register(
     "static_scales(Tensor amax, Tensor global_amax, bool quantize_block_scales=True) -> Tensor",
@@ -128,4 +137,16 @@ _register(
     reference.decode_shards,
     lambda received, table, s2, out: None,
     module="multi_tensor_kernels",
+)
+_register(
+    "quantize_input(Tensor x, Tensor input_scale) -> (Tensor, Tensor, Tensor)",
+    _quantize_input,
+    _fake_quantize_input,
+    module="input_kernels",
+)
+_register(
+    "fake_quant_input(Tensor x, Tensor input_scale) -> Tensor",
+    reference.fake_quant_input,
+    lambda x, input_scale: x.new_empty(x.shape),
+    module="input_kernels",
 )

@@ -19,7 +19,8 @@ the values of a block alone (`block_scales`) or by what a layer does with them (
 s2 lies in 2^-128 to 2^119, and from `global_scale` it does. Under another one scales or values leave fp32: the result means
 nothing, and kernels may give another.
 
-The documented functions of `fp4_kernel` follow a second scale chain, the one that Model Optimizer deploys (`static_scales`).
+The documented functions of `fp4_kernel` follow a second scale chain, the one that Model Optimizer deploys (`static_scales`). The inputs
+of linears follow a third, that of serving engines (`quantize_input`).
 """
 
 import torch
@@ -281,3 +282,31 @@ def static_fake_quant(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     x_hat = decode(encode(x, scales.masked_fill(is_zero, 1.0)), scales.masked_fill(is_zero, 1.0))
     x_hat = x_hat.unflatten(-1, (scales.shape[-1], -1)).masked_fill(is_zero.unsqueeze(-1), 0.0).flatten(-2).add(0.0)
     return x_hat.masked_fill(x.isnan(), torch.nan).to(dtype)
+
+
+def quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """An input x [..., K] of a linear, as it is served -> packed codes uint8 [..., K // 2] and E4M3 scales [..., K // 16].
+
+    input_scale = 1 / g has one element, a power of two from 2^-100 to 2^100. Each operation is rounded once in fp32:
+
+        scale = E4M3(min(448, g * (block_amax * fp32(1 / 6))))
+        code  = E2M1(x * (g / scale))
+
+    It is the order of vLLM's CUDA kernel, FlashInfer and TensorRT-LLM, and not that of weights: here amax is multiplied by a rounded
+    1 / 6, a scale has no floor and may be subnormal, and elements are multiplied, where weights are divided. A scale of 0 makes an
+    all-zero block. `dequantize(packed, scales, input_scale, dtype)` decodes it, value(code) * scale / g, which is exact in bf16.
+
+    A block that holds NaN has the scale NaN. Engines may give a zero the other sign.
+    """
+    g = input_scale.reciprocal()
+    scales = round_to_e4m3(g * (block_amax(x) * (1 / 6)))
+    is_zero = scales == 0
+    blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE)).masked_fill(is_zero.unsqueeze(-1), 0.0)
+    factors = g / scales.masked_fill(is_zero, 1.0)
+    codes = encode_e2m1(blocks.abs() * factors.unsqueeze(-1)) + 8 * (blocks < 0).to(torch.uint8)
+    return pack(codes.flatten(-2)), scales.to(torch.float8_e4m3fn)
+
+
+def fake_quant_input(x: Tensor, input_scale: Tensor) -> Tensor:
+    """`dequantize(*quantize_input(x, input_scale), input_scale, x.dtype)`."""
+    return dequantize(*quantize_input(x, input_scale), input_scale, x.dtype)

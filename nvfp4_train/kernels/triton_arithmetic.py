@@ -338,3 +338,22 @@ def decode(words, scales):
     # The arithmetic shift leaves the sign in bit 31 and the magnitude in bits 24 to 22: an fp32 value 2^126 times too small.
     bits = ((words[:, None] << (28 - 4 * columns)) >> 6) & -0x7E400000
     return (from_bits(bits) * 2.0**126) * scales[:, None]
+
+
+@triton.jit
+def codes_of_products(x, factors):
+    """Codes of |x| * factor, the product rounded once, as `_codes` leaves them. factors are [TILE, 1], and not NaN."""
+    return _codes(tl.abs(x) * factors, 0.0)
+
+
+@triton.jit
+def pack_codes(a, b, c, d, code_a, code_b, code_c, code_d, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
+    """Codes of quarters with the signs of the quarters, eight to an int32: [TILE, 2]."""
+    return tl.join(_pack(a, b, code_a, code_b, IS_INTERLEAVED, TILE), _pack(c, d, code_c, code_d, IS_INTERLEAVED, TILE))
+
+
+@triton.jit
+def decode_codes(x, codes, scales):
+    """value(code) * scale with the sign of x, of codes as `_codes` leaves them. scales are [TILE, 1]."""
+    # Shifted up, a code is an fp32 value 2^126 times too small, and the bits of 2^23 are gone.
+    return from_bits((codes << 22) | (to_bits(x) & SIGN)) * 2.0**126 * scales

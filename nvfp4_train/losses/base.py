@@ -1,4 +1,4 @@
-"""What a loss is."""
+"""What a loss is, and which positions of a batch it counts."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from nvfp4_train.models.build import ModelBuilder
 
 Batch = Mapping[str, Tensor]
-"""`input_ids`, int64 [B, T], and whatever else a data module gives."""
+"""`input_ids`, int64 [B, T], and whatever else a data module gives.
+
+`loss_mask`, bool [B, T], marks the tokens to be predicted: position t counts where token t + 1 is marked.
+"""
 
 
 class Loss(Protocol):
@@ -21,4 +24,14 @@ class Loss(Protocol):
         """Called once, when the model is built: make a teacher or anything else that is needed. On every rank."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the batch, a scalar to minimize, and scalars to log beside it by name."""
+        """The mean over the batch's positions, a scalar to minimize, and scalars to log beside it by name, means as well."""
+
+
+def num_positions(batch: Batch) -> int:
+    """The positions that a mean over the batch is over: all of them, or those that the mask counts.
+
+    Waits for the device of the mask, if there is one.
+    """
+    if "loss_mask" not in batch:
+        return batch["input_ids"].numel()
+    return int(batch["loss_mask"][:, 1:].sum())

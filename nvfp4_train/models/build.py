@@ -1,6 +1,7 @@
 """Makes a model train with its served weights: selects what is quantized, lets modules show it, and makes the store."""
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from nvfp4_train.models.causal_lm import COMPUTE_DTYPES, ModelConfig, decoder_layers, load_frozen, load_model, serve_buffers
+from nvfp4_train.models.causal_lm import (
+    COMPUTE_DTYPES,
+    ModelConfig,
+    decoder_layers,
+    hold_as_served,
+    load_frozen,
+    load_model,
+    serve_buffers,
+)
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
-from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, shard_model
+from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
+from nvfp4_train.quant.inputs import InputQuantizers
+from nvfp4_train.quant.linear import quantize_inputs
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit, parts_called_alone, served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -62,6 +73,8 @@ class Trainable:
 
     selection: Selection
     store: WeightStore
+    inputs: InputQuantizers
+    """The quantizers of the inputs of quantized weights. They are off."""
 
 
 def make_trainable(
@@ -80,6 +93,8 @@ def make_trainable(
     """
     layout = HubLayout(model.config) if _is_causal_lm(model) else None  # type: ignore[arg-type]
     selection = select(model, quant, layout)
+    # The store, and with it the scales, is made last. Nobody reads them before that.
+    inputs = quantize_inputs(model, selection.manifest, lambda group: store.state.input_scale(group))
     kept = kept_in_fp32(model)
     sharded_units = [] if mesh is None else fsdp_units(model, kept=kept, compute_dtype=compute_dtype)
     units = [*served_units(model), *(module for unit in sharded_units for module in unit.modules if module is not model)]
@@ -93,9 +108,10 @@ def make_trainable(
     )
     for layer in decoder_layers(model) if compile_layers else ():
         layer.compile()
+    store: WeightStore
     if mesh is None:
-        store: WeightStore = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
-        return Trainable(selection=selection, store=store)
+        store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
+        return Trainable(selection=selection, store=store, inputs=inputs)
     shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
     if fill is not None:
         fill()
@@ -106,7 +122,7 @@ def make_trainable(
         gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
         compute_dtype=compute_dtype,
     )
-    return Trainable(selection=selection, store=store)
+    return Trainable(selection=selection, store=store, inputs=inputs)
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
@@ -135,16 +151,19 @@ def build_model(
     device: torch.device,
     *,
     compute_dtype: torch.dtype,
+    frozen: Sequence[str] = (),
     mesh: DeviceMesh | None = None,
     reshard_after_forward: bool = True,
 ) -> BuiltModel:
     """Load or make the model of a config, and make it trainable; sharded over the mesh if there is one.
 
-    A sharded model gets its weights here, on the device. A model that is not sharded is still on the CPU.
+    `frozen` are patterns of parameters that are not trained, see `freeze`. A sharded model gets its weights here, on the device.
+    A model that is not sharded is still on the CPU.
     """
     # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
     opened = None if mesh is None else open_folder(config, compute_dtype)
     model = load_model(config, compute_dtype) if opened is None else opened[0]
+    freeze(model, frozen)
 
     def read_rows() -> None:
         if opened is not None:
@@ -160,27 +179,63 @@ def build_model(
         compile_layers=config.compile,
         fill=read_rows,
     )
-    return BuiltModel(model=model, selection=made.selection, store=made.store)
+    return BuiltModel(model=model, selection=made.selection, store=made.store, inputs=made.inputs)
 
 
-ModelBuilder = Callable[[ModelConfig | None], nn.Module]
-"""Builds another model beside the one that trains, frozen and in bf16: from a config or, without one, the student's original."""
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop the training of the parameters with a name that matches a pattern. Raises ValueError where one matches none, or all."""
+    names: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ValueError(
+                f"optim.frozen: pattern {pattern!r} matches no parameter; names look like {', '.join(list(names)[:3])}"
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ValueError(f"optim.frozen must leave a parameter to train, got {list(patterns)}, which match all")
 
 
-def frozen_builder(
-    student: ModelConfig, trained: nn.Module, device: torch.device, mesh: DeviceMesh | None = None
-) -> ModelBuilder:
-    """Builds models on the device, sharded over the mesh as the student is. `trained` is the student before its first step."""
+@dataclass(frozen=True, kw_only=True)
+class ModelBuilder:
+    """Builds other models beside the student, the one that trains: frozen, with bf16 values; sharded or compiled if the student is."""
 
-    def build(config: ModelConfig | None = None) -> nn.Module:
-        model = load_frozen(config or student)
-        if config is None and student.path is None:
-            # A model of random weights has no other original than the student itself.
-            state = trained.state_dict()
+    student: nn.Module
+    """Before its first step."""
+    config: ModelConfig
+    """Where it comes from."""
+    device: torch.device
+    compute_dtype: torch.dtype = SERVED_DTYPE
+    """Dtype of products and activations."""
+    mesh: DeviceMesh | None = None
+
+    def __call__(self, config: ModelConfig | None = None) -> nn.Module:
+        """The model of a config, in evaluation mode on the device; without one a copy of the student as it was loaded."""
+        # A model of random weights has no other original than the student itself.
+        is_copy = config is None and self.config.path is None
+        opened = None if self.mesh is None or is_copy else open_folder(config or self.config, self.compute_dtype)
+        model = load_frozen(config or self.config) if opened is None else opened[0].requires_grad_(False).eval()
+        if is_copy:
+            state = self.student.state_dict()
             model.load_state_dict({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()})
-        if mesh is None:
-            return model.to(device)  # type: ignore[arg-type]
-        shard_model(mesh, fsdp_units(model))
+        hold_as_served(model, self.compute_dtype)
+        for layer in decoder_layers(model) if self.config.compile else ():
+            layer.compile()
+        if self.mesh is None:
+            return model.to(self.device)  # type: ignore[arg-type]
+        shard_frozen(self.mesh, model)
+        if opened is not None:
+            allocate(model, self.device)
+            opened[1].read_into(model)
+            round_to_served(model)
         return model
 
-    return build
+
+@torch.no_grad()
+def round_to_served(model: PreTrainedModel) -> None:
+    """Round every parameter, sharded or not, to the dtype that it is served in, in place. It stays in its own dtype."""
+    dtypes = served_dtypes(model)
+    for name, parameter in model.named_parameters():
+        rows, _ = local_rows(parameter)
+        rows.copy_(rows.to(dtypes[name]))

@@ -116,7 +116,7 @@ def load_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -
 
 
 def load_frozen(config: ModelConfig) -> PreTrainedModel:
-    """The model as it is served before any quantization: in bf16 and in evaluation mode, without gradients."""
+    """The model as it is served before any quantization, whole: in bf16 and in evaluation mode, without gradients."""
     options: dict[str, Any] = {"dtype": SERVED_DTYPE, "attn_implementation": config.attn_implementation}
     hf_config = load_config(config)
     if config.path is None:
@@ -124,6 +124,16 @@ def load_frozen(config: ModelConfig) -> PreTrainedModel:
     else:
         model = _load_exactly(config.path, hf_config, options)
     return model.requires_grad_(False).eval()
+
+
+def hold_as_served(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Give every parameter the dtype that it is served in, in place; bf16 ones are held in the dtype of the computation."""
+    dtypes = served_dtypes(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(compute_dtype if dtypes[name] is SERVED_DTYPE else dtypes[name])
+    serve_buffers(model, compute_dtype)
+    # Some classes take the dtype to compute in from here.
+    model.config.dtype = compute_dtype
 
 
 def _load_exactly(path: str, hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:

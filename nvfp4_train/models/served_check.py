@@ -2,14 +2,14 @@
 
 The plain class is built on the meta device. Its forward runs once, and borrows the served values of one unit at a time from the
 training model, so the check takes the memory of one decoder layer. Both forwards get the same tensors, so they compute the same
-bits unless one of them reads a parameter, a dtype or a buffer that the other does not.
+bits unless one of them reads a parameter, a dtype or a buffer that the other does not. Where inputs are quantized, those of the plain
+class are by `kernels.reference`, linear by linear.
 """
 
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,24 +18,34 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from nvfp4_train.kernels import reference
 from nvfp4_train.models.causal_lm import compute_logits, plain_class
 from nvfp4_train.models.served_dtype import served_dtypes
+from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.served import SERVED_DTYPE, modules_of_unit, served_parameters, units_of
+from nvfp4_train.quant.undisturbed import undisturbed
 
 Outputs = dict[str, list[list[Tensor]]]
 """The floating-point tensors that a module returned, by its name, call after call."""
 
 
 @torch.no_grad()
-def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch.dtype = SERVED_DTYPE) -> int:
+def check_served(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    compute_dtype: torch.dtype = SERVED_DTYPE,
+    inputs: InputQuantizers | None = None,
+) -> int:
     """Raise ValueError, naming the first module, where the output of a module differs between training model and plain class.
 
-    `model` was made by `build_model`, and is in the state in which it trains next. input_ids are int64 [B, T]. A module that does not
-    repeat its own output is passed over with a warning. Under FSDP2 call it on every rank. Returns the number of modules compared.
+    `model` was made by `build_model`, and is in the state in which it trains next. input_ids are int64 [B, T]. `inputs` are the
+    quantizers of its inputs, where it has any. A module that does not repeat its own output is passed over with a warning. Under FSDP2
+    call it on every rank. Returns the number of modules compared.
     """
-    with _undisturbed(model):
+    input_scales = inputs.scales() if inputs is not None and inputs.is_enabled else {}
+    with undisturbed(model):
         trained = _outputs_of(model, input_ids)
-        first = _first_difference(model, input_ids, compute_dtype, trained)
+        first = _first_difference(model, input_ids, compute_dtype, input_scales, trained)
         if first is None:
             return len(trained)
         again = _outputs_of(model, input_ids)
@@ -51,32 +61,6 @@ def check_served(model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch
         f"module with another output, by up to {difference:.3g}; please report the model type {model.config.model_type}. "
         "callbacks.served_check=null trains nevertheless: its losses are not those of the exported model"
     )
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with deterministic algorithms, and without compiled layers, which hooks would compile anew."""
-    modules = list(model.modules())
-    was_training = [module.training for module in modules]
-    compiled = [module._compiled_call_impl for module in modules]
-    is_deterministic, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    try:
-        for module in modules:
-            module.training, module._compiled_call_impl = False, None
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
-        for module, training, call in zip(modules, was_training, compiled, strict=True):
-            module.training, module._compiled_call_impl = training, call
-            if isinstance(module, FSDPModule):
-                # A forward without a backward leaves the root unsharded.
-                module.reshard()
 
 
 def _outputs_of(model: nn.Module, input_ids: Tensor) -> Outputs:
@@ -118,7 +102,11 @@ def _difference(x: Tensor, y: Tensor) -> float:
 
 
 def _first_difference(
-    model: PreTrainedModel, input_ids: Tensor, compute_dtype: torch.dtype, trained: Outputs
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    compute_dtype: torch.dtype,
+    input_scales: Mapping[str, Tensor],
+    trained: Outputs,
 ) -> tuple[str, float] | None:
     """The first module of the plain class to end with another output, and the difference."""
     plain = plain_class(model, compute_dtype)
@@ -138,12 +126,19 @@ def _first_difference(
 
     for name, module in plain.named_modules():
         module.register_forward_hook(compare(name))
+    for name, scale in input_scales.items():
+        plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(_quantizing_by_reference(scale))
     for name, unit in units_of(model):
         lender = _Lender(name, unit, plain, model, dtypes, compute_dtype)
         plain.get_submodule(name).register_forward_pre_hook(lender.lend)
         plain.get_submodule(name).register_forward_hook(lender.take_back)
     compute_logits(plain, input_ids)
     return found[0] if found else None
+
+
+def _quantizing_by_reference(input_scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that quantizes the input of a linear."""
+    return lambda module, args: (reference.fake_quant_input(args[0], input_scale), *args[1:])
 
 
 class _Lender:

@@ -1,17 +1,20 @@
 """Sharding of a causal LM over devices by FSDP2: fp32 masters, served values in the forward, fp32 reduction."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from nvfp4_train.models.causal_lm import decoder_layers
 from nvfp4_train.quant.local_weight import rows_per_rank
-from nvfp4_train.quant.served import SERVED_DTYPE
+from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class FsdpUnit:
 
     modules: list[nn.Module]
     in_fp32: bool
-    """Masters are gathered, and the forward rounds them. Otherwise they are rounded to bf16 first."""
+    """Parameters are gathered as they are held, and the forward rounds masters. Otherwise they are rounded to bf16 first."""
     is_layer: bool = False
     """With `reshard_after_forward`, freed after its forward and gathered again in the backward."""
 
@@ -90,7 +93,7 @@ def _joined_by_parameters(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
 
 
 def shard_model(mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_forward: bool = True) -> None:
-    """Apply `fully_shard` to the units of a model in their order, in place. Call `show_served` first.
+    """Apply `fully_shard` to the units of a model in their order, the root last, in place. Call `show_served` first.
 
     A mesh of two dimensions replicates over the first and shards over the second. With `reshard_after_forward` the layers are
     gathered again in the backward, which saves memory and costs traffic.
@@ -103,6 +106,27 @@ def shard_model(mesh: DeviceMesh, units: Sequence[FsdpUnit], *, reshard_after_fo
             mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
             reshard_after_forward=unit.is_layer and reshard_after_forward,
         )
+    root: Any = units[-1].modules[0]
+    if not isinstance(root, ServedUnit):
+        root.within = _call
+    register_fsdp_forward_method(root, "within")
+
+
+def shard_frozen(mesh: DeviceMesh, model: nn.Module) -> None:
+    """Shard a model that takes no gradients. Its tensors travel in the dtype that they have, and no unit stays gathered."""
+    shard_model(mesh, [replace(unit, in_fp32=True, is_layer=True) for unit in fsdp_units(model)])
+
+
+def call_within(model: nn.Module, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` as if it were the model's forward; it may call submodules and read the root's parameters.
+
+    See `ServedUnit.within`; a sharded model that shows no served values gathers its root's parameters alone.
+    """
+    return model.within(function, *args) if isinstance(model, ServedUnit | FSDPModule) else function(*args)  # type: ignore
+
+
+def _call(function: Callable[..., T], *args: Any) -> T:
+    return function(*args)
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:

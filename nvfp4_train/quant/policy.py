@@ -29,6 +29,22 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Last name parts of the linears that choose experts; serving engines keep these in bf16."""
 
 
+SERVINGS = {"w4a16": "none", "w4a4": "nvfp4"}
+"""How an exported model may be served: the name of a serving -> what it does to the inputs of quantized weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """The pass over training data that measures the inputs of quantized weights, before quantization begins."""
+
+    sequences: int = 64
+    """Sequences of data.seq_len tokens, over all ranks. 0 goes without calibration, and so without all that needs one."""
+
+    def __post_init__(self) -> None:
+        if self.sequences < 0:
+            raise ValueError(f"quant.calibration.sequences must be at least 0, got {self.sequences}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """What is quantized, how, and from when on."""
@@ -43,6 +59,19 @@ class QuantConfig:
     """`pow2` raises the global scale to a power of two, so that every reader decodes the same bits; `exact` is the quotient."""
     rule: str = "max"
     """How the scale of a block is chosen: a name in `kernels.scale_rules.BLOCK_SCALE_RULES`."""
+    refit_every: int = 10
+    """Optimizer steps from one choice of a fitted rule (`hessian`) to the next; in between each block keeps its choice."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    equalize: float | str | None = 0.5
+    """Exponent alpha, 0 to 1, of the equalization that is folded into the model before quantization begins; `none` leaves it out."""
+    equalize_pow2: bool = False
+    """Round the scales of the equalization to powers of two: the folded model computes the bits of the original. Costs accuracy."""
+    activations: str = "none"
+    """`nvfp4` trains with quantized inputs of quantized weights (W4A4), `none` with weights alone (W4A16)."""
+    serve: str | None = None
+    """What the export is for: `w4a16` or `w4a4`; None is what was trained."""
+    input_headroom: float = 2.0
+    """A static input scale leaves room for this many times the largest input that calibration saw."""
     start_step: int = 0
     """Optimizer step from which on the forward computes with quantized weights."""
     gather: str = "packed"
@@ -54,6 +83,26 @@ class QuantConfig:
             raise ValueError(f"quant.gather must be 'packed' or 'bf16', got {self.gather!r}")
         if self.start_step < 0:
             raise ValueError(f"quant.start_step must be at least 0, got {self.start_step}")
+        if self.refit_every < 1:
+            raise ValueError(f"quant.refit_every must be at least 1, got {self.refit_every}")
+        if self.activations not in SERVINGS.values():
+            raise ValueError(f"quant.activations must be 'none' or 'nvfp4', got {self.activations!r}")
+        if self.serve not in (None, *SERVINGS):
+            raise ValueError(f"quant.serve must be 'w4a16', 'w4a4' or null, got {self.serve!r}")
+        if not 1 <= self.input_headroom <= 256:
+            raise ValueError(f"quant.input_headroom must lie in 1 to 256, got {self.input_headroom}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"quant.equalize must be none, or an exponent from 0 to 1, got {self.equalize!r}")
+        for option, needs in (
+            ("rule", self.scale_rule.is_fitted),
+            ("equalize", self.alpha is not None),
+            ("activations", self.activations != "none"),
+            ("serve", self.serve == "w4a4"),
+        ):
+            if needs and not self.calibration.sequences:
+                raise ValueError(
+                    f"quant.calibration.sequences must be at least 1 with quant.{option}={getattr(self, option)}, got 0"
+                )
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"quant.{name} must be a list of patterns, got the string {getattr(self, name)!r}")
@@ -61,6 +110,25 @@ class QuantConfig:
     @property
     def scale_rule(self) -> ScaleRule:
         return ScaleRule(global_scale=self.global_scale, block_scale=self.rule)
+
+    @property
+    def alpha(self) -> float | None:
+        """The exponent of the equalization; None without one."""
+        if self.equalize is None or self.equalize == "none":
+            return None
+        if isinstance(self.equalize, str):
+            raise ValueError(f"quant.equalize must be none, or an exponent from 0 to 1, got {self.equalize!r}")
+        return float(self.equalize)
+
+    @property
+    def serving(self) -> str:
+        """The serving that the export is for, a name in `SERVINGS`."""
+        return self.serve or self.trained_serving
+
+    @property
+    def trained_serving(self) -> str:
+        """The serving that the training forward computes."""
+        return next(name for name, activations in SERVINGS.items() if activations == self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +209,8 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
             f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
         )
     groups = tuple(tuple(f"{name}.weight".removeprefix(".") for name in group) for group in _groups(chosen, linears))
-    return Selection(manifest=QuantManifest(groups=groups, rule=config.scale_rule), kept=kept)
+    manifest = QuantManifest(groups=groups, rule=config.scale_rule, activations=SERVINGS[config.serving])
+    return Selection(manifest=manifest, kept=kept)
 
 
 def sibling_set(name: str) -> tuple[str, ...]:

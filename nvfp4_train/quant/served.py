@@ -9,11 +9,13 @@ A parameter that transformers keeps in fp32 is served in fp32, so it is shown as
 computes in float32, with the same served values.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 SERVED_DTYPE = torch.bfloat16
 """The dtype in which readers hold unquantized parameters, and to which they decode quantized ones."""
@@ -120,7 +122,7 @@ class _ServedModule(NamedTuple):
 
 
 class ServedUnit:
-    """Mixin, put before the class of a unit. While `forward` runs, the parameters of the unit's modules have served values.
+    """Mixin, put before the class of a unit. While `forward` or `within` runs, the unit's modules hold served values.
 
     torch.compile guards all that a layer reads in every call, so the unit holds in one place what it needs of its modules.
     """
@@ -132,8 +134,19 @@ class ServedUnit:
     modules_with_parameters: tuple[nn.Module, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._shown(super().forward, *args, **kwargs)  # type: ignore[misc]
+
+    def within(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)` as if it were the unit's forward: the unit's modules hold served values meanwhile.
+
+        So `function` may call submodules and read their parameters. The root of a sharded model is gathered as well, and what of
+        this takes part in the backward must be among the tensors that `function` returns.
+        """
+        return self._shown(function, *args)
+
+    def _shown(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if not self.served_modules:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return function(*args, **kwargs)
         modules = self._modules_to_serve()
         masters = [module._parameters for module in modules]
         weights, dtype = self.compute_weights, self.compute_dtype
@@ -153,7 +166,7 @@ class ServedUnit:
                     else:
                         shown[name] = to_served(parameter, dtype)
                 set_parameters(module, shown)
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return function(*args, **kwargs)
         finally:
             for module, held in zip(modules, masters, strict=True):
                 set_parameters(module, held)

@@ -121,12 +121,15 @@ class GatherUnit:
         self.shards.unpack(received, self.table, self.s2, whole, self.shards.padded_unquantized(whole))
         return self.shards.whole_tensors(whole)[self.quantized.index(name)].clone()
 
-    def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding."""
+    def local_packed(self, name: str, steps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding.
+
+        `steps` are those of the rows under a fitted rule.
+        """
         index = self.quantized.index(name)
         if self.is_packed:
             return self.outputs["packed"][index], self.outputs["scales"][index]
-        return nvfp4_quantize(self.rows(name), self.s2[self.slots[index]], self.rule)
+        return nvfp4_quantize(self.rows(name), self.s2[self.slots[index]], self.rule, steps)
 
 
 def _check_rows(name: str, parameter: Any) -> None:
@@ -320,10 +323,10 @@ class ShardedWeightStore(WeightStore):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, *, refit: bool = False) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
-        super().update()
+        super().update(refit=refit)
         if self._rounded:
             torch._foreach_copy_(self._rounded, self._unquantized_rows)
 
@@ -343,7 +346,7 @@ class ShardedWeightStore(WeightStore):
     def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a weight, of the last update."""
         owner = self._owners[name]
-        return self._unit_of[owner].local_packed(owner)
+        return self._unit_of[owner].local_packed(owner, self._local_steps(owner) if self.state.is_fitted else None)
 
     @torch.no_grad()
     def local_weights(self) -> Iterator[LocalWeight]:
@@ -354,8 +357,9 @@ class ShardedWeightStore(WeightStore):
             replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
             rows = unit.rows(name)
             own = own_rows(len(rows), replica, num_replicas)
-            packed = [part[own] for part in unit.local_packed(name)] if unit.is_packed else None
-            yield self._local_weight(name, rows[own], packed)
+            packed = [part[own] for part in self.local_packed(name)] if unit.is_packed else None
+            steps = self._local_steps(name)[own] if self.state.is_fitted else None
+            yield self._local_weight(name, rows[own], packed, steps)
 
     def _current_local_tensors(self) -> list[Tensor]:
         return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]

@@ -20,6 +20,7 @@ from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.served import SERVED_DTYPE, Shown
+from nvfp4_train.quant.state import QuantState
 
 
 class WeightStore(ABC):
@@ -45,6 +46,8 @@ class WeightStore(ABC):
         """float32 [slots], of the last update."""
         self.global_scale = torch.empty(0)
         """s2, float32 [slots], of the last update."""
+        self.state = QuantState({name: self._parameter(name) for name in manifest.names}, manifest)
+        """What the quantizer remembers beside the masters. A checkpoint of the model has to hold it as well."""
 
     @property
     def names(self) -> list[str]:
@@ -58,18 +61,20 @@ class WeightStore(ABC):
     # Evaluations call this under inference_mode, too. A later backward could not use tensors that were made there.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, *, refit: bool = False) -> None:
         """Quantize every master into what the forward computes with, and switch the forward to it.
 
-        A handful of launches and one all_reduce(MAX) for the whole model; nothing waits for the device.
+        `refit` lets a fitted rule choose anew; without it every block keeps its choice. A handful of launches and one all_reduce(MAX)
+        for the whole model; nothing waits for the device.
         """
         if self._quantizer is not None and self._is_replaced():
             self._use(False)
             self._quantizer = None
         if self._quantizer is None:
+            self.state.to(self._parameter(self.names[0]).device)
             self._quantizer = self._make_quantizer()
             self.global_amax, self.global_scale = self._quantizer.global_amax, self._quantizer.global_scales
-        self._quantizer.step(reduce=_max_over_ranks)
+        self._quantizer.step(reduce=_max_over_ranks, refit=refit and self.state.is_fitted)
         if not self.is_enabled:
             self._use(True)
 
@@ -105,15 +110,21 @@ class WeightStore(ABC):
     def local_weights(self) -> Iterator[LocalWeight]:
         """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective."""
 
-    def _local_weight(self, name: str, rows: Tensor, packed: Sequence[Tensor] | None = None) -> LocalWeight:
-        """Rows of one slot [n, K], or of all slots [S, n, K], with the codes and scales that the store has of them."""
+    def _local_weight(
+        self, name: str, rows: Tensor, packed: Sequence[Tensor] | None = None, steps: Tensor | None = None
+    ) -> LocalWeight:
+        """Rows of one slot [n, K], or of all slots [S, n, K], with the codes and scales that the store has of them.
+
+        Where it has none, `steps` are those of the rows under a fitted rule.
+        """
         slots = self._slots[name]
         s2 = self.global_scale[slots]
         master = rows.reshape(s2.numel(), -1, rows.shape[-1])
         if packed is None:
             # The operator itself accepts NaN, so that a report shows one before the run stops because of it.
             quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
-            of_slots = [quantize(part, scale, rule) for part, scale in zip(master, s2, strict=True)]
+            of_slot = [None] * len(master) if steps is None else list(steps.reshape(*master.shape[:2], -1))
+            of_slots = [quantize(part, scale, rule, own) for part, scale, own in zip(master, s2, of_slot, strict=True)]
             codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
         else:
             codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
@@ -156,7 +167,15 @@ class WeightStore(ABC):
 
     def _quantizer_of(self, masters: list[Tensor], names: list[str], **outputs: Any) -> MultiTensorQuantizer:
         first_slots = [self._slots[name].start for name in names]
+        if self.state.is_fitted:
+            outputs["steps"] = [self._local_steps(name) for name in names]
+            outputs["hessians"] = [self.state.hessian(name) for name in names]
         return MultiTensorQuantizer(masters, first_slots, self.num_slots, rule=self.manifest.rule, **outputs)
+
+    def _local_steps(self, name: str) -> Tensor:
+        """This rank's rows of the steps of a weight, in the memory of the state."""
+        steps = self.state.steps(name)
+        return steps._local_tensor if isinstance(steps, DTensor) else steps
 
     @abstractmethod
     def _use(self, quantized: bool) -> None:
@@ -183,8 +202,8 @@ class ReplicatedWeightStore(WeightStore):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self) -> None:
-        super().update()
+    def update(self, *, refit: bool = False) -> None:
+        super().update(refit=refit)
         if self.compute_dtype is not SERVED_DTYPE and not self.manifest.rule.is_pow2:
             # Readers round what they decode to bf16; under a power-of-two scale it is bf16 already.
             for weight in self._compute_weights.values():
@@ -201,7 +220,8 @@ class ReplicatedWeightStore(WeightStore):
         for name in self.names:
             master = self.master(name)
             own = own_rows(master.shape[-2], rank, num_ranks)
-            yield self._local_weight(name, master[..., own, :])
+            steps = self.state.steps(name)[..., own, :] if self.state.is_fitted else None
+            yield self._local_weight(name, master[..., own, :], steps=steps)
 
     def _is_replaced(self) -> bool:
         assert self._quantizer is not None

@@ -14,8 +14,9 @@ from nvfp4_train.run.options import check_parts, check_targets, check_trainer
 from nvfp4_train.run.resume import check_checkpoint, keep_earlier_metrics
 
 
-def build(options: dict[str, Any]) -> tuple[L.Trainer, QATModule, TextDataModule]:
-    """Check the options and build everything that a run needs. Raises ValueError for what the user can correct.
+def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, QATModule, TextDataModule]:
+    """Check the options and build everything that a run needs, with or without training steps. Raises ValueError for what the user
+    can correct.
 
     Every group but those of the data and the trainer is an argument of QATModule by the group's name.
     """
@@ -28,6 +29,9 @@ def build(options: dict[str, Any]) -> tuple[L.Trainer, QATModule, TextDataModule
         group: {name: node for name, node in (nodes.pop(group) or {}).items() if node} for group in ("callbacks", "logger")
     }
     trainer_options = nodes.pop("trainer")
+    if not trains:
+        trainer_options |= {"max_steps": 0}
+        nodes["quant"] |= {"start_step": 0}
 
     configs = {name: make(node, name) for name, node in nodes.items()}
     data = TextDataModule(configs.pop("data"), seed=options["seed"], model_path=configs["model"].path)

@@ -20,7 +20,7 @@ class SaveEarlier(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if trainer.global_step == 1 and not hasattr(self, "loss"):
             trainer.save_checkpoint(self.path)
-            self.loss = pl_module.evaluate(trainer.datamodule.val_dataloader())
+            self.loss = pl_module.evaluate(trainer.datamodule.val_dataloader())["loss"]
 
 
 def fit_and_validate(world_size: int, how: str, path: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Small models with awkward weights, and what an export of them has to decode to."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ class Trained:
     config: PretrainedConfig
     weights: dict[str, Tensor]
     manifest: QuantManifest
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def with_quantized_inputs(self) -> "Trained":
+        """Each group with a scale of its own."""
+        state = {f"{group[0]}.input_scale": torch.tensor([2.0 ** -(9 + i)]) for i, group in enumerate(self.manifest.groups)}
+        return replace(self, manifest=replace(self.manifest, activations="nvfp4"), state=state)
 
     def with_rule(self, **fields: str) -> "Trained":
         return replace(self, manifest=replace(self.manifest, rule=ScaleRule(**fields)))
@@ -93,7 +99,7 @@ class Trained:
         return served
 
     def export(self, folder: Path, **options: Any) -> ExportReport:
-        arguments = {"weights": self.weights, "manifest": self.manifest, "config": self.config, **options}
+        arguments = {"weights": self.weights, "manifest": self.manifest, "config": self.config, "state": self.state, **options}
         return export_compressed_tensors(folder, **arguments)
 
     def dense_model(self) -> PreTrainedModel:

@@ -35,9 +35,10 @@ FORMAT = Toy()
 """
 TOY_READER = """
 import json
+from nvfp4_train.export.readers.base import Reader
 from nvfp4_train.export.readers.disk import E4M3_TABLE, decode_rows
 
-class ToyReader:
+class ToyReader(Reader):
     marker, codes, block_scales, stored_scale = "scales", "weight", "scales", "multiplier"
 
     def parts(self, rows, columns):

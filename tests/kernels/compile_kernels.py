@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from nvfp4_train.kernels import multi_tensor_kernels
+from nvfp4_train.kernels import input_kernels, multi_tensor_kernels
 from nvfp4_train.kernels import triton_kernels as kernels
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
@@ -36,7 +36,7 @@ SIZES = {"blocks_per_row": "i32", "num_chunks": "i32", "num_tiles": "i32", "num_
 """Scalars that are not int64."""
 OPTIONAL = ("steps_ptr",)
 """Pointers that are None unless a kernel is given a type for them."""
-UNALIGNED = ("s2_ptr", "global_amax_ptr")
+UNALIGNED = ("s2_ptr", "global_amax_ptr", "input_scale_ptr")
 
 TO_PACKED = {"s2_ptr": FLOAT, "packed_ptr": BYTES, "scales_ptr": BYTES}
 SEARCH = {"s2_ptr": FLOAT, "hessian_ptr": FLOAT, "steps_ptr": STEPS}
@@ -59,6 +59,10 @@ TO_CODES = {"SOURCE": tl.float32, "DECODED": None, "IS_PACKED": True, "IS_FITTED
 TO_BOTH = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": True, "IS_FITTED": False, **MAX}
 BF16_TO_BF16 = {"SOURCE": tl.bfloat16, "DECODED": tl.bfloat16, "IS_PACKED": False, "IS_FITTED": False, **MAX}
 PASS = (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS)
+INPUT = (input_kernels.TILE, input_kernels.NUM_WARPS)
+INPUT_OF_BF16 = {"x_ptr": BF16, "input_scale_ptr": FLOAT, "out_ptr": BF16}
+INPUT_OF_FLOAT = {"x_ptr": FLOAT, "input_scale_ptr": FLOAT, "out_ptr": FLOAT}
+CODES = {"packed_ptr": BYTES, "scales_ptr": BYTES}
 TILES = kernels.TILES
 
 KERNELS = {
@@ -111,6 +115,8 @@ KERNELS = {
     ),
     "whole_model_fitted": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **ONCE, **HESSIAN, "IS_FITTED": True}),
     "update_scales": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": True}),
+    "quantize_input": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_BF16, **CODES}, {}),
+    "fake_quant_input": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_BF16, {}),
 }  # fmt: skip
 VARIANTS = {
     "search_bf16": (kernels.choose_steps_kernel, TILES["choose_steps"], {"x_ptr": BF16, **SEARCH}, SEARCHED),
@@ -149,6 +155,8 @@ VARIANTS = {
     "whole_model_bf16_to_bf16": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**BF16_TO_BF16, **ONCE}),
     "whole_model_measured": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **FIRST_OF_TWO}),
     "whole_model_quantized": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **SECOND_OF_TWO}),
+    "quantize_input_fp32": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_FLOAT, **CODES}, {}),
+    "fake_quant_input_fp32": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_FLOAT, {}),
     "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": False}),
 }  # fmt: skip
 """Kernels of other dtypes and options, compiled for CAPABILITIES_OF_VARIANTS alone."""

@@ -49,13 +49,17 @@ ACCESSES = {
     "whole_model_quantized": ({"128": 8, "64": 3, "32": 2}, {"128": 4}),
     "update_scales": ({"32": 4}, {"32": 8}),
     "update_scales_exact": ({"32": 4}, {"32": 8}),
+    "quantize_input": ({"128": 2, "32": 1}, {"128": 2, "64": 1, "U8": 1}),
+    "quantize_input_fp32": ({"128": 4, "32": 1}, {"128": 4, "64": 1, "U8": 1}),
+    "fake_quant_input": ({"128": 2, "32": 1}, {"128": 2}),
+    "fake_quant_input_fp32": ({"128": 4, "32": 1}, {"128": 4}),
 }
 """Global loads and stores in the code of a kernel, by width in bits. Most kernels have two paths, by the kind of s2.
 
 Values move in 16-byte accesses. Of codes, scales and amax a thread has less: 8 bytes of codes of a block, 1 of its scale, 4 of its
 amax, or 4 bytes of the codes of an octet. Table rows (64), s2 (32) and the 136 numbers of a Hessian (32) are single values.
 """
-VARIANTS = 14
+VARIANTS = 16
 """Kernels that are compiled for 80, 90 and 100 only."""
 
 
@@ -110,6 +114,14 @@ def test_a_kernel_is_one_for_all_shapes():
 def test_halves_of_a_sector_are_stored_together():
     """A thread writes 32 bytes, one sector, by two stores. With 24 instructions between them bandwidth fell by a sixth on an H200."""
     kernels = {entry["kernel"]: entry for entry in _compiled() if entry["capability"] == 90}
-    for name in ("fake_quant_bf16", "fake_quant_fp16", "fake_quant_fp32", "static_fake_quant", "whole_model_to_bf16"):
+    of_inputs = ("quantize_input", "fake_quant_input")
+    for name in (
+        "fake_quant_bf16",
+        "fake_quant_fp16",
+        "fake_quant_fp32",
+        "static_fake_quant",
+        "whole_model_to_bf16",
+        *of_inputs,
+    ):
         assert kernels[name]["gaps"], name
         assert max(kernels[name]["gaps"]) <= 12, kernels[name]

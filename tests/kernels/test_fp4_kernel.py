@@ -329,6 +329,8 @@ def test_the_host_never_waits_for_the_device_and_a_nan_is_passed_on():
             fp4_kernel.nvfp4_fake_quant(X, nan),
             fp4_kernel.fp4_dequantize(*fp4_kernel.nvfp4_quantize(X, nan), nan),
             fp4_kernel.nvfp4_block_amax(X * nan),
+            fp4_kernel.nvfp4_quantize_input(X * nan, S2)[0],
+            fp4_kernel.nvfp4_fake_quant_input(X * nan, S2),
         ]
     finally:
         torch.cuda.set_sync_debug_mode("default")

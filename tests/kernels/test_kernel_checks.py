@@ -7,7 +7,7 @@ import pytest
 import whole_model_checks
 from kernel_cases import DEVICE, TRITON, TritonQuantizer
 
-from nvfp4_train.kernels import multi_tensor_kernels, triton_kernels
+from nvfp4_train.kernels import input_kernels, multi_tensor_kernels, triton_kernels
 
 on_device = {"device": DEVICE, "ops": TRITON}
 SAMPLES = {
@@ -18,6 +18,9 @@ SAMPLES = {
     # Chunks of each dtype and spread of exponents, with three numbers of significand bits.
     "random": functools.partial(kernel_checks.check_random, 45 * 1024, 1024, **on_device),
     "every bf16": functools.partial(kernel_checks.check_every_bf16, (1.0, 1.37 * 2.0**-9), 64, 16 * 17, **on_device),
+    "inputs": functools.partial(
+        kernel_checks.check_inputs, 15 * 1024, 1024, 16 * 17, DEVICE, TRITON if DEVICE == "cuda" else input_kernels
+    ),
     "small": functools.partial(
         whole_model_checks.check_small,
         decode_shards=multi_tensor_kernels.decode_shards,

@@ -13,6 +13,7 @@ from nvfp4_train.kernels.scale_rules import ScaleRule
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
 S2 = torch.tensor([0.003], device=DEVICE)
+INPUT_SCALE = torch.tensor([2.0**-8], device=DEVICE)
 PACKED, BLOCK_SCALES = reference.quantize(X, S2)
 FITTED = ScaleRule(block_scale="hessian")
 HESSIAN = torch.eye(16, device=DEVICE).expand(3, 16, 16).contiguous()
@@ -54,6 +55,8 @@ OP_ARGUMENTS = {
         )
     ],
     "dequantize": [(PACKED, BLOCK_SCALES, S2, torch.bfloat16), (PACKED, BLOCK_SCALES.float(), S2, torch.float32)],
+    "quantize_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
+    "fake_quant_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
 }
 
 
@@ -104,6 +107,8 @@ def test_public_functions_take_tensors_without_values(kind):
         assert fp4_kernel.nvfp4_fake_quant(x, s2, rule=FITTED, steps=steps).shape == x.shape
         assert fp4_kernel.static_blockwise_fp4_fake_quant(x, block_amax).shape == x.shape
         assert fp4_kernel.compute_fp4_scales(block_amax, global_amax).shape == (3, 3)
+        assert [t.shape for t in fp4_kernel.nvfp4_quantize_input(x, s2)] == [(3, 48), (3, 24), (3, 3)]
+        assert fp4_kernel.nvfp4_fake_quant_input(x, s2).shape == x.shape
 
 
 @pytest.mark.parametrize("name", OP_ARGUMENTS)
@@ -136,6 +141,8 @@ def _every_operation(x, amax, s2, table):
         decoded,
         steps,
         fp4_kernel.nvfp4_fake_quant(x, s2, rule=FITTED, steps=steps),
+        *fp4_kernel.nvfp4_quantize_input(x, INPUT_SCALE.to(x.device)),
+        fp4_kernel.nvfp4_fake_quant_input(x, INPUT_SCALE.to(x.device)),
     )
 
 

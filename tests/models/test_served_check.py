@@ -1,5 +1,6 @@
 """The check that users get: silent where the training forward is the served one, and an error that names the module where it is not."""
 
+import copy
 import re
 
 import pytest
@@ -98,6 +99,37 @@ def test_a_module_that_does_not_repeat_itself_is_passed_over() -> None:
     norm.forward = lambda x: forward(x) + torch.rand(())  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=re.escape("model.layers.0.operator_norm gives another output each time")):
         check_served(built.model, IDS)
+
+
+def with_quantized_inputs(family: str, compute_dtype: torch.dtype) -> BuiltModel:
+    built = build(family, compute_dtype)
+    for group in built.store.manifest.groups:
+        # Small, so that values saturate: otherwise another power of two would make no difference.
+        built.store.state.input_scale(group[0]).fill_(2.0**-13)
+    built.store.update()
+    built.inputs.enable()
+    return built
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "lfm2", "zamba2", "minimax"])
+def test_inputs_are_quantized_as_by_the_reference(family: str, compute_dtype: torch.dtype) -> None:
+    built = with_quantized_inputs(family, compute_dtype)
+    assert check_served(built.model, IDS, compute_dtype, built.inputs) > 10
+    # Without them the plain class has other inputs.
+    with pytest.raises(ValueError, match=r"is the first module with another output"):
+        check_served(built.model, IDS, compute_dtype)
+    with built.inputs.serving("w4a16"):
+        assert check_served(built.model, IDS, compute_dtype, built.inputs) > 10
+
+
+def test_an_input_that_is_quantized_by_another_groups_scale_is_found() -> None:
+    built = with_quantized_inputs("llama", torch.bfloat16)
+    other = copy.copy(built.inputs["model.layers.1.mlp.down_proj.weight"])
+    other.scale = torch.tensor([2.0**-30])
+    built.model.model.layers[1].mlp.down_proj.input_quantizer = other
+    with pytest.raises(ValueError, match=r"but model\.layers\.1\.mlp\.down_proj \(NVFP4Linear\) is the first module"):
+        check_served(built.model, IDS, torch.bfloat16, built.inputs)
 
 
 def fit(spoiled: bool, **options: int) -> None:

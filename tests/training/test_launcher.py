@@ -26,6 +26,7 @@ def test_help_lists_the_recipes(tmp_path: Path) -> None:
         ("trainer.precision=bf16-true", "error: trainer.precision must be 32-true or bf16-mixed, got bf16-true"),
         ("model.attn_implementation=flsh", "flsh"),
         ("quant.start_step=9", "quant.start_step must be at most trainer.max_steps"),
+        ("+loss.temperature=2", "error: loss.temperature: no such option"),
     ],
 )
 def test_the_launcher_refuses_before_training(override: str, message: str, tmp_path: Path) -> None:
@@ -34,6 +35,34 @@ def test_the_launcher_refuses_before_training(override: str, message: str, tmp_p
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.temperature=0", "error: loss: loss.temperature must be above 0 and finite, got 0"),
+        ("loss.divergence=kl", "error: loss.divergence must be 'forward_kl' or 'reverse_kl' or 'jsd', got 'kl'"),
+        ("loss.teacher_path=/nonexistent", "error: loss.teacher_path='/nonexistent': "),
+    ],
+)
+def test_the_launcher_refuses_options_of_distillation(override: str, message: str, tmp_path: Path) -> None:
+    result = launch(tmp_path / "run", "loss=distillation", "trainer.max_steps=1", override, check=False)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_of_distillation_reports_how_far_it_is_from_its_teacher(tmp_path: Path) -> None:
+    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "quant.start_step=1")
+    launch(tmp_path / "run", "loss=distillation", "loss.cross_entropy=0.1", *options)
+    found = metrics(tmp_path / "run")
+    assert found["val/kl_master_at_switch"] == pytest.approx(0, abs=1e-3), "cross-entropy has moved it a little"
+    assert found["val/kl_ptq"] > 0
+    assert 0 <= found["val/top1_agreement_quantized"] <= 1
+    header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "train/divergence", "train/cross_entropy", "val/loss", "val/kl", "val/top1_agreement"} <= set(header)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert all(name.startswith(("model.", "quant_state.")) and "teacher" not in name for name in checkpoint["state_dict"])
 
 
 def test_ranks_without_a_shared_id_agree_on_a_folder_and_need_a_trainer_for_all(tmp_path: Path) -> None:

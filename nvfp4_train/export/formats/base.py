@@ -19,7 +19,7 @@ class QuantizedTensor(NamedTuple):
     global_scale: Tensor
     """s2, float32 [S], on the CPU: a weight is value(code) * block scale * s2."""
     input_scale: Tensor | None
-    """s2 of the input, float32 [S], on the CPU, or None where inputs are not quantized."""
+    """1 / g of the input, float32 [S], on the CPU; None where inputs are not quantized (`manifest.activations`)."""
 
 
 class Format(Protocol):

@@ -1,10 +1,11 @@
-"""compressed-tensors' `nvfp4-pack-quantized`, weights only (W4A16): what vLLM, SGLang and transformers load.
+"""compressed-tensors' `nvfp4-pack-quantized`, W4A16 or W4A4: what vLLM, SGLang and transformers load.
 
 A quantized linear P of N x K is, in place of `P.weight`:
 
     P.weight_packed         uint8 [N, K / 2]            two E2M1 codes a byte, the even element in the low nibble
     P.weight_scale          float8_e4m3fn [N, K / 16]   block scales, row-major
     P.weight_global_scale   float32 [1]                 the divisor 1 / s2, of shape [1] and not []
+    P.input_global_scale    float32 [1]                 W4A4 alone: that of its input, which readers quantize as it comes
 """
 
 import re
@@ -22,12 +23,14 @@ FORMAT_NAME = "nvfp4-pack-quantized"
 
 class CompressedTensors(Format):
     def tensors(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-        divisor = 1.0 / weight.global_scale
-        return {
+        tensors = {
             f"{module}.weight_packed": weight.codes[0],
             f"{module}.weight_scale": weight.block_scales[0],
-            f"{module}.weight_global_scale": divisor,
+            f"{module}.weight_global_scale": 1.0 / weight.global_scale,
         }
+        if weight.input_scale is not None:
+            tensors[f"{module}.input_global_scale"] = 1.0 / weight.input_scale
+        return tensors
 
     def configs(self, layout: HubLayout, quantized: Mapping[str, str], manifest: QuantManifest) -> dict[str, dict[str, Any]]:
         weights = {
@@ -38,11 +41,13 @@ class CompressedTensors(Format):
             "group_size": 16,
             "dynamic": False,
         }
+        # Block scales are chosen as an input comes ("local"), the global scale is not. Transformers rounds them to their dtype alone.
+        inputs = weights | {"dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"}
         group = {
             "targets": ["Linear"],
             "format": FORMAT_NAME,
             "weights": weights,
-            "input_activations": None,
+            "input_activations": inputs if manifest.activations == "nvfp4" else None,
             "output_activations": None,
         }
         quantization = {

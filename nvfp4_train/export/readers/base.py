@@ -26,6 +26,8 @@ class Reader(Protocol):
     block_scales: str
     stored_scale: str
     """The global scale, in whatever way the format stores it."""
+    stored_input_scale: str | None = None
+    """The global scale of a linear's input, float32 [1] in whatever way the format stores it. None where it knows of none."""
 
     def parts(self, num_rows: int, num_columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """safetensors dtype and shape of every part of a weight."""
@@ -36,6 +38,18 @@ class Reader(Protocol):
 
         Raises ExportError under `config` or `scheme`.
         """
+
+    def quantizes_inputs(self, config: Mapping[str, Any]) -> bool:
+        """Whether a loader quantizes the inputs of quantized modules. `config` has been checked."""
+        return False
+
+    def input_scale(self, stored_input_scale: np.float32) -> np.float32:
+        """1 / g, of the global scale of an input as the format stores it."""
+        raise NotImplementedError
+
+    def encode_input(self, x: np.ndarray, stored_input_scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of codes [T, K / 2] and of block scales [T, K / 16] that a loader makes of the input float32 [T, K] of a module."""
+        raise NotImplementedError
 
     def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
         """Decode bytes of codes [M, K / 2] and of block scales [M, K / 16] under the stored scale to float32 [M, K]."""

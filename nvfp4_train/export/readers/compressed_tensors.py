@@ -1,4 +1,4 @@
-"""compressed-tensors' `nvfp4-pack-quantized`, weights only. Where that package is installed, it checks the config as well."""
+"""compressed-tensors' `nvfp4-pack-quantized`. Where that package is installed, it checks the config as well."""
 
 import importlib.util
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nvfp4_train.export.readers.base import ExportError, Reader, require
-from nvfp4_train.export.readers.disk import E4M3_TABLE, decode_rows
+from nvfp4_train.export.readers.disk import E4M3_TABLE, decode_rows, encode_input_rows
 
 FIXED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed"}
 WEIGHTS_ARGS = {
@@ -20,6 +20,7 @@ WEIGHTS_ARGS = {
     "group_size": 16,
     "dynamic": False,
 }
+INPUT_ARGS = WEIGHTS_ARGS | {"dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"}
 GROUP_KEYS = {"targets", "format", "weights", "input_activations", "output_activations"}
 
 
@@ -28,6 +29,8 @@ class CompressedTensorsReader(Reader):
     block_scales = "weight_scale"
     stored_scale = "weight_global_scale"
     """The divisor 1 / s2."""
+    stored_input_scale = "input_global_scale"
+    """The divisor g."""
 
     def parts(self, num_rows: int, num_columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {
@@ -51,8 +54,9 @@ class CompressedTensorsReader(Reader):
         require("config", group.keys() == GROUP_KEYS, f"group_0 must have the keys {sorted(GROUP_KEYS)}, got {sorted(group)}")
         require("config", group["weights"] == WEIGHTS_ARGS, f"weights must be {WEIGHTS_ARGS}, got {group['weights']}")
         require("config", group["format"] == FIXED["format"], f"group_0 has the format {group['format']!r}")
-        no_activations = group["input_activations"] is None and group["output_activations"] is None
-        require("config", no_activations, "activations must be null: weights only")
+        inputs, outputs = group["input_activations"], group["output_activations"]
+        require("config", inputs in (None, INPUT_ARGS), f"input_activations must be null or {INPUT_ARGS}, got {inputs}")
+        require("config", outputs is None, "output_activations must be null")
         targets, ignore = group["targets"], quantization.get("ignore")
         for key, names in (("targets", targets), ("ignore", ignore)):
             is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -60,6 +64,15 @@ class CompressedTensorsReader(Reader):
         _check_with_package(quantization)
         require("scheme", "lm_head" in ignore, "ignore must hold lm_head")
         return lambda name: ("Linear" in targets or _matches(name, targets)) and not _matches(name, ignore)
+
+    def quantizes_inputs(self, config: Mapping[str, Any]) -> bool:
+        return config["quantization_config"]["config_groups"]["group_0"]["input_activations"] is not None
+
+    def input_scale(self, stored_input_scale: np.float32) -> np.float32:
+        return np.float32(1) / stored_input_scale
+
+    def encode_input(self, x: np.ndarray, stored_input_scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
+        return encode_input_rows(x, stored_input_scale)
 
     def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
         return decode_rows(codes, E4M3_TABLE[block_scales] / stored_scale)

@@ -98,6 +98,31 @@ def decode_rows(packed: np.ndarray, decode_scales: np.ndarray) -> np.ndarray:
     return E2M1_TABLE[codes] * np.repeat(decode_scales, 16, axis=1)
 
 
+def encode_input_rows(x: np.ndarray, divisor: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """What serving engines make of an input float32 [M, K] under its global scale: bytes of codes [M, K / 2] and scales [M, K / 16].
+
+    scale = E4M3(min(448, divisor * (amax * fp32(1 / 6)))) and code = E2M1(x * (divisor / scale)), each operation rounded in float32.
+    """
+    blocks = x.reshape(len(x), -1, 16)
+    magnitudes = np.abs(blocks)
+    with np.errstate(over="ignore", under="ignore"):
+        ratio = divisor * (magnitudes.max(-1) * np.float32(1 / 6))
+        scales = _nearest(E4M3_TABLE[:0x7F], ratio)
+        values = E4M3_TABLE[scales][..., None]
+        factors = np.divide(divisor, values, out=np.zeros_like(values), where=values > 0)
+        codes = _nearest(E2M1_TABLE[:8], magnitudes * factors)
+    codes = (codes | (blocks < 0) * (values > 0) * 8).reshape(x.shape).astype(np.uint8)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, scales.astype(np.uint8)
+
+
+def _nearest(table: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Index in an ascending table of the value nearest to each x >= 0, of the even one of two as near. Saturates."""
+    midpoints = (table[1:] + table[:-1]) / 2
+    index = np.searchsorted(midpoints, x)
+    is_tie = midpoints[np.minimum(index, len(midpoints) - 1)] == x
+    return index + (is_tie & (index % 2 == 1))
+
+
 def to_bf16_bits(x: np.ndarray) -> np.ndarray:
     """The nearest bf16, ties to even, of each finite float32: its bits as uint16."""
     bits = x.view(np.uint32)

@@ -1,0 +1,134 @@
+"""Quantization-aware distillation: the student's distributions over the next token are drawn to those of a frozen teacher."""
+
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nvfp4_train.losses.base import Batch
+from nvfp4_train.losses.chunked import Logits, ProjectedLogits, WholeLogits, mean_losses, mean_metrics, with_gradients
+from nvfp4_train.losses.divergence import Divergence, Objective, Positions
+from nvfp4_train.models.build import ModelBuilder
+from nvfp4_train.models.causal_lm import ModelConfig, compute_logits
+from nvfp4_train.models.logits import find_logit_map, hidden_states
+from nvfp4_train.models.sharding import call_within
+
+
+class DistillationLoss:
+    """(1 - c) T^2 D + c CE, a mean over positions: D is a divergence of student and teacher at temperature T, c is `cross_entropy`.
+
+    Without a mask D is taken at every position, and the next token's cross-entropy CE at all but the last of a sequence; with one
+    both at those before a marked token. See `Objective`. Where gradients are off, as in an evaluation, metrics come beside the loss:
+    `kl`, the forward KL at temperature 1, and `cross_entropy`, both in nats a position, and `top1_agreement`, the share of positions
+    at which student and teacher hold the same token most likely. In training the two parts of a mix do: `divergence`, which is T^2 D,
+    and `cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: Divergence = "forward_kl",
+        temperature: float = 1.0,
+        cross_entropy: float = 0.0,
+        teacher_path: str | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        """
+        Args:
+            divergence: `forward_kl`, KL(teacher || student); `reverse_kl`, KL(student || teacher); or `jsd`, Jensen-Shannon.
+            temperature: T, by which the logits of both are divided in D.
+            cross_entropy: c, the weight of CE in the mix, from 0 to below 1.
+            teacher_path: A local folder or a hub name of a Hugging Face causal LM with the student's tokens. None: the student as it
+                was loaded, in bf16.
+            chunk_tokens: Positions whose logits exist at once. None: as many as 1 GiB holds.
+
+        Raises:
+            ValueError: An option is out of range.
+        """
+        self.objective = Objective(divergence=divergence, temperature=temperature, cross_entropy=cross_entropy)
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"loss.chunk_tokens must be at least 1, or null, got {chunk_tokens}")
+        self.teacher_path = teacher_path
+        self.chunk_tokens = chunk_tokens
+        self.teacher: nn.Module | None = None
+        self._is_chunked: bool | None = None
+        """Whether both models' logits are made a few positions at a time. Not known before the first call."""
+
+    def prepare(self, build: ModelBuilder) -> None:
+        """Make the teacher. Raises ValueError if it cannot be loaded, or its vocabulary has another size than the student's."""
+        try:
+            teacher = build(None if self.teacher_path is None else ModelConfig(path=self.teacher_path))
+        except ValueError as error:
+            raise ValueError(f"loss.teacher_path={self.teacher_path!r}: {error}") from error
+        expected, found = vocabulary_size(build.student), vocabulary_size(teacher)
+        if found != expected:
+            raise ValueError(
+                f"loss.teacher_path={self.teacher_path!r} must name a model with the student's vocabulary of {expected} tokens, "
+                f"got one of {found}"
+            )
+        self.teacher = teacher
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.teacher is not None, "prepare comes first"
+        if self._is_chunked is None:
+            self._is_chunked = self._find_logit_maps(model, batch["input_ids"])
+        positions = Positions.of(batch)
+        if self._is_chunked:
+            return call_within(model, self._by_chunks, model, batch["input_ids"], positions)
+        student = WholeLogits(compute_logits(model, batch["input_ids"]).flatten(0, 1))
+        with torch.no_grad():
+            teacher = WholeLogits(compute_logits(self.teacher, batch["input_ids"]).flatten(0, 1))
+            found = self._compare(student, teacher, positions)
+        return self._result(student, found)
+
+    def _find_logit_maps(self, model: nn.Module, input_ids: Tensor) -> bool:
+        assert self.teacher is not None
+        maps = {name: find_logit_map(which, input_ids) for name, which in (("student", model), ("teacher", self.teacher))}
+        student, teacher = maps.values()
+        if student is not None and teacher is not None:
+            self.objective = replace(self.objective, student_map=student, teacher_map=teacher)
+            return True
+        others = " and ".join(name for name, found in maps.items() if found is None)
+        warnings.warn(
+            f"the logits of the {others} are no products with its output embedding, so loss=distillation keeps those of all positions",
+            stacklevel=2,
+        )
+        return False
+
+    def _by_chunks(self, model: nn.Module, input_ids: Tensor, positions: Positions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Called within the student."""
+        assert self.teacher is not None
+        student = projected_logits(model, hidden_states(model, input_ids))
+        # Under FSDP2 a teacher whose output takes part in the backward would be gathered in it.
+        with torch.no_grad():
+            found = call_within(self.teacher, self._against_teacher, student, input_ids, positions)
+        return self._result(student, found)
+
+    def _against_teacher(self, student: Logits, input_ids: Tensor, positions: Positions) -> dict[str, Tensor]:
+        """Called within the teacher."""
+        assert self.teacher is not None
+        return self._compare(student, projected_logits(self.teacher, hidden_states(self.teacher, input_ids)), positions)
+
+    def _compare(self, student: Logits, teacher: Logits, positions: Positions) -> dict[str, Tensor]:
+        function = mean_losses if student.takes_gradients else mean_metrics
+        with torch.autocast(positions.weights.device.type, enabled=False):
+            return function(student, teacher, positions, self.objective, num_rows=self.chunk_tokens)
+
+    def _result(self, student: Logits, found: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.objective.mix(found["divergence"], found["cross_entropy"])
+        if not student.takes_gradients:
+            del found["divergence"]
+            return loss, found
+        return with_gradients(loss, student), found if self.objective.cross_entropy else {}
+
+
+def projected_logits(model: nn.Module, hidden: Tensor) -> ProjectedLogits:
+    """Logits of hidden states [B, T, H] by the output embedding that `model` shows now."""
+    head = model.get_output_embeddings()  # type: ignore
+    return ProjectedLogits(hidden.flatten(0, 1), head.weight, getattr(head, "bias", None))
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """The number of tokens that a transformers model has logits of."""
+    return model.config.get_text_config().vocab_size  # type: ignore
