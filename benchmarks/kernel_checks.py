@@ -20,7 +20,8 @@ from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES, MAX_RULE, ScaleRu
 BF16 = torch.bfloat16
 DTYPES = (torch.float32, BF16, torch.float16)
 EXACT_RULE = ScaleRule(global_scale="exact")
-SEARCHING = [name for name, rule in BLOCK_SCALE_RULES.items() if len(rule.factors) > 1]
+FITTED_RULE = ScaleRule(block_scale="hessian")
+SEARCHING = [name for name, rule in BLOCK_SCALE_RULES.items() if not rule.is_fitted and name != "max"]
 BLOCK_SIZES = (1, 4, 8, 10, 12, 24, 32, 48, 64, 96, 120, 128, 480)
 
 
@@ -44,15 +45,17 @@ def check_ops(ops, x: Tensor, s2: Tensor, what: str) -> tuple[Tensor, Tensor]:
     return packed, scales
 
 
-def check_rule(ops, x: Tensor, s2: Tensor, block_scale: str, what: str) -> tuple[Tensor, Tensor, Tensor]:
+def check_rule(
+    ops, x: Tensor, s2: Tensor, block_scale: str, what: str, steps: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Both operations that choose block scales. Returns codes, scales and decoded values of the reference."""
     rule, what = ScaleRule(block_scale=block_scale), f"{block_scale}, {what}"
-    packed, scales = ops.quantize(x, s2, block_scale)
-    expected = reference.quantize(x, s2, rule)
+    packed, scales = ops.quantize(x, s2, block_scale, steps)
+    expected = reference.quantize(x, s2, rule, steps)
     assert_same(scales, expected[1], f"scales, {what}")
     assert_same(packed, expected[0], f"codes, {what}")
-    x_hat = reference.fake_quant(x, s2, x.dtype, rule)
-    assert_same(ops.fake_quant(x, s2, x.dtype, block_scale), x_hat, f"fake_quant, {what}")
+    x_hat = reference.fake_quant(x, s2, x.dtype, rule, steps)
+    assert_same(ops.fake_quant(x, s2, x.dtype, block_scale, steps), x_hat, f"fake_quant, {what}")
     return *expected, x_hat
 
 
@@ -171,6 +174,50 @@ def check_rules(num_elements: float = 2e8, chunk: int = 2**22, device: str = "cu
     return (
         f"{num_chunks * chunk:.2e} random elements under each of {', '.join(SEARCHING)}, quantize and fake_quant; "
         f"{int(num_other):.1e} block scales other than that of max"
+    )
+
+
+def random_hessians(num_blocks: int, source: RandomInput) -> Tensor:
+    """Second moments of 24 inputs whose channels differ by factors up to 2^20; some channels are dead."""
+    inputs = torch.randn(num_blocks, 24, 16, generator=source.generator, device=source.device)
+    inputs *= torch.exp2(source.integers(-10, 11, num_blocks, 1, 16).float()) * source.integers(0, 32, num_blocks, 1, 16).clamp(
+        max=1
+    )
+    return inputs.mT @ inputs / 24
+
+
+def check_choose_steps(
+    num_elements: float = 1e8,
+    chunk: int = 2**22,
+    columns: int = 8,
+    num_on_cpu: int = 4,
+    device: str = "cuda",
+    ops=torch.ops.nvfp4,
+) -> str:
+    """The search of a fitted rule and the operations that take its steps, on input as in `check_random`.
+
+    The first chunks are compared with the reference on the CPU, too.
+    """
+    source = RandomInput(chunk, device)
+    num_chunks = -(-int(num_elements) // chunk)
+    rule = FITTED_RULE
+    counts = torch.zeros(len(rule.steps), dtype=torch.int64, device=device)
+    for index in range(num_chunks):
+        x, s2, what = source.draw(index)
+        x = x.view(-1, 16 * columns)
+        hessians = random_hessians(columns, source)
+        steps = ops.choose_steps(x, s2, hessians, rule.block_scale)
+        assert_same(steps, reference.choose_steps(x, s2, hessians, rule), f"choose_steps, {what}")
+        if index < num_on_cpu:
+            on_cpu = reference.choose_steps(x.cpu(), s2.cpu(), hessians.cpu(), rule)
+            assert_same(steps.cpu(), on_cpu, f"choose_steps, the CPU, {what}")
+        check_rule(ops, x, s2, rule.block_scale, what, steps)
+        counts += torch.stack([(steps == step).sum() for step in rule.steps])
+    assert counts.min() > 0, f"a step was never chosen: {dict(zip(rule.steps, counts.tolist(), strict=True))}"
+    num_blocks = chunk / 16
+    return (
+        f"{num_chunks * num_blocks:.2e} blocks whose steps a Hessian chose, {min(num_on_cpu, num_chunks) * num_blocks:.2e} of "
+        "them on the CPU too, and quantize and fake_quant under these steps"
     )
 
 

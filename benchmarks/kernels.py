@@ -1,13 +1,14 @@
 """The kernels on one GPU: first whether they are right, then how near they come to the speed of a copy.
 
-    python benchmarks/kernels.py [--checks] [--times] [--whole-model]      (all three without an option)
+    python benchmarks/kernels.py [--checks] [--times] [--whole-model] [--search]      (all four without an option)
     compute-sanitizer --tool memcheck python benchmarks/kernels.py --small  (every kernel on small tensors; also racecheck, initcheck)
 
 A time is of the public functions: the median over replays of a CUDA graph of several calls, on as many sets of tensors as exceed the
 L2 cache. Beside it stands a device-to-device copy that moves as many bytes, measured in the same way right before; the ratio is
 copy / ours. Bytes count once per element read or written. A peer that is installed (Model Optimizer, torchao) runs on the same
 tensors in the same rotation, but not from a graph, which some of them do not allow: events enclose calls made one after the other.
-Rows of the rules that search a block's scale have no target: they are bound by arithmetic, not by memory.
+Rows of the rules that search a block's scale have no target: they are bound by arithmetic, not by memory. `--search` is about the
+fitted rule: the checks of its kernels, then what it costs a step of an 8B model over the rule max.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from nvfp4_train.kernels.fp4_kernel import (
     compute_fp4_scales,
     fp4_dequantize,
     nvfp4_block_amax,
+    nvfp4_choose_steps,
     nvfp4_fake_quant,
     nvfp4_fake_quant_input,
     nvfp4_global_scale,
@@ -57,6 +59,7 @@ CHECKS = (
     kernel_checks.check_subnormal_sixths,
     kernel_checks.check_random,
     kernel_checks.check_rules,
+    kernel_checks.check_choose_steps,
     kernel_checks.check_block_sizes,
     kernel_checks.check_every_bf16,
     kernel_checks.check_inputs,
@@ -183,7 +186,16 @@ def rows_of_rules(xs: list[Tensor], masters: list[Tensor], global_amax: Tensor) 
             (f"quantize bf16, {name}", 2.5625, None, quantize, (xs,)),
             (f"quantize fp32, {name}", 4.5625, None, quantize, (masters,)),
         ]
-    return rows
+    rule = kernel_checks.FITTED_RULE
+    s2 = nvfp4_global_scale(global_amax, rule)
+    hessian = torch.eye(16, device="cuda").repeat(masters[0].shape[-1] // 16, 1, 1)
+    steps = [nvfp4_choose_steps(x, s2, hessian, rule) for x in masters]
+    return [
+        *rows,
+        ("fake quant fp32, hessian", 6.0625, None, lambda x, t: nvfp4_fake_quant(x, s2, BF16, rule, t), (masters, steps)),
+        ("quantize fp32, hessian", 4.625, None, lambda x, t: nvfp4_quantize(x, s2, rule, t), (masters, steps)),
+        ("choose steps fp32, hessian", 4.0625, None, lambda x: nvfp4_choose_steps(x, s2, hessian, rule), (masters,)),
+    ]
 
 
 def rows_of_block_sizes(xs: list[Tensor], packed: list[tuple[Tensor, Tensor]], s2: Tensor) -> list[Row]:
@@ -275,9 +287,48 @@ def time_whole_model(
     print(f"  host: {host:.3f} ms{verdict}, {len(masters)} masters, {slots[1]} scales", flush=True)
 
 
+REFIT_EVERY, STEP_MS = 10, 850.0
+"""Steps from one search to the next, and a bf16 step of Llama 8B on 8192 tokens on one H100, for the share that searches take."""
+
+
+def time_search(shapes: Sequence[tuple[int, ...]] = LLAMA_8B) -> None:
+    """A step of fp32 masters to bf16 compute weights under the rule max, and under the fitted rule with steps kept or chosen."""
+    masters = [torch.randn(shape, device="cuda") * 0.02 for shape in shapes]
+    decoded = [torch.empty_like(master, dtype=BF16) for master in masters]
+    steps = [torch.zeros(*shape[:-1], shape[-1] // 16, dtype=torch.int8, device="cuda") for shape in shapes]
+    source = kernel_checks.RandomInput(16, "cuda")
+    hessians = [kernel_checks.random_hessians(shape[-1] // 16, source) for shape in shapes]
+    slots = chunks.slots_of_groups(masters, list(range(len(masters))))
+    rule = kernel_checks.FITTED_RULE
+    largest = multi_tensor.MultiTensorQuantizer(masters, *slots, decoded=decoded)
+    state = {"steps": steps, "hessians": hessians}
+    quantizer = multi_tensor.MultiTensorQuantizer(masters, *slots, decoded=decoded, rule=rule, **state)
+    times = {"max": measure([largest.step] * 4)}
+    quantizer.step(refit=True)
+    for index in (0, -1):
+        rows = masters[index][-96:]
+        expected = reference.choose_steps(rows, quantizer.global_scales[slots[0][index]], hessians[index], rule)
+        kernel_checks.assert_same(steps[index][-96:], expected, "steps of the whole model")
+    times["hessian, steps kept"] = measure([quantizer.step] * 4)
+    times["hessian, steps chosen"] = measure([functools.partial(quantizer.step, refit=True)] * 2)
+    times["the search alone"] = measure([quantizer._passes.choose_steps] * 2)
+    kept, chosen = times["hessian, steps kept"], times["hessian, steps chosen"]
+    amortised = kept + (chosen - kept) / REFIT_EVERY - times["max"]
+    num_elements = sum(master.numel() for master in masters)
+    print(f"a step of {num_elements / 1e6:.0f}M weights in {len(masters)}, {len(rule.steps)} candidates:")
+    for name, milliseconds in times.items():
+        print(f"  {name:24s} {milliseconds:9.3f} ms")
+    share = amortised / STEP_MS
+    print(
+        f"  over max, chosen every {REFIT_EVERY}: {amortised:.3f} ms, {share:.2%} of {STEP_MS:.0f} ms  "
+        f"target 1.5% {'met' if share <= 0.015 else 'MISSED'}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for option in ("checks", "times", "whole-model", "small"):
+    for option in ("checks", "times", "whole-model", "search", "small"):
         parser.add_argument(f"--{option}", action="store_true")
     options = parser.parse_args()
     is_all = not any(vars(options).values())
@@ -303,6 +354,13 @@ def main() -> None:
             time_whole_model("Llama 125M", LLAMA_125M, target=None, most_ms=0.15, most_host_ms=0.1)
             time_whole_model("Llama 85M", LLAMA_85M, target=None, most_ms=0.15, most_host_ms=0.1)
             time_whole_model("MoE, 128 experts", MOE_128)
+            torch.cuda.empty_cache()
+        if options.search or is_all:
+            if not is_all:
+                print(f"equal: {kernel_checks.check_choose_steps()}", flush=True)
+                print(f"equal: {whole_model_checks.check_small()}", flush=True)
+                torch.cuda.empty_cache()
+            time_search()
     print(f"all of this in {time.perf_counter() - start_of_all:.0f} s")
 
 

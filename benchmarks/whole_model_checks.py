@@ -1,7 +1,19 @@
 """Whether the passes over whole models give the bits of `reference`; and every kernel, once or more, on small tensors."""
 
 import torch
-from kernel_checks import BF16, EXACT_RULE, SEARCHING, RandomInput, assert_same, check_ops, check_rule, check_static_ops
+from kernel_checks import (
+    BF16,
+    EXACT_RULE,
+    FITTED_RULE,
+    SEARCHING,
+    RandomInput,
+    assert_same,
+    check_choose_steps,
+    check_ops,
+    check_rule,
+    check_static_ops,
+    random_hessians,
+)
 
 from nvfp4_train.kernels import chunks, multi_tensor, reference
 from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
@@ -37,6 +49,8 @@ def check_small(
         for rule in (MAX_RULE, EXACT_RULE):
             _check_whole_model(dtype, rule, device, quantizer_class)
     _check_whole_model(torch.float32, ScaleRule(block_scale="four_over_six"), device, quantizer_class)
+    _check_whole_model(torch.float32, FITTED_RULE, device, quantizer_class, rows=64)
+    check_choose_steps(3 * 16 * 80, 16 * 80, 2, 3, device, ops)
     return "every operation and the whole-model pass on small tensors"
 
 
@@ -50,28 +64,37 @@ def check_scales(quantizer: multi_tensor.MultiTensorQuantizer) -> None:
     assert_same(quantizer.global_scales, reference.global_scale(amax, quantizer.rule), "s2 of the whole-model pass")
 
 
-def _check_whole_model(dtype: torch.dtype, rule: ScaleRule, device: str, quantizer_class) -> None:
-    """Sizes next to that of a chunk, siblings, experts; exponents that stay and that move."""
-    shapes = [(512, 16), (513, 16), (3, 7, 32), (1, 16)]
+def _check_whole_model(dtype: torch.dtype, rule: ScaleRule, device: str, quantizer_class, rows: int = 512) -> None:
+    """Sizes next to that of a chunk (of the tile of a search: 64 rows), siblings, experts; exponents that stay and that move."""
+    shapes = [(rows, 16), (rows + 1, 16), (3, 7, 32), (1, 16)]
     masters = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     decoded = [torch.empty_like(master, dtype=BF16) for master in masters]
     packed = [master.new_empty((*master.shape[:-1], master.shape[-1] // 2), dtype=torch.uint8) for master in masters]
     scales = [master.new_empty((*master.shape[:-1], master.shape[-1] // 16), dtype=torch.float8_e4m3fn) for master in masters]
     slots = chunks.slots_of_groups(masters, [0, 0, 1, 2])
+    source = RandomInput(16, device)
+    state = {
+        "steps": [torch.zeros_like(blocks, dtype=torch.int8) for blocks in scales],
+        "hessians": [random_hessians(master.shape[-1] // 16, source) for master in masters],
+    }
     for outputs in ({"decoded": decoded}, {"packed": packed, "scales": scales, "decoded": decoded}):
-        quantizer = quantizer_class(masters, *slots, rule=rule, **outputs)
-        for factor in (1.0, 8.0):
+        quantizer = quantizer_class(masters, *slots, rule=rule, **outputs, **(state if rule.is_fitted else {}))
+        for factor, refit in ((1.0, rule.is_fitted and "packed" in outputs), (8.0, False)):
             masters[1].mul_(factor)
-            quantizer.step()
+            quantizer.step(refit=refit)
             check_scales(quantizer)
             for index, first_slot in enumerate(slots[0]):
                 pieces = list(masters[index]) if masters[index].dim() == 3 else [masters[index]]
                 for expert, piece in enumerate(pieces):
                     s2 = quantizer.global_scales[first_slot + expert]
                     at = expert if masters[index].dim() == 3 else ...
-                    expected = reference.fake_quant(piece, s2, BF16, rule)
+                    steps = state["steps"][index][at] if rule.is_fitted else None
+                    if refit:
+                        expected = reference.choose_steps(piece, s2, state["hessians"][index], rule)
+                        assert_same(steps, expected, "steps of the whole-model pass")
+                    expected = reference.fake_quant(piece, s2, BF16, rule, steps)
                     assert_same(decoded[index][at], expected, "decoded by the whole-model pass")
                     if "packed" in outputs:
-                        codes, block_scales = reference.quantize(piece, s2, rule)
+                        codes, block_scales = reference.quantize(piece, s2, rule, steps)
                         assert_same(packed[index][at], codes, "packed by the whole-model pass")
                         assert_same(scales[index][at], block_scales, "scales of the whole-model pass")

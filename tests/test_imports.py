@@ -92,6 +92,7 @@ def test_triton_is_imported_by_triton_files_only() -> None:
         "triton_arithmetic.py",
         "triton_kernels.py",
         "triton_scales.py",
+        "triton_search.py",
         "multi_tensor_kernels.py",
         "divergence_kernel.py",
     }

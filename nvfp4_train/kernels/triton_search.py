@@ -97,8 +97,8 @@ def _sum_of_eight(terms):
 def _error(x, scales, one_over):
     """What encoding and decoding x under its scales adds to it.
 
-    Quotients are multiples of 2^-16 as in `arithmetic._coarse_quotients`: here, too, one that is no tie is more than 2^-12 from all
-    ties, since x and products of a scale and a tie are multiples of the unit that x was rounded to.
+    Quotients are rounded to multiples of 2^-16 as in `arithmetic._coarse_quotients`. Here, too, one is a tie of two codes or far from
+    all ties, by 2^-11: x and the product of a tie and a scale are multiples of the unit that x was rounded to.
     """
     quotients = tl.fma(x, one_over, 192.0) - 192.0
     # Below 1 the grid is as fine as between 1 and 2. Rounding is that of `arithmetic`, but of numbers with a sign.

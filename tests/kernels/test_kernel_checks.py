@@ -13,6 +13,7 @@ on_device = {"device": DEVICE, "ops": TRITON}
 SAMPLES = {
     "division": functools.partial(kernel_checks.check_division, 4096, DEVICE),
     "rules": functools.partial(kernel_checks.check_rules, 6 * 1024, 1024, **on_device),
+    "choose steps": functools.partial(kernel_checks.check_choose_steps, 3 * 2048, 2048, 2, **on_device),
     "block sizes": functools.partial(kernel_checks.check_block_sizes, 480 * 4, **on_device),
     # Chunks of each dtype and spread of exponents, with three numbers of significand bits.
     "random": functools.partial(kernel_checks.check_random, 45 * 1024, 1024, **on_device),
