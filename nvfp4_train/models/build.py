@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
@@ -21,6 +21,7 @@ from nvfp4_train.models.causal_lm import (
 )
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.prepare import prepare
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
 from nvfp4_train.quant.inputs import InputQuantizers
@@ -31,7 +32,13 @@ from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
 
 
-def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dtype: torch.dtype | None = None) -> WeightStore:
+def quantize(
+    model: nn.Module,
+    config: QuantConfig | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    calibration: Sequence[Tensor] = (),
+) -> WeightStore:
     """Let a model compute with NVFP4 weights, in place: any `nn.Module` with linears, on one device. Parameters stay masters.
 
     The returned store holds what was quantized (`manifest`). Call its `update()` after every optimizer step, so that it follows the
@@ -44,10 +51,12 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dty
         config: Which weights, and how; everything but the output embedding and routers by default.
         compute_dtype: Dtype of products and activations, bfloat16 or float32; weights have their served values in both. By default
             the dtype of the model's first parameter.
+        calibration: Sequences of a causal LM of transformers, int64 [1, T], on which its inputs are measured. With them the masters
+            are equalized as config says; the `hessian` rule and quantized activations need them.
 
     Raises:
         ValueError: Nothing is left to quantize, a pattern of config matches nothing (see `select`), a parameter or compute_dtype is of
-            another dtype, or the model has been quantized before.
+            another dtype, the model has been quantized before, or config needs a calibration that is not given, or cannot be done.
     """
     config = config or QuantConfig()
     if isinstance(model, ServedUnit):
@@ -61,9 +70,19 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, compute_dty
         raise ValueError(f"compute_dtype must be torch.bfloat16 or torch.float32, got {compute_dtype!r}")
     if isinstance(model, PreTrainedModel):
         serve_buffers(model, compute_dtype)
-    store = make_trainable(model, config, compute_dtype=compute_dtype).store
+    if not len(calibration) and (config.scale_rule.is_fitted or config.activations == "nvfp4"):
+        raise ValueError(
+            f"calibration must hold sequences with rule={config.rule!r} and activations={config.activations!r}, got none"
+        )
+    if len(calibration) and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"calibration takes causal LMs of transformers, got a {type(model).__name__}")
+    made = make_trainable(model, config, compute_dtype=compute_dtype)
+    store = made.store
+    if len(calibration):
+        prepare(model, store, config, [({"input_ids": ids}, True) for ids in calibration])
     if config.enabled and config.start_step == 0:
-        store.update()
+        store.update(refit=True)
+        made.inputs.enable(config.activations == "nvfp4")
     return store
 
 
