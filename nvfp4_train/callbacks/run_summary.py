@@ -13,15 +13,18 @@ from nvfp4_train.metrics import (
     EXPORT_BITS_PER_WEIGHT,
     EXPORT_BYTES,
     PEAK_GIB,
+    PTQ,
+    QUANTIZED,
     SQNR_DB,
     TOKENS_PER_S,
     VAL_LOSS_MASTER,
     VAL_LOSS_MASTER_AT_SWITCH,
     VAL_LOSS_PTQ,
     VAL_LOSS_QUANTIZED,
+    evaluation_metric,
 )
 from nvfp4_train.module import QATModule
-from nvfp4_train.quant.policy import selection_table
+from nvfp4_train.quant.policy import SERVINGS, selection_table
 
 
 class RunSummary(Callback):
@@ -75,6 +78,16 @@ class RunSummary(Callback):
             "\nRun summary\n"
             + row("at the switch", ("master", VAL_LOSS_MASTER_AT_SWITCH, ".4f"), ("quantized (PTQ)", VAL_LOSS_PTQ, ".4f"))
             + row("at the end", ("master", VAL_LOSS_MASTER, ".4f"), ("quantized (QAT)", VAL_LOSS_QUANTIZED, ".4f"))
+            + "".join(
+                row(
+                    f"as {serving.upper()}",
+                    ("loss", evaluation_metric("loss", QUANTIZED, serving), ".4f"),
+                    ("KL", evaluation_metric("kl", QUANTIZED, serving), ".4f"),
+                    ("PTQ KL", evaluation_metric("kl", PTQ, serving), ".4f"),
+                    ("top-1 agreement", evaluation_metric("top1_agreement", QUANTIZED, serving), ".4f"),
+                )
+                for serving in SERVINGS
+            )
             + row("quantization", ("SQNR dB", SQNR_DB, ".2f"), ("bits per weight", EXPORT_BITS_PER_WEIGHT, ".3f"))
             + row("speed", ("tokens/s", TOKENS_PER_S, ",.0f"))
             + row("memory", ("peak GiB of a GPU", PEAK_GIB, ".3f"))

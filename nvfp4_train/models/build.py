@@ -74,11 +74,11 @@ def quantize(
         raise ValueError(
             f"calibration must hold sequences with rule={config.rule!r} and activations={config.activations!r}, got none"
         )
-    if len(calibration) and not isinstance(model, PreTrainedModel):
-        raise ValueError(f"calibration takes causal LMs of transformers, got a {type(model).__name__}")
     made = make_trainable(model, config, compute_dtype=compute_dtype)
     store = made.store
     if len(calibration):
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"calibration takes causal LMs of transformers, got a {type(model).__name__}")
         prepare(model, store, config, [({"input_ids": ids}, True) for ids in calibration])
     if config.enabled and config.start_step == 0:
         store.update(refit=True)
