@@ -16,6 +16,7 @@ from nvfp4_train.export.registry import find_format
 from nvfp4_train.export.replicated import FromStore
 from nvfp4_train.export.writer import MAX_SHARD_BYTES, export_model
 from nvfp4_train.module import QATModule
+from nvfp4_train.quant.inputs import InputSample, record_inputs
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
 
@@ -59,6 +60,7 @@ class Export(Callback):
             "generation_config": model.generation_config,
             "max_shard_bytes": self.max_shard_bytes,
             "overwrite": self.overwrite,
+            "inputs": self._record_inputs(trainer, pl_module),
         }
         report = None
         with first_rank_awaited():
@@ -83,6 +85,16 @@ class Export(Callback):
             )
         # Rank 0's process may host the TCP store that the other ranks poll, so it must not exit before they are done.
         trainer.strategy.barrier("export")
+
+    @staticmethod
+    def _record_inputs(trainer: Trainer, pl_module: QATModule) -> list[InputSample]:
+        """What the forward makes of a held-out batch, for the verification of a folder with quantized inputs. A collective."""
+        model, store, inputs = pl_module.model, pl_module.store, pl_module.inputs
+        assert model is not None and store is not None and inputs is not None
+        if store.manifest.activations == "none":
+            return []
+        batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
+        return record_inputs(model, inputs, lambda: pl_module(batch["input_ids"].to(pl_module.device)))
 
 
 _waits = count()

@@ -1,6 +1,6 @@
 """What a model goes through once before it is quantized: calibration, equalization, and the choice of its static input scales."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import compute_logits
 from nvfp4_train.models.equalize import equalize
+from nvfp4_train.models.layout import shown
 from nvfp4_train.quant.calibration import calibrate
 from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.store import WeightStore
@@ -45,6 +46,15 @@ def prepare(
         ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
         equalized = equalize(model, store.manifest, statistics, config.alpha, ids, optimizer=optimizer)
         statistics = equalized.statistics
-        notes += equalized.notes
+        notes.append(f"equalized {len(equalized.folded)} norms and linears (quant.equalize={config.alpha:g})")
+        notes += _listed(equalized.skipped)
     store.state.fill(statistics, headroom=config.input_headroom)
     return notes
+
+
+def _listed(skipped: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the names that it is about."""
+    reasons = dict.fromkeys(skipped.values())
+    return [
+        f"not equalized: {shown([name for name, own in skipped.items() if own == reason])}: {reason}" for reason in reasons
+    ]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nvfp4_train.quant.calibration import InputStatistics
 from torch import nn
 
 from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.calibration import InputStatistics
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.state import QuantState
 
