@@ -218,7 +218,7 @@ class Results:
 
 
 def host() -> str:
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor()
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
     return ", ".join([device, *(f"{name} {version(name)}" for name in ("torch", "transformers"))])
 
 

@@ -78,7 +78,7 @@ def documents(folders: Iterable[Path]) -> tuple[list[str], list[str]]:
 
 
 def sequences(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.Tensor:
-    """The first texts, each ended by the end-of-text token, cut into rows: int64 [count, length]. Raises ValueError if they are fewer."""
+    """The first texts, each ended by the end-of-text token, as rows: int64 [count, length]. Raises ValueError if there are too few."""
     tokens: list[int] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         if len(tokens) >= count * length:
