@@ -1,12 +1,13 @@
-"""Time and peak memory of a training step with weight fake quantization on, against the same code with it off.
+"""Time and peak memory of a training step with quantized weights (W4A16) and inputs (W4A4), against the same code with neither.
 
     python benchmarks/step.py [--models llama_125m llama_1b] [--steps 20] [--eager-only] [--profile]
 
 A step is what a run does after the data has arrived: forward, loss, backward, clipping, fused AdamW and, with quantization on, the
-weight store's update. Weights and tokens are random. The sides run alternately in one process, each on its own copy of the
-model; times are device-synchronised medians over the steps, memory is the peak that the allocator reached while one side alone
-was on the device. A third side is the plain model under bf16 autocast, with nothing of this project in it but loss and optimizer;
-where Model Optimizer is installed, a fourth is that with its weight-only fake quantization, which runs eagerly. (torchao's NVFP4
+weight store's update. Weights and tokens are random, and input scales are set for activations of that size. The sides run
+alternately in one process, each on its own copy of the model; times are device-synchronised medians over the steps, memory is the
+peak that the allocator reached while one side alone was on the device. One side is the plain model under bf16 autocast, with nothing
+of this project in it but loss and optimizer;
+where Model Optimizer is installed, another is that with its weight-only fake quantization, which runs eagerly. (torchao's NVFP4
 training quantizes activations as well, and computes on Blackwell only.)
 """
 
@@ -15,7 +16,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peers
@@ -36,14 +37,17 @@ from nvfp4_train.quant.policy import QuantConfig
 BATCH = {"llama_125m": (16, 1024), "llama_1b": (4, 2048)}
 """Sequences and tokens per sequence of a step."""
 
+INPUT_SCALE = 2.0**-8
+"""Room for inputs up to 10."""
+
 
 class Run:
     """One model in training."""
 
-    def __init__(self, name: str, *, quantized: bool, compiled: bool) -> None:
+    def __init__(self, name: str, *, quantized: bool, compiled: bool, activations: str = "none") -> None:
         config = random_models.config_of(name)
         model = ModelConfig(config=config, compile=compiled, compute_dtype="bfloat16")
-        self.module = QATModule(model=model, quant=QuantConfig(), optim=OptimConfig())
+        self.module = QATModule(model=model, quant=QuantConfig(activations=activations), optim=OptimConfig())
         with parameters_on_meta():
             self.module.configure_model()
         self.store = self.module.store if quantized else None
@@ -55,7 +59,10 @@ class Run:
         self.optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=1000)
         self.input_ids = torch.randint(0, config["vocab_size"], batch, device="cuda")
         if self.store is not None:
-            self.store.update()
+            self.store.state.to("cuda")
+            for group in self.store.manifest.groups:
+                self.store.state.input_scale(group[0]).fill_(INPUT_SCALE)
+            self.module.update()
 
     def check(self) -> None:
         """The forward computes with the quantized weights, or with none of them."""
@@ -65,7 +72,7 @@ class Run:
         for name in store.names if store.is_enabled else ():
             expected = nvfp4_fake_quant(parameters[name].detach(), store.global_scale[store.slots(name)], torch.bfloat16)
             assert torch.equal(store.compute_weight(name), expected), name
-        check_served(self.model, self.input_ids[:1, :64])
+        check_served(self.model, self.input_ids[:1, :64], inputs=self.module.inputs)
 
     def loss(self) -> torch.Tensor:
         return next_token_loss(compute_logits(self.model, self.input_ids), self.input_ids)
@@ -127,21 +134,23 @@ def peak_memory(make: Callable[[], Run]) -> float:
     return peak
 
 
-def compare(name: str, *, compiled: bool, steps: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds and GiB of each side."""
+def compare(name: str, *, compiled: bool, steps: int, only: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Milliseconds and GiB of each side, or of some of them."""
     sides: dict[str, Callable[[], Run]] = {
         "off": functools.partial(Run, name, quantized=False, compiled=compiled),
-        "on": functools.partial(Run, name, quantized=True, compiled=compiled),
+        "W4A16": functools.partial(Run, name, quantized=True, compiled=compiled),
+        "W4A4": functools.partial(Run, name, quantized=True, compiled=compiled, activations="nvfp4"),
         "bf16-mixed": functools.partial(AutocastRun, name, compiled=compiled),
     }
     if peers.has_model_optimizer() and not compiled:
         sides["Model Optimizer"] = functools.partial(AutocastRun, name, model_optimizer=True)
+    sides = {side: make for side, make in sides.items() if not only or side in only}
     memory = {side: peak_memory(make) for side, make in sides.items()}
     runs = {side: make() for side, make in sides.items()}
     for run in runs.values():
         for _ in range(5):
             run.step()
-    for side in ("off", "on"):
+    for side in runs.keys() & {"off", "W4A16", "W4A4"}:
         runs[side].check()
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(steps):
@@ -152,9 +161,9 @@ def compare(name: str, *, compiled: bool, steps: int) -> dict[str, tuple[float, 
     return {side: (statistics.median(times[side]), memory[side]) for side in sides}
 
 
-def profile(name: str, *, quantized: bool, compiled: bool) -> str:
+def profile(name: str, *, compiled: bool) -> str:
     """Device time of one steady step by kernel."""
-    run = Run(name, quantized=quantized, compiled=compiled)
+    run = Run(name, quantized=True, compiled=compiled, activations="nvfp4")
     for _ in range(5):
         run.step()
     with torch.profiler.profile(
@@ -168,8 +177,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(BATCH), default=sorted(BATCH))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--sides", nargs="+", default=[], help="of those in the table; all of them, 1.2B, take more than 80 GiB"
+    )
     parser.add_argument("--eager-only", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="print where the device time of a quantized eager step goes")
+    parser.add_argument("--profile", action="store_true", help="print where the device time of an eager W4A4 step goes")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     print(
@@ -179,7 +191,7 @@ def main() -> None:
     for name in arguments.models:
         batch, tokens = BATCH[name]
         for compiled in (False,) if arguments.eager_only else (False, True):
-            rows = compare(name, compiled=compiled, steps=arguments.steps)
+            rows = compare(name, compiled=compiled, steps=arguments.steps, only=arguments.sides)
             mode = "compiled" if compiled else "eager"
             for side, (ms, gib) in rows.items():
                 print(
@@ -187,7 +199,7 @@ def main() -> None:
                     flush=True,
                 )
         if arguments.profile:
-            print(profile(name, quantized=True, compiled=False), flush=True)
+            print(profile(name, compiled=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from nvfp4_train.run.compose import register_configs
+from nvfp4_train.run.compose import register_configs, run_options, save_config
 from nvfp4_train.run.identity import choose_run_id
 from nvfp4_train.run.job import run_job
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    return run_job(cfg)
+    return run_job(run_options(cfg), lambda: save_config(cfg))
 
 
 if __name__ == "__main__":

@@ -197,8 +197,6 @@ class QATModule(L.LightningModule):
     def prepare(self, batches: Iterable[tuple[Batch, bool]], progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
         """Calibrate and equalize the model before it is first quantized, see `models.prepare`. Returns lines for the user."""
         assert self.model is not None and self.store is not None
-        if self.quant_config.calibration.sequences == 0:
-            return []
         optimizers = [] if self._trainer is None else self.trainer.optimizers
         with self.clock.paused():
             return prepare(

@@ -23,7 +23,7 @@ class DumpState(Callback):
         """Record the number of collectives of every later update of the store."""
         update, all_reduce = store.update, torch.distributed.all_reduce
 
-        def counted_update() -> None:
+        def counted_update(**options: Any) -> None:
             calls = []
 
             def counted_all_reduce(*args: Any, **kwargs: Any) -> Any:
@@ -32,7 +32,7 @@ class DumpState(Callback):
 
             torch.distributed.all_reduce = counted_all_reduce
             try:
-                update()
+                update(**options)
             finally:
                 torch.distributed.all_reduce = all_reduce
             self.all_reduces.append(len(calls))

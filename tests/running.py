@@ -25,6 +25,7 @@ SMALL = (
     "data.batch_size=4",
     "data.max_documents=20",
     "data.val_sequences=4",
+    "quant.calibration.sequences=8",
     "logger=csv",
 )
 

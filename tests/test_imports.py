@@ -15,11 +15,12 @@ ALLOWED = {
     # What a REPL asks for by name, imported then.
     "__init__": ({"models", "quant"}, set()),
     "metrics": (set(), set()),
+    "progress": (set(), set()),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
     "checkpoints": (set(), set()),
     "saving": ({"checkpoints"}, set()),
-    "plan": ({"quant", "models"}, {"transformers"}),
+    "plan": ({"kernels", "quant", "models"}, {"transformers"}),
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant", "metrics"}, set()),
@@ -39,12 +40,13 @@ ALLOWED = {
             "lightning_quirks",
             "module",
             "metrics",
+            "progress",
             "callbacks",
         },
         {"lightning", "transformers", "wandb"},
     ),
     "run": (
-        {"models", "checkpoints", "strategy", "data", "module", "plan", "run"},
+        {"models", "checkpoints", "strategy", "data", "module", "callbacks", "plan", "run"},
         {"lightning", "hydra", "omegaconf", "wandb"},
     ),
 }
@@ -86,6 +88,7 @@ def test_hydra_and_its_objects_stop_at_one_file() -> None:
 def test_triton_is_imported_by_triton_files_only() -> None:
     """Machines without Triton (macOS, Windows) import everything else."""
     assert {Path(name).name for name in users("triton")} == {
+        "input_kernels.py",
         "triton_arithmetic.py",
         "triton_kernels.py",
         "triton_scales.py",

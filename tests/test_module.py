@@ -13,7 +13,7 @@ from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule, TrainClock
 from nvfp4_train.optim import OptimConfig
-from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.quant.policy import CalibrationConfig, QuantConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -33,7 +33,9 @@ def make(cls: type[QATModule] = QATModule, /, **options: object) -> QATModule:
         compute_dtype=str(options.pop("compute_dtype", "auto")),
     )
     torch.manual_seed(0)
-    module = cls(model=model, quant=QuantConfig(**options), optim=OptimConfig(lr=1e-2))
+    # The random tokens below are too few to calibrate with.
+    quant = QuantConfig(calibration=CalibrationConfig(sequences=0), equalize=None, **options)
+    module = cls(model=model, quant=quant, optim=OptimConfig(lr=1e-2))
     module.configure_model()
     return module
 
@@ -168,7 +170,7 @@ def test_evaluation_of_a_checkpoint_computes_with_its_quantized_weights(how: str
 def test_evaluation_in_a_run_does_not_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make()
     updates = []
-    monkeypatch.setattr(module.store, "update", lambda update=module.store.update: (updates.append(1), update()))
+    monkeypatch.setattr(module.store, "update", lambda refit, update=module.store.update: (updates.append(1), update()))
     fit(module, limit_val_batches=1.0, val_check_interval=1, num_sanity_val_steps=1)
     assert len(updates) == 5, "at the start, and after each of four steps"
 

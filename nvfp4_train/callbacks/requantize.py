@@ -6,8 +6,10 @@ from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
+from nvfp4_train.models.prepare import first_sequences
 from nvfp4_train.module import QATModule
 from nvfp4_train.progress import progress_bar
+from nvfp4_train.quant.calibration import Batch
 from nvfp4_train.quant.policy import SERVINGS
 
 
@@ -48,7 +50,9 @@ class Requantize(Callback):
             self._after_step(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        self._report_end(trainer, pl_module)
+        # The last checkpoint follows. That of a run without quantization holds the masters that were trained, not equalized.
+        if pl_module.quant_config.enabled:
+            self._report_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
@@ -80,9 +84,6 @@ class Requantize(Callback):
         quantized = self._evaluate_quantized(trainer, pl_module, QUANTIZED)
         with pl_module.masters_only():
             pl_module.report(quantized | self._evaluate(trainer, pl_module, MASTER))
-        if not pl_module.quant_config.enabled:
-            # A run that continues from this one with quantization has its own switch.
-            self._metrics_at_switch = {}
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:
         self._last_step = trainer.global_step
@@ -101,10 +102,12 @@ class Requantize(Callback):
     def _switch(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
         metrics = self._evaluate(trainer, pl_module, MASTER_AT_SWITCH)
-        batches = trainer.datamodule.calibration_batches(pl_module.quant_config.calibration.sequences)  # type: ignore[attr-defined]
-        notes = pl_module.prepare(batches, progress_bar("calibration", is_shown=trainer.is_global_zero))
-        if trainer.is_global_zero and notes:
-            print("\n".join(notes), flush=True)
+        if num_sequences := pl_module.quant_config.calibration.sequences:
+            notes = pl_module.prepare(
+                _calibration_batches(trainer, num_sequences), progress_bar("calibration", is_shown=trainer.is_global_zero)
+            )
+            if trainer.is_global_zero:
+                print("\n".join(notes), flush=True)
         pl_module.update(refit=True)
         pl_module.store.check_finite()
         metrics |= self._evaluate_quantized(trainer, pl_module, PTQ)
@@ -125,3 +128,11 @@ class Requantize(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: QATModule, of: str, serving: str | None = None) -> dict[str, float]:
         batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         return {evaluation_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}
+
+
+def _calibration_batches(trainer: Trainer, num_sequences: int) -> list[tuple[Batch, bool]]:
+    """This rank's sequences, those that the data module chooses or else the first ones that the rank trains on."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "calibration_batches"):
+        return data.calibration_batches(num_sequences)
+    return first_sequences(data.train_dataloader(), -(-num_sequences // trainer.world_size))

@@ -160,10 +160,10 @@ def into_chunks(table: Tensor, steps: Sequence[int], blocks_per_chunk: int) -> T
 
 
 def table_of_addresses(weights: Weights, blocks_per_chunk: int) -> Tensor:
-    """The chunks of all weights, int64 [chunks, 6] on the CPU.
+    """The chunks of all weights, int64 [chunks, 7] on the CPU.
 
-    A row holds the addresses of the chunk in master, decoded weight, packed codes and scales, 0 where there is none, its number of
-    blocks and its slot. Raises ValueError where a tensor does not start on a 16-byte boundary.
+    A row holds the addresses of the chunk in master, decoded weight, packed codes, scales and steps, 0 where there is none, its
+    number of blocks and its slot. Raises ValueError where a tensor does not start on a 16-byte boundary.
     """
     # Name, tensors, elements per block.
     lists = (
@@ -171,6 +171,7 @@ def table_of_addresses(weights: Weights, blocks_per_chunk: int) -> Tensor:
         ("decoded", weights.decoded, BLOCK_SIZE),
         ("packed", weights.packed, BLOCK_SIZE // 2),
         ("scales", weights.scales, 1),
+        ("steps", weights.steps, 1),
     )
     runs = [torch.empty(0, len(lists) + 2, dtype=torch.int64)]
     for index, (master, first_slot) in enumerate(zip(weights.masters, weights.first_slots, strict=True)):
@@ -189,6 +190,37 @@ def table_of_addresses(weights: Weights, blocks_per_chunk: int) -> Tensor:
     return into_chunks(torch.cat(runs), steps, blocks_per_chunk)
 
 
+def table_of_searches(weights: Weights, rows_per_chunk: int, columns_per_chunk: int) -> Tensor:
+    """The rectangles of blocks of all weights in which steps are chosen, int64 [chunks, 7] on the CPU.
+
+    A row holds the addresses of the first block in master, steps and Hessian, the number of rows and of columns of blocks, the
+    blocks of a whole row, and the slot. Neighbouring columns follow each other.
+    """
+    chunks = [torch.empty(0, 7, dtype=torch.int64)]
+    of_masters = zip(weights.masters, weights.first_slots, weights.steps, weights.hessians, strict=True)
+    for master, first_slot, steps, hessian in of_masters:
+        if master.numel() == 0:
+            continue
+        num_rows, num_columns = steps.shape[-2:]
+        starts = torch.arange(0, num_rows, rows_per_chunk), torch.arange(0, num_columns, columns_per_chunk)
+        grid = torch.meshgrid(torch.arange(num_slots_of(master)), *starts, indexing="ij")
+        expert, row, column = (index.flatten() for index in grid)
+        block = (expert * num_rows + row) * num_columns + column
+        block_of_hessian = column + (expert * num_columns if hessian.dim() == 4 else 0)
+        columns = (
+            master.data_ptr() + block * (BLOCK_SIZE * master.element_size()),
+            steps.data_ptr() + block,
+            hessian.data_ptr() + block_of_hessian * (BLOCK_SIZE**2 * hessian.element_size()),
+            (num_rows - row).clamp(max=rows_per_chunk),
+            (num_columns - column).clamp(max=columns_per_chunk),
+            torch.full_like(block, num_columns),
+            first_slot + expert,
+        )
+        chunks.append(torch.stack(columns, dim=1))
+    return torch.cat(chunks)
+
+
 def _check_aligned(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.float8_e4m3fn and tensor.data_ptr() % 16:
+    # Scales and steps are single bytes.
+    if tensor.dtype not in (torch.float8_e4m3fn, torch.int8) and tensor.data_ptr() % 16:
         raise ValueError(f"{name} must start on a 16-byte boundary, got address {tensor.data_ptr()}")

@@ -5,8 +5,8 @@ the last dimension, unless a function takes other sizes. Floating-point inputs a
 A global scale lies in 2^-128 to 2^119, as `nvfp4_global_scale` gives it; quantizing under any other means nothing.
 
 All raise ValueError for other shapes, dtypes and devices than they name. On the CPU they refuse values, too: a global scale outside
-of these limits, and an amax that is NaN, Inf or negative. On CUDA the host would have to wait for the device to see values, and
-torch.compile sees none while it traces; a NaN is passed on there to all that it scales.
+of these limits, an input scale that is no power of two, and an amax that is NaN, Inf or negative. On CUDA the host would have to wait
+for the device to see values, and torch.compile sees none while it traces; a NaN is passed on there to all that it scales.
 """
 
 import math

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_train.kernels import reference
+from nvfp4_train.kernels import reference, triton_kernels, triton_search
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
 from nvfp4_train.kernels import triton_scales as scale_arithmetic
-from nvfp4_train.kernels.chunks import Slots, Weights, table_of_addresses
+from nvfp4_train.kernels.chunks import Slots, Weights, table_of_addresses, table_of_searches
 from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.kernels.triton_kernels import TILES, launch
 
@@ -26,7 +26,8 @@ BLOCKS_PER_CHUNK = 512
 PROGRAMS_PER_MULTIPROCESSOR = 16
 """Programs per SM of the pass over slots that moved. Most chunks have nothing left to do there, so a small grid loops over all."""
 
-COLUMNS = tl.constexpr(6)
+COLUMNS = tl.constexpr(7)
+SEARCH_COLUMNS = tl.constexpr(7)
 SHARD_COLUMNS = tl.constexpr(5)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -37,9 +38,11 @@ def _stream(
     decoded,
     words,
     bytes_ptr,
+    steps_ptr,
     num_blocks,
     s2,
     FACTORS: tl.constexpr,
+    STEPS: tl.constexpr,
     IS_SIMPLE: tl.constexpr,
     IS_PACKED: tl.constexpr,
     IS_MEASURED: tl.constexpr,
@@ -59,7 +62,8 @@ def _stream(
             largest = arithmetic.larger(largest, arithmetic.block_amax(a, b, c, d))
         if IS_QUANTIZED:
             factor = arithmetic.factor_of(s2)
-            block_scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
+            steps = scale_arithmetic.load_steps(steps_ptr, start + rows, is_row)
+            block_scales = scale_arithmetic.block_scales(a, b, c, d, s2, steps, FACTORS, STEPS, IS_SIMPLE, is_narrow)
             scales = block_scales * s2
             if IS_PACKED:
                 codes = arithmetic.encode(a, b, c, d, scales, factor, IS_SIMPLE, is_narrow, TILE)
@@ -82,7 +86,9 @@ def pass_kernel(
     SOURCE: tl.constexpr,
     DECODED: tl.constexpr,
     IS_PACKED: tl.constexpr,
+    IS_FITTED: tl.constexpr,
     FACTORS: tl.constexpr,
+    STEPS: tl.constexpr,
     IS_MEASURED: tl.constexpr,
     IS_QUANTIZED: tl.constexpr,
     ONLY_MOVED: tl.constexpr,
@@ -91,8 +97,8 @@ def pass_kernel(
     """Measure chunks, quantize them, or both. SOURCE is the dtype of masters, DECODED that of decoded weights or None."""
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         row = table_ptr + chunk * COLUMNS
-        num_blocks = tl.load(row + 4).to(tl.int32)
-        slot = tl.load(row + 5)
+        num_blocks = tl.load(row + 5).to(tl.int32)
+        slot = tl.load(row + 6)
         if ONLY_MOVED:
             num_blocks = tl.where(tl.load(is_moved_ptr + slot) != 0, num_blocks, 0)
         source = tl.multiple_of(tl.load(row).to(tl.pointer_type(SOURCE)), 16)
@@ -101,19 +107,38 @@ def pass_kernel(
             decoded = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DECODED)), 16)
         words = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 8)
         bytes_ptr = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
+        steps_ptr = None
+        if IS_FITTED:
+            steps_ptr = tl.load(row + 4).to(tl.pointer_type(tl.int8))
         s2 = tl.load(scales_ptr + slot)
         # There is a loop for each kind of s2, because one loop with a branch inside would hold the registers of both kinds.
         if arithmetic.is_simple(s2):
             largest = _stream(
-                source, decoded, words, bytes_ptr, num_blocks, s2, FACTORS, True, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
-            )
+                source, decoded, words, bytes_ptr, steps_ptr, num_blocks, s2,
+                FACTORS, STEPS, True, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE,
+            )  # fmt: skip
         else:
             largest = _stream(
-                source, decoded, words, bytes_ptr, num_blocks, s2, FACTORS, False, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE
-            )
+                source, decoded, words, bytes_ptr, steps_ptr, num_blocks, s2,
+                FACTORS, STEPS, False, IS_PACKED, IS_MEASURED, IS_QUANTIZED, TILE,
+            )  # fmt: skip
         if IS_MEASURED:
             bits = arithmetic.to_bits(tl.reduce(largest, 0, arithmetic.larger))
             tl.atomic_max(measured_ptr + slot, bits, sem="relaxed")
+
+
+@triton.jit
+def choose_steps_kernel(table_ptr, scales_ptr, SOURCE: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr):
+    """Choose steps in a rectangle of blocks, a row of `chunks.table_of_searches`. SOURCE is the dtype of masters."""
+    row = table_ptr + tl.program_id(0) * SEARCH_COLUMNS
+    source = tl.multiple_of(tl.load(row).to(tl.pointer_type(SOURCE)), 16)
+    steps_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int8))
+    hessian_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    num_rows = tl.load(row + 3).to(tl.int32)
+    num_columns = tl.load(row + 4).to(tl.int32)
+    blocks_per_row = tl.load(row + 5).to(tl.int32)
+    s2 = tl.load(scales_ptr + tl.load(row + 6))
+    triton_search.search(source, steps_ptr, hessian_ptr, s2, num_rows, num_columns, blocks_per_row, STEPS, TILE)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -155,7 +180,8 @@ def decode_shards_kernel(received_ptr, table_ptr, s2_ptr, out_ptr, TILE: tl.cons
 class TritonPasses:
     """One launch a pass; see `multi_tensor_reference.ReferencePasses`.
 
-    With a power-of-two s2, `measure` also quantizes, under the last s2, and `quantize` only the slots whose s2 has moved since.
+    With a power-of-two s2, `measure` also quantizes, under the last s2, and `quantize` only the slots whose s2 has moved since;
+    unless all steps of a fitted rule are chosen in between.
     """
 
     def __init__(self, weights: Weights, slots: Slots, rule: ScaleRule) -> None:
@@ -167,6 +193,8 @@ class TritonPasses:
         self._tabled: tuple[Any, ...] = ()
         """Dtype and addresses that the table was made of."""
         self._table = torch.empty(0, COLUMNS.value, dtype=torch.int64)
+        self._searches = torch.empty(0, SEARCH_COLUMNS.value, dtype=torch.int64)
+        """The table of `choose_steps`, as old as the other."""
         self._constants: dict[str, Any] = {}
         is_cuda = weights.device.type == "cuda"
         num_multiprocessors = torch.cuda.get_device_properties(weights.device).multi_processor_count if is_cuda else 1
@@ -180,13 +208,19 @@ class TritonPasses:
             weights.check()
             self._tabled = tabled
             self._table = table_of_addresses(weights, BLOCKS_PER_CHUNK).to(weights.device)
+            if self.rule.is_fitted:
+                table = table_of_searches(weights, triton_kernels.SEARCH_ROWS, triton_kernels.SEARCH_COLUMNS)
+                self._searches = table.to(weights.device)
             self._constants = {
                 "SOURCE": TRITON_DTYPES[weights.masters[0].dtype],
                 "DECODED": TRITON_DTYPES[weights.decoded[0].dtype] if weights.decoded else None,
                 "IS_PACKED": bool(weights.packed),
+                "IS_FITTED": self.rule.is_fitted,
                 "FACTORS": self.rule.factors,
+                "STEPS": self.rule.steps,
             }
-        self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=self.rule.is_pow2, ONLY_MOVED=False)
+        is_quantized = self.rule.is_pow2 and not refit
+        self._pass(self._table.shape[0], IS_MEASURED=True, IS_QUANTIZED=is_quantized, ONLY_MOVED=False)
 
     def update_scales(self) -> None:
         slots = self.slots
@@ -195,11 +229,22 @@ class TritonPasses:
         constants = {"DIVISOR": reference.FP4_MAX * self.rule.largest, "IS_POW2": self.rule.is_pow2, "TILE": 256}
         launch("update_scales", update_scales_kernel, -(-num_slots // 256), 4, slots.measured, args, constants)
 
+    def choose_steps(self) -> None:
+        num_programs = self._searches.shape[0]
+        if num_programs == 0:
+            return
+        tile, num_warps = TILES["choose_steps"]
+        args = self._searches, self.slots.global_scales
+        constants = {"SOURCE": self._constants["SOURCE"], "STEPS": self.rule.steps, "TILE": tile}
+        kernel, most_registers = choose_steps_kernel, triton_kernels.SEARCH_REGISTERS
+        launch("search", kernel, num_programs, num_warps, self.slots.measured, args, constants, most_registers)
+
     def quantize(self, refit: bool = False) -> None:
         num_programs = self._table.shape[0]
-        if self.rule.is_pow2:
+        only_moved = self.rule.is_pow2 and not refit
+        if only_moved:
             num_programs = min(self._num_persistent, num_programs)
-        self._pass(num_programs, IS_MEASURED=False, IS_QUANTIZED=True, ONLY_MOVED=self.rule.is_pow2)
+        self._pass(num_programs, IS_MEASURED=False, IS_QUANTIZED=True, ONLY_MOVED=only_moved)
 
     def _pass(self, num_programs: int, **passed: bool) -> None:
         if num_programs == 0:

@@ -128,9 +128,9 @@ def _choose_steps(x: Tensor, s2: Tensor, hessian: Tensor, rule: ScaleRule) -> Te
     """`choose_steps` of rows [N, K]."""
     first = round_to_e4m3((divide(block_amax(x), FP4_MAX) / s2).clamp(min=E4M3_MIN))
     in_units_of_s2 = round_for_search(x.float() / s2, first)
-    best, *others = (neighbour(first, step) for step in rule.steps)
-    least = output_error(in_units_of_s2, best, hessian)
-    for scales in others:
+    best, least = neighbour(first, rule.steps[0]), torch.full_like(first, torch.inf)
+    for step in rule.steps:
+        scales = neighbour(first, step)
         error = output_error(in_units_of_s2, scales, hessian)
         is_better = error < least
         best, least = torch.where(is_better, scales, best), torch.where(is_better, error, least)

@@ -25,20 +25,20 @@ EXPONENT = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def load_quarters(x_ptr, is_row, TILE: tl.constexpr):
-    """TILE consecutive blocks as four quarters, in the dtype of x_ptr or as pairs; `widen` makes float32 of them."""
+def load_quarters(x_ptr, is_row, TILE: tl.constexpr, stride=1):
+    """TILE blocks, each so many after the last, as four quarters, in the dtype of x_ptr or as pairs; `widen` makes float32 of them."""
     rows = tl.arange(0, TILE)[:, None]
     columns = tl.arange(0, 4)[None, :]
     mask = is_row[:, None]
     if x_ptr.dtype.element_ty == tl.float32:
-        x_ptr += rows * 16 + columns
+        x_ptr += rows * (16 * stride) + columns
         a = tl.load(x_ptr, mask=mask, other=0.0)
         b = tl.load(x_ptr + 4, mask=mask, other=0.0)
         c = tl.load(x_ptr + 8, mask=mask, other=0.0)
         d = tl.load(x_ptr + 12, mask=mask, other=0.0)
     else:
         # 16-bit values are loaded in pairs, as int32. b and d are a and c again: `widen` takes their other halves.
-        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * 8 + columns
+        pairs_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows * (8 * stride) + columns
         a = tl.load(pairs_ptr, mask=mask, other=0)
         c = tl.load(pairs_ptr + 4, mask=mask, other=0)
         b, d = a, c
@@ -141,7 +141,7 @@ def factor_of(scale):
 
 
 @triton.jit
-def _newton(b):
+def newton_reciprocal(b):
     """1 / b by three Newton steps from a guess within 6 %, within an ulp. If b has at most 4 significant bits it is rounded once."""
     guess = from_bits(0x7EF311C3 - to_bits(b))
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
@@ -152,7 +152,7 @@ def _newton(b):
 @triton.jit
 def reciprocal(b):
     """1 / b rounded once, for b from 2^-125 to 2^125.5."""
-    guess = _newton(b)
+    guess = newton_reciprocal(b)
     guess = tl.fma(tl.fma(-b, guess, 1.0), guess, guess)
     # Newton's steps give one significand wrong, an ulp low: that of all ones.
     return from_bits(to_bits(guess) + tl.where(((to_bits(b) + 1) & 0x7FFFFF) == 0, 1, 0))
@@ -207,7 +207,7 @@ def _exact_quotients(a, b, c, d, divisors, scales, IS_SIMPLE: tl.constexpr):
 
     A divisor is the scale, but 1 for a scale of 0.
     """
-    one_over = _newton(divisors) if IS_SIMPLE else reciprocal(divisors)
+    one_over = newton_reciprocal(divisors) if IS_SIMPLE else reciprocal(divisors)
     # Saturating before the division keeps Inf out of it. The limit is rounded, hence the ulp.
     limit = 6.0 * scales
     a = divide(smaller(tl.abs(a), limit), divisors, one_over)
@@ -223,7 +223,7 @@ def _coarse_quotients(x, scales):
 
     Such a quotient is a tie of two codes, and then exact here, or more than 2^-14 away from all ties.
     """
-    return tl.fma(tl.abs(x), _newton(scales), 128.0)
+    return tl.fma(tl.abs(x), newton_reciprocal(scales), 128.0)
 
 
 @triton.jit
@@ -289,7 +289,7 @@ def _codes(quotients, OFFSET: tl.constexpr):
 @triton.jit
 def _pack(a, b, code_a, code_b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
     """An int32 [TILE] of the eight codes of an octet a, b, with its signs. Codes come as `_codes` leaves them."""
-    c0, c1, c2, c3, c4, c5, c6, c7 = _columns(code_a, code_b, IS_INTERLEAVED, TILE)
+    c0, c1, c2, c3, c4, c5, c6, c7 = split_octet(code_a, code_b, IS_INTERLEAVED, TILE)
     words = (c7 << 4) + c6
     words = (words << 4) + c5
     words = (words << 4) + c4
@@ -298,7 +298,7 @@ def _pack(a, b, code_a, code_b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr
     words = (words << 4) + c1
     # 0x5000000 is minus the sum, over the eight places, of the bits of 2^23 that each code came with.
     words = (words << 4) + c0 + 0x5000000
-    s0, s1, s2, s3, s4, s5, s6, s7 = _columns(_top_four_bits(a), _top_four_bits(b), IS_INTERLEAVED, TILE)
+    s0, s1, s2, s3, s4, s5, s6, s7 = split_octet(_top_four_bits(a), _top_four_bits(b), IS_INTERLEAVED, TILE)
     signs = (s7 << 4) | s6
     signs = (signs << 4) | s5
     signs = (signs << 4) | s4
@@ -316,7 +316,7 @@ def _top_four_bits(x):
 
 
 @triton.jit
-def _columns(a, b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
+def split_octet(a, b, IS_INTERLEAVED: tl.constexpr, TILE: tl.constexpr):
     """An octet as eight tensors [TILE], in the order of its elements."""
     a02, a13 = tl.split(tl.reshape(a, [TILE, 2, 2]))
     b02, b13 = tl.split(tl.reshape(b, [TILE, 2, 2]))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nvfp4_train.kernels import reference
+from nvfp4_train.kernels import reference, triton_search
 from nvfp4_train.kernels import triton_arithmetic as arithmetic
 from nvfp4_train.kernels import triton_scales as scale_arithmetic
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
@@ -21,12 +21,18 @@ TILES = {
     "block_amax": (512, 16),
     "fake_quant": (64, 2),
     "quantize": (128, 4),
+    "choose_steps": (64, 2),
     "static_scales": (256, 4),
     "static_fake_quant": (64, 2),
     "static_fake_quant_octets": (128, 2),
     "dequantize": (256, 4),
 }
 """Rows and warps per program, by operation. A row is a block of 16 elements, except for 8 elements in the last two."""
+
+SEARCH_ROWS, SEARCH_COLUMNS = 512, 4
+"""Rows and columns of blocks for which one program chooses steps."""
+SEARCH_REGISTERS = 168
+"""Most registers of a thread that chooses steps: 12 warps share a multiprocessor then. The compiler takes 228 if it may."""
 
 TILES_PER_PROGRAM = {"quantize": (4, 4096)}
 """Operations whose programs loop over tiles: most tiles per program, and fewest programs at which one gets a second tile."""
@@ -59,33 +65,41 @@ def block_amax_kernel(x_ptr, amax_ptr, num_blocks: tl.int64, TILE: tl.constexpr)
 
 @triton.jit
 def _fake_quant_tile(
-    a, b, c, d, s2, out_ptr, is_row, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr
-):
-    scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, IS_NARROW) * s2
+    a, b, c, d, s2, steps, out_ptr, is_row,
+    FACTORS: tl.constexpr, STEPS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    scales = scale_arithmetic.block_scales(a, b, c, d, s2, steps, FACTORS, STEPS, IS_SIMPLE, IS_NARROW) * s2
     a, b, c, d = arithmetic.fake_quant(a, b, c, d, scales, scales, arithmetic.factor_of(s2), IS_SIMPLE, IS_NARROW)
     arithmetic.store_quarters(out_ptr, a, b, c, d, is_row, IS_NARROW, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
-def fake_quant_kernel(x_ptr, s2_ptr, out_ptr, num_blocks: tl.int64, FACTORS: tl.constexpr, TILE: tl.constexpr):
+def fake_quant_kernel(
+    x_ptr, s2_ptr, steps_ptr, out_ptr, num_blocks: tl.int64, FACTORS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr
+):
+    """`reference.fake_quant`. steps_ptr is None unless the rule is fitted."""
     start, rows, is_row = _place(num_blocks, TILE)
     a, b, c, d = _load(x_ptr, start, is_row, TILE)
+    steps = scale_arithmetic.load_steps(steps_ptr, start + rows, is_row)
+    out_ptr += start * 16
     s2 = tl.load(s2_ptr)
+    is_narrow: tl.constexpr = arithmetic.is_narrow(x_ptr)
     if arithmetic.is_simple(s2):
-        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, FACTORS, True, arithmetic.is_narrow(x_ptr), TILE)
+        _fake_quant_tile(a, b, c, d, s2, steps, out_ptr, is_row, FACTORS, STEPS, True, is_narrow, TILE)
     else:
-        _fake_quant_tile(a, b, c, d, s2, out_ptr + start * 16, is_row, FACTORS, False, arithmetic.is_narrow(x_ptr), TILE)
+        _fake_quant_tile(a, b, c, d, s2, steps, out_ptr, is_row, FACTORS, STEPS, False, is_narrow, TILE)
 
 
 @triton.jit
 def _quantize_tile(
-    a, b, c, d, s2, start, is_row, words_ptr, bytes_ptr,
-    FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr,
+    a, b, c, d, s2, steps_ptr, start, is_row, words_ptr, bytes_ptr,
+    FACTORS: tl.constexpr, STEPS: tl.constexpr, IS_SIMPLE: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, TILE)
     is_narrow: tl.constexpr = dtype != tl.float32
     a, b, c, d = arithmetic.widen(a, b, c, d, dtype)
-    scales = scale_arithmetic.block_scales(a, b, c, d, s2, FACTORS, IS_SIMPLE, is_narrow)
+    steps = scale_arithmetic.load_steps(steps_ptr, start + rows, is_row)
+    scales = scale_arithmetic.block_scales(a, b, c, d, s2, steps, FACTORS, STEPS, IS_SIMPLE, is_narrow)
     words = arithmetic.encode(a, b, c, d, scales * s2, arithmetic.factor_of(s2), IS_SIMPLE, is_narrow, TILE)
     tl.store(words_ptr + start * 2 + rows[:, None] * 2 + tl.arange(0, 2)[None, :], words, mask=is_row[:, None])
     tl.store(bytes_ptr + start + rows, arithmetic.e4m3_byte(scales), mask=is_row)
@@ -93,9 +107,10 @@ def _quantize_tile(
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks"], do_not_specialize_on_alignment=["s2_ptr"])
 def quantize_kernel(
-    x_ptr, s2_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, num_blocks: tl.int64, FACTORS: tl.constexpr, TILE: tl.constexpr
-):
-    """`reference.quantize`. A word is an int32 of eight codes, two to a block.
+    x_ptr, s2_ptr, steps_ptr, packed_ptr, scales_ptr, num_tiles: tl.int32, num_blocks: tl.int64,
+    FACTORS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`reference.quantize`. A word is an int32 of eight codes, two to a block. steps_ptr is None unless the rule is fitted.
 
     There is a loop for each kind of s2, because one loop with a branch inside would hold the registers of both kinds.
     """
@@ -112,14 +127,14 @@ def quantize_kernel(
             # The next tile is loaded while this one is computed.
             is_next_row = rows < tl.minimum(num_blocks - start - TILE, (num_tiles - 1 - tile) * TILE).to(tl.int32)
             next_a, next_b, next_c, next_d = arithmetic.load_quarters(x_ptr + (start + TILE) * 16, is_next_row, TILE)
-            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, FACTORS, True, dtype, TILE)
+            _quantize_tile(a, b, c, d, s2, steps_ptr, start, is_row, words_ptr, scales_ptr, FACTORS, STEPS, True, dtype, TILE)
             a, b, c, d, is_row = next_a, next_b, next_c, next_d, is_next_row
     else:
         for tile in range(num_tiles):
             start = first + tile * TILE
             is_row = rows < tl.minimum(num_blocks - start, TILE).to(tl.int32)
             a, b, c, d = arithmetic.load_quarters(x_ptr + start * 16, is_row, TILE)
-            _quantize_tile(a, b, c, d, s2, start, is_row, words_ptr, scales_ptr, FACTORS, False, dtype, TILE)
+            _quantize_tile(a, b, c, d, s2, steps_ptr, start, is_row, words_ptr, scales_ptr, FACTORS, STEPS, False, dtype, TILE)
 
 
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["global_amax_ptr"])
@@ -214,6 +229,23 @@ def dequantize_kernel(
     tl.store(out_ptr + start * 8 + rows[:, None] * 8 + tl.arange(0, 8)[None, :], values, mask=is_row[:, None])
 
 
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_row"], do_not_specialize_on_alignment=["s2_ptr"])
+def choose_steps_kernel(
+    x_ptr, s2_ptr, hessian_ptr, steps_ptr, blocks_per_row: tl.int32, num_rows: tl.int64,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`reference.choose_steps`. A program takes ROWS x COLUMNS blocks; programs that follow each other take neighbouring columns."""
+    num_across = tl.cdiv(blocks_per_row, COLUMNS)
+    row = (tl.program_id(0) // num_across).to(tl.int64) * ROWS
+    column = tl.program_id(0) % num_across * COLUMNS
+    num_rows = tl.minimum(num_rows - row, ROWS).to(tl.int32)
+    block = row * blocks_per_row + column
+    triton_search.search(
+        x_ptr + block * 16, steps_ptr + block, hessian_ptr + column * 256, tl.load(s2_ptr),
+        num_rows, tl.minimum(blocks_per_row - column, COLUMNS), blocks_per_row, STEPS, TILE,
+    )  # fmt: skip
+
+
 # ---- launchers: the signatures of the operators ------------------------------------------------------------------------------
 
 
@@ -223,23 +255,38 @@ def block_amax(x: Tensor) -> Tensor:
     return amax
 
 
-def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max") -> Tensor:
+def fake_quant(x: Tensor, s2: Tensor, dtype: torch.dtype, block_scale: str = "max", steps: Tensor | None = None) -> Tensor:
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    factors = BLOCK_SCALE_RULES[block_scale].factors
-    _launch("fake_quant", fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, _flat(x), s2, out, FACTORS=factors)
+    tensors = _flat(x), s2, None if steps is None else _flat(steps), out
+    _launch("fake_quant", fake_quant_kernel, x.numel() // reference.BLOCK_SIZE, x, *tensors, **_candidates(block_scale))
     return out
 
 
-def quantize(x: Tensor, s2: Tensor, block_scale: str = "max") -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, s2: Tensor, block_scale: str = "max", steps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     packed = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     scales = x.new_empty(_block_shape(x), dtype=torch.float8_e4m3fn)
     num_blocks = x.numel() // reference.BLOCK_SIZE
     num_tiles = _tiles_per_program("quantize", num_blocks)
     # The kernel writes scales as bytes, since Triton has no E4M3 type on compute capability 8.0.
-    tensors = _flat(x), s2, packed, scales.view(torch.uint8), num_tiles
-    factors = BLOCK_SCALE_RULES[block_scale].factors
-    _launch("quantize", quantize_kernel, num_blocks, x, *tensors, num_tiles=num_tiles, FACTORS=factors)
+    tensors = _flat(x), s2, None if steps is None else _flat(steps), packed, scales.view(torch.uint8), num_tiles
+    _launch("quantize", quantize_kernel, num_blocks, x, *tensors, num_tiles=num_tiles, **_candidates(block_scale))
     return packed, scales
+
+
+def choose_steps(x: Tensor, s2: Tensor, hessian: Tensor, block_scale: str) -> Tensor:
+    steps = x.new_empty(_block_shape(x), dtype=torch.int8)
+    if steps.numel() == 0:
+        return steps
+    blocks_per_row = steps.shape[-1]
+    num_rows = steps.numel() // blocks_per_row
+    tile, num_warps = TILES["choose_steps"]
+    num_programs = _cdiv(num_rows, SEARCH_ROWS) * _cdiv(blocks_per_row, SEARCH_COLUMNS)
+    args = _flat(x), s2, _flat(hessian), steps, blocks_per_row, num_rows
+    constants = {
+        "STEPS": BLOCK_SCALE_RULES[block_scale].steps, "ROWS": SEARCH_ROWS, "COLUMNS": SEARCH_COLUMNS, "TILE": tile,
+    }  # fmt: skip
+    launch("choose_steps", choose_steps_kernel, num_programs, num_warps, x, args, constants, SEARCH_REGISTERS)
+    return steps
 
 
 def static_scales(amax: Tensor, global_amax: Tensor, quantize_block_scales: bool = True) -> Tensor:
@@ -292,6 +339,11 @@ def dequantize(packed: Tensor, scales: Tensor, s2: Tensor, dtype: torch.dtype) -
     return out
 
 
+def _candidates(block_scale: str) -> dict[str, Any]:
+    rule = BLOCK_SCALE_RULES[block_scale]
+    return {"FACTORS": rule.factors, "STEPS": rule.steps}
+
+
 def _cdiv(a: int, b: int) -> int:
     # triton.cdiv takes a microsecond.
     return -(-a // b)
@@ -324,8 +376,19 @@ def _launch(operation: str, kernel, num_rows: int, x: Tensor, *args, num_tiles: 
 _compiled: dict[tuple, Any] = {}
 
 
-def launch(name: str, kernel, num_programs: int, num_warps: int, x: Tensor, args: tuple, constants: dict[str, Any]) -> None:
+def launch(
+    name: str,
+    kernel,
+    num_programs: int,
+    num_warps: int,
+    x: Tensor,
+    args: tuple,
+    constants: dict[str, Any],
+    most_registers: int | None = None,
+) -> None:
     """Run a kernel on the device of x. Constants are in the order of its parameters; tensors start on 16-byte boundaries.
+
+    most_registers limits those of a thread, where the compiler would take more than serve.
 
     A compiled kernel depends on the constants and on the dtypes of the tensors alone. It is kept and called without Triton's own
     look-up, which takes longer than a small kernel runs.
@@ -333,13 +396,14 @@ def launch(name: str, kernel, num_programs: int, num_warps: int, x: Tensor, args
     device = x.get_device()
     if x.is_cuda and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(name, kernel, num_programs, num_warps, x, args, constants)
+            launch(name, kernel, num_programs, num_warps, x, args, constants, most_registers)
         return
     grid = (num_programs, 1, 1)
     key = (name, device, *constants.values(), *[arg.dtype for arg in args if isinstance(arg, Tensor)])
     compiled = _compiled.get(key)
     if compiled is None:
         # The interpreter compiles nothing and returns None.
-        _compiled[key] = kernel[grid](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        options = {"num_warps": num_warps, "enable_fp_fusion": False, "maxnreg": most_registers}
+        _compiled[key] = kernel[grid](*args, **constants, **options)
     else:
         compiled[grid](*args, *constants.values())

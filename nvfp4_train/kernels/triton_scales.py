@@ -28,20 +28,34 @@ def global_scales(amax, DIVISOR: tl.constexpr, IS_POW2: tl.constexpr):
 
 
 @triton.jit
-def block_scales(a, b, c, d, s2, FACTORS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr):
-    """`reference.block_scales` of quarters, under the factors of a rule. IS_NARROW: the quarters were of a 16-bit dtype."""
+def block_scales(
+    a, b, c, d, s2, steps,
+    FACTORS: tl.constexpr, STEPS: tl.constexpr, IS_SIMPLE: tl.constexpr, IS_NARROW: tl.constexpr,
+):  # fmt: skip
+    """`reference.block_scales` of quarters, under the factors and steps of a rule, or a fitted rule's steps [TILE] if not None.
+
+    IS_NARROW: the quarters were of a 16-bit dtype.
+    """
     ratio = _ratio(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE)
-    scales = _candidate(ratio, FACTORS[0])
-    if len(FACTORS) > 1:
+    first = _candidate(ratio, FACTORS[0])
+    scales = first
+    if steps is not None:
+        scales = _or_nan(neighbour(first, steps), first)
+    elif len(FACTORS) * len(STEPS) > 1:
+        if len(STEPS) > 1:
+            scales = _or_nan(neighbour(first, STEPS[0]), first)
         a, b = _in_units_of(s2, a, IS_SIMPLE), _in_units_of(s2, b, IS_SIMPLE)
         c, d = _in_units_of(s2, c, IS_SIMPLE), _in_units_of(s2, d, IS_SIMPLE)
         least = _squared_error(a, b, c, d, scales, IS_SIMPLE and IS_NARROW, IS_NARROW)
-        # A loop, in which comparisons pick the factor: unrolled, a rule of 17 factors takes half a minute to compile.
-        for index in range(1, len(FACTORS)):
-            factor = FACTORS[1]
-            for other in tl.static_range(2, len(FACTORS)):
-                factor = tl.where(index == other, FACTORS[other], factor)
-            candidate = _candidate(ratio, factor)
+        # A loop, in which comparisons pick the factor: unrolled, a rule of many candidates takes half a minute to compile.
+        for index in range(1, len(FACTORS) * len(STEPS)):
+            if len(STEPS) > 1:
+                candidate = neighbour(first, STEPS[0] - index)
+            else:
+                factor = FACTORS[1]
+                for other in tl.static_range(2, len(FACTORS)):
+                    factor = tl.where(index == other, FACTORS[other], factor)
+                candidate = _candidate(ratio, factor)
             error = _squared_error(a, b, c, d, candidate, IS_SIMPLE and IS_NARROW, IS_NARROW)
             is_better = error < least
             scales = tl.where(is_better, candidate, scales)
@@ -73,8 +87,40 @@ def _ratio(amax, s2, IS_SIMPLE: tl.constexpr):
 
 
 @triton.jit
+def in_units_of_s2(a, b, c, d, s2, IS_SIMPLE: tl.constexpr):
+    """The block scales of quarters under the rule max, [TILE], and the quarters in units of s2."""
+    scales = _candidate(_ratio(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE), 1.0)
+    a, b = _in_units_of(s2, a, IS_SIMPLE), _in_units_of(s2, b, IS_SIMPLE)
+    c, d = _in_units_of(s2, c, IS_SIMPLE), _in_units_of(s2, d, IS_SIMPLE)
+    return scales, a, b, c, d
+
+
+@triton.jit
 def _candidate(ratio, factor):
     return arithmetic.round_e4m3(arithmetic.smaller(arithmetic.larger(ratio * factor, E4M3_MIN), E4M3_MAX))
+
+
+@triton.jit
+def load_steps(steps_ptr, offsets, is_row):
+    """Steps [TILE] of a fitted rule as int32, or None where there is no pointer."""
+    steps = None
+    if steps_ptr is not None:
+        steps = tl.load(steps_ptr + offsets, mask=is_row, other=0).to(tl.int32)
+    return steps
+
+
+@triton.jit
+def neighbour(scales, steps):
+    """`reference.neighbour` of block scales [TILE] but NaN, of which it is anything: see `_or_nan`."""
+    # Neighbouring E4M3 values from 2^-6 on are 2^20 apart in the bits of float32.
+    moved = arithmetic.from_bits(arithmetic.to_bits(scales) + (steps << 20))
+    return tl.minimum(tl.maximum(moved, E4M3_MIN), E4M3_MAX)
+
+
+@triton.jit
+def _or_nan(values, scales):
+    """The values, but NaN where the block scales are NaN."""
+    return tl.where(scales <= E4M3_MAX, values, float("nan"))
 
 
 @triton.jit

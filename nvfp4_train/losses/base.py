@@ -35,10 +35,3 @@ def num_positions(batch: Batch) -> int:
     if "loss_mask" not in batch:
         return batch["input_ids"].numel()
     return int(batch["loss_mask"][:, 1:].sum())
-
-
-def mean_over(values: Tensor, counted: Tensor | None) -> Tensor:
-    """Mean of the values where `counted`, a bool tensor of their shape, is true: 0 if it is nowhere. Without it of all values."""
-    if counted is None:
-        return values.mean()
-    return values.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)

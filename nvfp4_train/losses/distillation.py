@@ -7,14 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_train.losses.base import Batch
-from nvfp4_train.losses.chunked import (
-    Logits,
-    ProjectedLogits,
-    WholeLogits,
-    mean_losses,
-    mean_metrics,
-    with_gradients,
-)
+from nvfp4_train.losses.chunked import Logits, ProjectedLogits, WholeLogits, mean_losses, mean_metrics, with_gradients
 from nvfp4_train.losses.divergence import Divergence, Objective, Positions
 from nvfp4_train.models.build import ModelBuilder
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits
@@ -63,8 +56,11 @@ class DistillationLoss:
         """Whether both models' logits are made a few positions at a time. Not known before the first call."""
 
     def prepare(self, build: ModelBuilder) -> None:
-        """Make the teacher. Raises ValueError if its vocabulary has another size than the student's."""
-        teacher = build(None if self.teacher_path is None else ModelConfig(path=self.teacher_path))
+        """Make the teacher. Raises ValueError if it cannot be loaded, or its vocabulary has another size than the student's."""
+        try:
+            teacher = build(None if self.teacher_path is None else ModelConfig(path=self.teacher_path))
+        except ValueError as error:
+            raise ValueError(f"loss.teacher_path={self.teacher_path!r}: {error}") from error
         expected, found = vocabulary_size(build.student), vocabulary_size(teacher)
         if found != expected:
             raise ValueError(
@@ -134,4 +130,5 @@ def projected_logits(model: nn.Module, hidden: Tensor) -> ProjectedLogits:
 
 
 def vocabulary_size(model: nn.Module) -> int:
+    """The number of tokens that a transformers model has logits of."""
     return model.config.get_text_config().vocab_size  # type: ignore

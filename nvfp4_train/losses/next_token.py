@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvfp4_train.losses.base import Batch, mean_over
+from nvfp4_train.losses.base import Batch
 from nvfp4_train.models.build import ModelBuilder
 from nvfp4_train.models.causal_lm import compute_logits
 
@@ -27,4 +27,6 @@ def next_token_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = Non
     logits, targets = logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten()
     if mask is None:
         return F.cross_entropy(logits, targets)
-    return mean_over(F.cross_entropy(logits, targets, reduction="none"), mask[:, 1:].flatten())
+    counted = mask[:, 1:].flatten()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)

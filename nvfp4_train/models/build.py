@@ -199,7 +199,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBuilder:
-    """Builds other models beside the student, the one that trains: frozen, with bf16 values, and sharded if the student is."""
+    """Builds other models beside the student, the one that trains: frozen, with bf16 values; sharded or compiled if the student is."""
 
     student: nn.Module
     """Before its first step."""
@@ -220,6 +220,8 @@ class ModelBuilder:
             state = self.student.state_dict()
             model.load_state_dict({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()})
         hold_as_served(model, self.compute_dtype)
+        for layer in decoder_layers(model) if self.config.compile else ():
+            layer.compile()
         if self.mesh is None:
             return model.to(self.device)  # type: ignore[arg-type]
         shard_frozen(self.mesh, model)

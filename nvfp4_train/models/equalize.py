@@ -2,8 +2,8 @@
 
 SmoothQuant's identity (Xiao et al., 2023), folded: a channel j of the input of quantized weights W is divided by s_j, in the
 parameters of what feeds it, and column j of every weight that reads it is multiplied by s_j. With s_j = rms(x_j)^alpha /
-max_n |W_nj|^(1 - alpha), over its geometric mean, neither x nor W has channels that are much larger than others. As powers of two s
-changes no bit of what the unquantized model computes.
+max_n |W_nj|^(1 - alpha), over its geometric mean, neither x nor W has channels that are much larger than others. What the unquantized
+model computes changes by roundings alone and, if every s is rounded to a power of two, by no bit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ def equalize(
     input_ids: Tensor,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    round_to_pow2: bool = True,
+    round_to_pow2: bool = False,
 ) -> Equalized:
     """Fold equalization into a causal LM, in place: on one device, replicated, or sharded by FSDP2. Call it on every rank.
 
@@ -80,15 +80,14 @@ def equalize(
         _check_states(sites, optimizer)
 
     groups = {group[0]: [model.get_parameter(name) for name in group] for group in manifest.groups}
+    # Before any fold: rows that one site scales are in the columns of another, whose scales would follow them.
+    column_amax = _column_amax({group: groups[group] for site in sites for group in site.inputs})
+    scales = [_scales(site, statistics, column_amax, alpha, round_to_pow2) for site in sites]
     equalized = dict(statistics)
-    # Rows of linears first: they are in the columns that the scales of norms are computed from.
-    for together in ([s for s in sites if s.is_of_rows], [s for s in sites if not s.is_of_rows]):
-        column_amax = _column_amax({group: groups[group] for site in together for group in site.inputs})
-        for site in together:
-            s = _scales(site, statistics, column_amax, alpha, round_to_pow2)
-            _fold(site, s, optimizer)
-            for group, channels in site.inputs.items():
-                equalized[group] = statistics[group].divided_by(s[channels].to(statistics[group].rms.device))
+    for site, s in zip(sites, scales, strict=True):
+        _fold(site, s, optimizer)
+        for group, channels in site.inputs.items():
+            equalized[group] = equalized[group].divided_by(s[channels].to(statistics[group].rms.device))
     return Equalized(statistics=equalized, folded=[site.name for site in sites], skipped=skipped)
 
 

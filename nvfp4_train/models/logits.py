@@ -45,8 +45,9 @@ def find_logit_map(model: nn.Module, input_ids: Tensor) -> LogitMap | None:
     The output embedding's output is replaced by a probe, and the logits say what became of it. None where logits are made in
     another way: the body's output goes through more than the output embedding, or that is more than a product with its weight.
     """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    body: nn.Module = model.base_model  # type: ignore
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head, body = model.get_output_embeddings(), model.base_model
     if head is None or body is model:
         return None
     seen: dict[str, Any] = {"is product": False}

@@ -3,17 +3,14 @@
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.models.causal_lm import compute_logits
 from nvfp4_train.models.equalize import equalize
 from nvfp4_train.models.layout import shown
-from nvfp4_train.quant.calibration import calibrate
+from nvfp4_train.quant.calibration import Batch, calibrate
 from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.store import WeightStore
-
-Batch = dict[str, Tensor]
 
 PROOF_TOKENS = 32
 """Tokens of the sequence on which a fold is proven."""
@@ -44,7 +41,9 @@ def prepare(
         length = min(PROOF_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROOF_TOKENS)
         vocab_size = model.config.get_text_config().vocab_size
         ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-        equalized = equalize(model, store.manifest, statistics, config.alpha, ids, optimizer=optimizer)
+        equalized = equalize(
+            model, store.manifest, statistics, config.alpha, ids, optimizer=optimizer, round_to_pow2=config.equalize_pow2
+        )
         statistics = equalized.statistics
         notes.append(f"equalized {len(equalized.folded)} norms and linears (quant.equalize={config.alpha:g})")
         notes += _listed(equalized.skipped)
@@ -52,9 +51,18 @@ def prepare(
     return notes
 
 
+def first_sequences(batches: Iterable[Batch], num_sequences: int) -> list[tuple[Batch, bool]]:
+    """The first sequences of batches, as `prepare` takes them: fewer where there are no more."""
+    sequences: list[tuple[Batch, bool]] = []
+    for batch in batches:
+        rows = range(min(len(batch["input_ids"]), num_sequences - len(sequences)))
+        sequences += [({name: tensor[row : row + 1] for name, tensor in batch.items()}, True) for row in rows]
+        if len(sequences) == num_sequences:
+            break
+    return sequences
+
+
 def _listed(skipped: Mapping[str, str]) -> list[str]:
     """One line for each reason, with the names that it is about."""
     reasons = dict.fromkeys(skipped.values())
-    return [
-        f"not equalized: {shown([name for name, own in skipped.items() if own == reason])}: {reason}" for reason in reasons
-    ]
+    return [f"not equalized: {shown([name for name, own in skipped.items() if own == reason])}: {reason}" for reason in reasons]

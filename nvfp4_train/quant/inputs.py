@@ -69,22 +69,23 @@ class InputQuantizer:
         if kept is not None and kept.x() is x and (kept.quantized.packed is not None or not torch.is_grad_enabled()):
             quantized, num_left = kept.quantized, kept.num_left - 1
         else:
-            self.follow()
+            if self.scale.device != x.device:
+                self.follow()
             quantized, num_left = self._quantize(x), self._num_siblings - 1
         if num_left:
             self._kept = _Kept(weakref.ref(x, self._drop), quantized, num_left)
         return quantized
 
     def follow(self) -> None:
-        """Read the scale anew. Compiled forwards do not: it is to be called after the scale was moved to another device."""
-        self.scale = self._read_scale()
+        """Read the scale anew, from where it lives now. Forwards do so themselves after a move to another device, compiled ones not."""
+        self.scale, self._kept = self._read_scale(), None
 
     def _quantize(self, x: Tensor) -> QuantizedInput:
         scale = self.scale
         if scale.device != x.device:
             raise ValueError(
-                f"the input scale of {self.group} must be on the device of its input, {x.device}, got {scale.device}; after a move "
-                "of both call InputQuantizers.enable"
+                f"the input scale of {self.group} must be on the device of its input, {x.device}, got {scale.device}; call "
+                "InputQuantizers.enable after a move"
             )
         if torch.is_grad_enabled():
             x_hat, packed, scales = torch.ops.nvfp4.quantize_input(x, scale)

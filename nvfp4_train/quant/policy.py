@@ -64,6 +64,8 @@ class QuantConfig:
     calibration: CalibrationConfig = CalibrationConfig()
     equalize: float | str | None = 0.5
     """Exponent alpha, 0 to 1, of the equalization that is folded into the model before quantization begins; `none` leaves it out."""
+    equalize_pow2: bool = False
+    """Round the scales of the equalization to powers of two: the folded model computes the bits of the original. Costs accuracy."""
     activations: str = "none"
     """`nvfp4` trains with quantized inputs of quantized weights (W4A4), `none` with weights alone (W4A16)."""
     serve: str | None = None

@@ -137,10 +137,10 @@ class ServedUnit:
         return self._shown(super().forward, *args, **kwargs)  # type: ignore[misc]
 
     def within(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)` as if it were the unit's forward: the parameters of the unit's modules have served values meanwhile.
+        """`function(*args)` as if it were the unit's forward: the unit's modules hold served values meanwhile.
 
-        `function` may call submodules and read their parameters. Under FSDP2 the root's parameters are gathered, too, and all
-        tensors that take part in the backward must be what it returns.
+        So `function` may call submodules and read their parameters. The root of a sharded model is gathered as well, and what of
+        this takes part in the backward must be among the tensors that `function` returns.
         """
         return self._shown(function, *args)
 

@@ -1,25 +1,27 @@
-"""A job of a launcher: from the composed config to the end of the run, with its exit codes."""
+"""A job of a launcher: from the options to the end of the run, with its exit codes."""
 
 import atexit
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from omegaconf import DictConfig
 
 from nvfp4_train.callbacks.preemption import Preempted
 from nvfp4_train.run.build import build
-from nvfp4_train.run.compose import run_options, save_config
 from nvfp4_train.run.process import default_to_offline_wandb, finish_wandb, leave_process_group
 from nvfp4_train.run.resume import choose_checkpoint
 
 
-def run_job(cfg: DictConfig, *, trains: bool = True) -> float | None:
-    """Run a job. Without training it calibrates, quantizes, measures and exports alone (PTQ). Returns the quantized model's loss."""
-    options = run_options(cfg)
+def run_job(options: dict[str, Any], on_start: Callable[[], None], *, trains: bool = True) -> float | None:
+    """Run a job. Without training it calibrates, quantizes, measures and exports alone (PTQ). Returns the quantized model's loss.
+
+    `on_start` is called once the run is accepted.
+    """
     default_to_offline_wandb()
     # Neither warning applies: the run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
     warnings.filterwarnings("ignore", message="Experiment logs directory")
@@ -30,7 +32,7 @@ def run_job(cfg: DictConfig, *, trains: bool = True) -> float | None:
     try:
         options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(options["run_dir"]) / "checkpoints")
         trainer, module, data = build(options, trains=trains)
-        trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: save_config(cfg)))
+        trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: on_start()))  # type: ignore[attr-defined]
         trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
         atexit.register(leave_process_group)
     except Preempted:

@@ -44,7 +44,7 @@ def equalized(family: str, sharded: bool, dtype: torch.dtype = torch.float32) ->
     batches = [({"input_ids": ids.to(device)}, is_counted) for ids, is_counted in padded]
     with built.store.masters_only():
         calibration = calibrate(model, manifest, batches, lambda batch: compute_logits(model, batch["input_ids"]))
-        found = equalize(model, manifest, calibration.statistics, 0.5, IDS.to(device), optimizer=optimizer)
+        found = equalize(model, manifest, calibration.statistics, 0.5, IDS.to(device), optimizer=optimizer, round_to_pow2=True)
     averages = {name: optimizer.state[parameter]["exp_avg_sq"] for name, parameter in model.named_parameters()}
     return {
         "hessian": {group: statistics.hessian for group, statistics in calibration.statistics.items()},

@@ -63,9 +63,10 @@ def compare(family: str, path: str | None, teacher: str | None, dtype: torch.dty
         assert not isinstance(model.model.lm_head.weight, DTensor)
         value.backward()
         found["loss"] = max(found["loss"], abs(value.item() - expected[distributed.get_rank()].item()))
-        for name, parameter in model.model.named_parameters():
-            difference = (whole(parameter.grad) - (step + 1) * gradients[name]).abs().max()
-            found["gradient"] = max(found["gradient"], (difference / gradients[name].abs().max()).item())
+        for name, gradient in gradients.items():
+            # They add up over the steps.
+            difference = (whole(model.model.get_parameter(name).grad) - (step + 1) * gradient).abs().max()
+            found["gradient"] = max(found["gradient"], (difference / gradient.abs().max()).item())
     with torch.no_grad():
         pairs = zip(loss(built.model, own)[1].items(), sharded(model.model, own)[1].values(), strict=True)
         found["metrics"] = {name: (one - other).abs().item() for (name, one), other in pairs}

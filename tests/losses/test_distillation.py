@@ -151,6 +151,18 @@ def test_in_training_the_whole_vocabulary_exists_for_a_chunk_alone(monkeypatch: 
     assert not any(parameter.grad is not None for parameter in loss.teacher.parameters())
 
 
+def test_a_part_of_a_padded_vocabulary_is_compared() -> None:
+    padded = torch.randn(6, 24, requires_grad=True)
+    student = chunked.WholeLogits(padded[:, :20])
+    assert student.logits(slice(2, 4)).is_contiguous()
+    positions = Positions.of({"input_ids": torch.randint(0, 20, (2, 3))})
+    found = chunked.mean_losses(student, chunked.WholeLogits(torch.zeros(6, 20)), positions, Objective(), num_rows=4)
+    chunked.with_gradients(found["divergence"], student).backward()
+    assert padded.grad is not None
+    assert padded.grad[:, :20].any()
+    assert not padded.grad[:, 20:].any()
+
+
 def test_chunks_are_as_many_rows_as_fit() -> None:
     student = chunked.ProjectedLogits(torch.zeros(5000, 4), torch.zeros(128256, 4), None)
     rows = chunked._chunks(student, None, chunked.FUSED_BYTES)

@@ -11,17 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nvfp4_train.callbacks.served_check import ServedCheck
-from nvfp4_train.models.build import BuiltModel, build_model, kept_in_fp32
-from nvfp4_train.models.causal_lm import compute_logits, load_model
-from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.build import BuiltModel, build_model
+from nvfp4_train.models.causal_lm import compute_logits
 from nvfp4_train.models.served_check import check_served
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
-from nvfp4_train.quant.inputs import InputQuantizers
-from nvfp4_train.quant.linear import quantize_inputs
-from nvfp4_train.quant.policy import QuantConfig, select
-from nvfp4_train.quant.served import parts_called_alone, served_units, show_served
-from nvfp4_train.quant.store import ReplicatedWeightStore
+from nvfp4_train.quant.policy import QuantConfig
 
 IDS = torch.arange(1, 17).view(1, 16)
 
@@ -106,40 +101,35 @@ def test_a_module_that_does_not_repeat_itself_is_passed_over() -> None:
         check_served(built.model, IDS)
 
 
-def with_quantized_inputs(family: str, compute_dtype: torch.dtype, scale: float) -> tuple[nn.Module, InputQuantizers]:
-    torch.manual_seed(0)
-    model = load_model(tiny_config(family), compute_dtype)
-    manifest = select(model, QuantConfig(), HubLayout(model.config)).manifest
-    scales = {group[0]: torch.tensor([scale]) for group in manifest.groups}
-    quantizers = quantize_inputs(model, manifest, scales.__getitem__)
-    shown = show_served(
-        model, served_units(model), also=parts_called_alone(model), kept=kept_in_fp32(model), compute_dtype=compute_dtype
-    )
-    ReplicatedWeightStore(model, manifest, shown, compute_dtype=compute_dtype).update()
-    quantizers.enable()
-    return model, quantizers
+def with_quantized_inputs(family: str, compute_dtype: torch.dtype) -> BuiltModel:
+    built = build(family, compute_dtype)
+    for group in built.store.manifest.groups:
+        # Small, so that values saturate: otherwise another power of two would make no difference.
+        built.store.state.input_scale(group[0]).fill_(2.0**-13)
+    built.store.update()
+    built.inputs.enable()
+    return built
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["llama", "lfm2", "zamba2", "minimax"])
 def test_inputs_are_quantized_as_by_the_reference(family: str, compute_dtype: torch.dtype) -> None:
-    # A small scale, so that values saturate: otherwise another power of two would make no difference.
-    model, quantizers = with_quantized_inputs(family, compute_dtype, 2.0**-13)
-    assert check_served(model, IDS, compute_dtype, quantizers) > 10
-    # Without them the plain class has other inputs, so they are compared.
+    built = with_quantized_inputs(family, compute_dtype)
+    assert check_served(built.model, IDS, compute_dtype, built.inputs) > 10
+    # Without them the plain class has other inputs.
     with pytest.raises(ValueError, match=r"is the first module with another output"):
-        check_served(model, IDS, compute_dtype)
-    with quantizers.serving("w4a16"):
-        assert check_served(model, IDS, compute_dtype, quantizers) > 10
+        check_served(built.model, IDS, compute_dtype)
+    with built.inputs.serving("w4a16"):
+        assert check_served(built.model, IDS, compute_dtype, built.inputs) > 10
 
 
 def test_an_input_that_is_quantized_by_another_groups_scale_is_found() -> None:
-    model, quantizers = with_quantized_inputs("llama", torch.bfloat16, 2.0**-13)
-    other = copy.copy(quantizers["model.layers.1.mlp.down_proj.weight"])
-    other._read_scale = lambda: torch.tensor([2.0**-30])
-    model.model.layers[1].mlp.down_proj.input_quantizer = other
+    built = with_quantized_inputs("llama", torch.bfloat16)
+    other = copy.copy(built.inputs["model.layers.1.mlp.down_proj.weight"])
+    other.scale = torch.tensor([2.0**-30])
+    built.model.model.layers[1].mlp.down_proj.input_quantizer = other
     with pytest.raises(ValueError, match=r"but model\.layers\.1\.mlp\.down_proj \(NVFP4Linear\) is the first module"):
-        check_served(model, IDS, torch.bfloat16, quantizers)
+        check_served(built.model, IDS, torch.bfloat16, built.inputs)
 
 
 def fit(spoiled: bool, **options: int) -> None:

@@ -16,14 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvfp4_train.kernels import reference
 from nvfp4_train.kernels.scale_rules import MAX_RULE
-from nvfp4_train.models.build import Trainable
-from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.build import Trainable, make_trainable
 from nvfp4_train.quant.inputs import InputQuantizers, record_inputs
 from nvfp4_train.quant.linear import NVFP4Linear, quantize_inputs
 from nvfp4_train.quant.manifest import QuantManifest
-from nvfp4_train.quant.policy import QuantConfig, select
-from nvfp4_train.quant.served import parts_called_alone, served_units, show_served
-from nvfp4_train.quant.store import ReplicatedWeightStore
+from nvfp4_train.quant.policy import QuantConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -222,8 +219,8 @@ def test_what_needs_no_gradient_keeps_nothing() -> None:
     assert not model(torch.randn(4, 32)).requires_grad
 
 
-def test_a_scale_that_moves_is_followed() -> None:
-    """`nn.Module.to` replaces buffers."""
+def test_a_scale_that_is_replaced_is_followed() -> None:
+    """`nn.Module.to` replaces buffers, so does a load with `assign`."""
     torch.manual_seed(0)
     model, scales = Siblings(), Scales()
     quantizers = quantize_inputs(model, SIBLINGS, scales)
@@ -232,10 +229,13 @@ def test_a_scale_that_moves_is_followed() -> None:
     before = model(x)
     # Only where values saturate, or scales underflow, does another power of two change anything.
     scales.value = torch.tensor([2.0**-20])
+    quantizers.enable()
     assert not torch.equal(model(x), before)
-    scales.value = torch.ones(1, device="meta")
-    with pytest.raises(ValueError, match=r"input scale of q_proj.weight must be on the device of its input, cpu, got meta"):
-        model(x)
+    quantizer, moved = quantizers["q_proj.weight"], x.to("meta")
+    with pytest.raises(ValueError, match=r"input scale of q_proj.weight must be on the device of its input, meta, got cpu"):
+        quantizer(moved)
+    scales.value = scales.value.to("meta")
+    assert quantizer(moved).values.is_meta
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, torch.nan])
@@ -266,22 +266,20 @@ def test_what_has_no_input_to_quantize_is_refused(model: nn.Module, name: str, m
 # ---- whole models ------------------------------------------------------------------------------------------------------------
 
 
-def w4a4(model: nn.Module, *, compute_dtype: torch.dtype = torch.bfloat16) -> tuple[Trainable, InputQuantizers]:
-    """As `models.build` makes a replicated model trainable."""
-    selection = select(model, QuantConfig(), HubLayout(model.config))
-    quantizers = quantize_inputs(model, selection.manifest, Scales(2.0**-7))
-    shown = show_served(model, served_units(model), also=parts_called_alone(model), compute_dtype=compute_dtype)
-    store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
-    store.update()
-    quantizers.enable()
-    return Trainable(selection=selection, store=store), quantizers
+def w4a4(model: nn.Module, *, compute_dtype: torch.dtype = torch.bfloat16) -> Trainable:
+    made = make_trainable(model, QuantConfig(), compute_dtype=compute_dtype)
+    for group in made.selection.manifest.groups:
+        made.store.state.input_scale(group[0]).fill_(2.0**-7)
+    made.store.update()
+    made.inputs.enable()
+    return made
 
 
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=str)
 def test_a_model_computes_as_the_plain_class_with_both_quantized(compute_dtype: torch.dtype) -> None:
     model = tiny_model("llama")
     served = tiny_model("llama", compute_dtype)
-    made, quantizers = w4a4(model, compute_dtype=compute_dtype)
+    made = w4a4(model, compute_dtype=compute_dtype)
     with torch.no_grad():
         for name, parameter in served.named_parameters():
             parameter.copy_(made.store.compute_weight(name) if name in made.store.names else parameter.bfloat16())
@@ -319,7 +317,7 @@ def test_one_compilation_serves_all_layers_and_gives_the_same_bits() -> None:
     found = []
     for compile_layers in (False, True):
         model = tiny_model("llama", num_hidden_layers=10)
-        _, quantizers = w4a4(model)
+        quantizers = w4a4(model).inputs
         graphs: list[int] = []
         if compile_layers:
             torch._dynamo.reset()
@@ -360,7 +358,8 @@ def test_a_compiled_block_quantizes_an_input_once() -> None:
 
 def test_recorded_inputs_are_those_of_the_forward() -> None:
     model = tiny_model("llama")
-    made, quantizers = w4a4(model)
+    made = w4a4(model)
+    quantizers = made.inputs
     quantizers.enable(False)
     ids = torch.randint(0, 64, (2, 50))
     samples = record_inputs(model, quantizers, lambda: model(input_ids=ids, use_cache=False))

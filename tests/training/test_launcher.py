@@ -42,7 +42,7 @@ def test_the_launcher_refuses_before_training(override: str, message: str, tmp_p
     [
         ("loss.temperature=0", "error: loss: loss.temperature must be above 0 and finite, got 0"),
         ("loss.divergence=kl", "error: loss.divergence must be 'forward_kl' or 'reverse_kl' or 'jsd', got 'kl'"),
-        ("loss.teacher_path=/nonexistent", "/nonexistent"),
+        ("loss.teacher_path=/nonexistent", "error: loss.teacher_path='/nonexistent': "),
     ],
 )
 def test_the_launcher_refuses_options_of_distillation(override: str, message: str, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_run_of_distillation_reports_how_far_it_is_from_its_teacher(tmp_path: 
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/divergence", "train/cross_entropy", "val/loss", "val/kl", "val/top1_agreement"} <= set(header)
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert all(name.startswith("model.") and "teacher" not in name for name in checkpoint["state_dict"])
+    assert all(name.startswith(("model.", "quant_state.")) and "teacher" not in name for name in checkpoint["state_dict"])
 
 
 def test_ranks_without_a_shared_id_agree_on_a_folder_and_need_a_trainer_for_all(tmp_path: Path) -> None:
