@@ -15,16 +15,13 @@ from torch import Tensor, distributed, nn
 
 from nvfp4_train.models.causal_lm import compute_logits
 from nvfp4_train.models.channel_codes import power_of_two
-from nvfp4_train.models.equalize_search import STEPS, refine
+from nvfp4_train.models.equalize_search import MAX_LOG2, STEPS, refine
 from nvfp4_train.models.fold_axes import Axis, along
 from nvfp4_train.models.fold_sites import FoldSite, find_sites, kind_of
 from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.quant.calibration import InputStatistics
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.undisturbed import reshard, undisturbed
-
-MAX_LOG2 = 8
-"""s lies between 2^-8 and 2^8. A channel that is nearly dead would have more, and its weights would drown those of their blocks."""
 
 STATE_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 """The power of the gradient that a state of Adam is an average of. A parameter times c has the gradient over c."""
@@ -87,7 +84,7 @@ def equalize(
     column_amax = _column_amax({group: groups[group] for site in sites for group in site.inputs})
     scales = [_scales(site, statistics, column_amax, alpha, round_to_pow2) for site in sites]
     if is_refined:
-        scales = refine(sites, scales, groups, statistics, steps=(1.0,) if round_to_pow2 else STEPS)
+        scales = refine(sites, scales, groups, column_amax, statistics, steps=(1.0,) if round_to_pow2 else STEPS)
     equalized = dict(statistics)
     for site, s in zip(sites, scales, strict=True):
         _fold(site, s, optimizer)

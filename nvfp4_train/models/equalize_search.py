@@ -22,6 +22,8 @@ from nvfp4_train.models.fold_sites import FoldSite
 from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.quant.calibration import InputStatistics, second_moments
 
+MAX_LOG2 = 8
+"""s lies between 2^-8 and 2^8. A channel that is nearly dead would have more, and its weights would drown those of their blocks."""
 STEPS = (0.5, 0.25)
 """Steps of log2 s, one sweep after another."""
 SWEEPS = 2
@@ -38,6 +40,7 @@ def refine(
     sites: Sequence[FoldSite],
     scales: Sequence[Tensor],
     groups: Mapping[str, Sequence[Tensor]],
+    column_amax: Mapping[str, Tensor],
     statistics: Mapping[str, InputStatistics],
     *,
     steps: Sequence[float] = STEPS,
@@ -49,10 +52,11 @@ def refine(
     Args:
         scales: Where the search begins.
         groups: The weights of every group that reads a site, whole or sharded, before anything is folded.
+        column_amax: max_n |W_nj| of every group, over all ranks.
         statistics: Of the inputs of these groups, before anything is folded.
         steps: Of log2 s.
     """
-    searches = [_Search(site, s, groups, statistics) for site, s in zip(sites, scales, strict=True)]
+    searches = [_Search(site, s, groups, column_amax, statistics) for site, s in zip(sites, scales, strict=True)]
     places = [(place, sign * step) for step in steps for _ in range(SWEEPS) for place in range(BLOCK_SIZE) for sign in (1, -1)]
     least = _losses(searches, [search.log2_s for search in searches])
     for place, step in places:
@@ -72,6 +76,8 @@ class _Reader:
     """The unit whose scales each block has, int64 [K / 16]."""
     weights: Tensor
     """Rows of this rank, float32 [n, K]."""
+    column_amax: Tensor
+    """Largest weights by column, of all rows of all ranks, float32 [K]."""
     inputs: Tensor
     """float32 [T, K]."""
     amax: Tensor
@@ -86,7 +92,7 @@ class _Reader:
     def loss_of_weights(self, s: Tensor) -> Tensor:
         """Of each block, and one row on average over all ranks, this rank's part: float64 [K / 16]."""
         scaled = self.weights * s
-        s2 = reference.global_scale(scaled.abs().amax()) if len(scaled) else scaled.new_ones(())
+        s2 = reference.global_scale((self.column_amax * s).amax())
         d = torch.ops.nvfp4.fake_quant(scaled, s2, torch.float32) / s - self.weights
         return (second_moments(d) * self.hessian).sum((1, 2)) / self.num_rows
 
@@ -101,7 +107,12 @@ class _Search:
     """The search at one site. A unit are 16 channels of the feeder that are a block wherever they are read."""
 
     def __init__(
-        self, site: FoldSite, s: Tensor, groups: Mapping[str, Sequence[Tensor]], statistics: Mapping[str, InputStatistics]
+        self,
+        site: FoldSite,
+        s: Tensor,
+        groups: Mapping[str, Sequence[Tensor]],
+        column_amax: Mapping[str, Tensor],
+        statistics: Mapping[str, InputStatistics],
     ) -> None:
         self._s = s
         blocks = {group: channels.view(-1, BLOCK_SIZE) for group, channels in site.inputs.items()}
@@ -109,16 +120,23 @@ class _Search:
         is_separable = self._units.unique().numel() == self._units.numel()
         parts = index.split([len(part) for part in blocks.values()])
         self._readers = [
-            _reader(groups[group], statistics[group], units) for group, units in zip(blocks, parts, strict=True) if is_separable
+            _reader(groups[group], column_amax[group], statistics[group], units)
+            for group, units in zip(blocks, parts, strict=True)
+            if is_separable
         ]
-        self.log2_s = s[self._units].log2().to(groups[next(iter(blocks))][0].device)
+        device = groups[next(iter(blocks))][0].device
+        self.log2_s = s[self._units].log2().to(device)
         """float32 [units, 16]."""
+        is_alive = torch.zeros(site.num_channels, dtype=torch.bool)
+        for group, channels in site.inputs.items():
+            is_alive[channels] |= (statistics[group].rms.cpu() > 0) & (column_amax[group] > 0)
+        self._is_alive = is_alive[self._units].to(device)
 
     def moved(self, place: int, step: float) -> Tensor:
-        """log2 s with a step at one place of every unit."""
+        """log2 s with a step at one place of every unit, but in channels that are always 0."""
         log2_s = self.log2_s.clone()
-        log2_s[:, place] += step
-        return log2_s
+        log2_s[:, place] += step * self._is_alive[:, place]
+        return log2_s.clamp_(-MAX_LOG2, MAX_LOG2)
 
     def losses(self, log2_s: Tensor) -> Tensor:
         """Of every unit, this rank's part of that of weights, and that of inputs: float64 [2, units]."""
@@ -137,7 +155,7 @@ class _Search:
         return s
 
 
-def _reader(weights: Sequence[Tensor], statistics: InputStatistics, units: Tensor) -> _Reader:
+def _reader(weights: Sequence[Tensor], column_amax: Tensor, statistics: InputStatistics, units: Tensor) -> _Reader:
     width, device = weights[0].shape[-1], local_rows(weights[0])[0].device
     stride = -(-sum(weight.numel() for weight in weights) // width // MAX_ROWS)
     some = []
@@ -156,6 +174,7 @@ def _reader(weights: Sequence[Tensor], statistics: InputStatistics, units: Tenso
     return _Reader(
         units=units.to(device),
         weights=torch.cat(some),
+        column_amax=column_amax.float().to(device),
         num_rows=num_some,
         inputs=draw_inputs(statistics.hessian).to(device),
         amax=statistics.amax.to(device),
