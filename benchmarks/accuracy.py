@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
@@ -66,8 +67,10 @@ class Arm(Protocol):
 
 class Ours:
     def __init__(self, folder: str, calibration: Tensor, **options: Any) -> None:
-        self.quant = QuantConfig(calibration=CalibrationConfig(sequences=len(calibration)), **options)
-        self.distillation = DistillationLoss()
+        calibrated = CalibrationConfig(sequences=len(calibration))
+        self.quant = QuantConfig(calibration=calibrated, refit_every=1, **options)
+        # It has to know before the model is built that hidden states are compared.
+        self.distillation = DistillationLoss(hidden=1.0)
         self.module = QATModule(
             model=ModelConfig(path=folder), quant=self.quant, optim=OptimConfig(frozen=FROZEN), loss=self.distillation
         ).to(DEVICE)
@@ -162,14 +165,15 @@ KINDS = {
     "modelopt w4a4": Kind(partial(ModelOptimizer, activations="nvfp4"), tuple(map(Setting, (1.5e-4, 3e-4, 1e-4)))),
     "ours w4a4": Kind(
         partial(Ours, rule="hessian", activations="nvfp4"),
-        (*(Setting(rate, 1.0) for rate in (1.5e-4, 1e-4, 3e-4)), Setting(1.5e-4, 0.3), Setting(1.5e-4, 3.0)),
+        tuple(Setting(rate, 1.0) for rate in (1.5e-4, 1e-4, 2.5e-4)),
     ),
     "modelopt w4a16": Kind(partial(ModelOptimizer, activations="none"), tuple(map(Setting, (1.5e-4, 6e-5, 3e-4)))),
     "ours w4a16": Kind(
         partial(Ours, rule="hessian", activations="none"),
-        (*(Setting(rate, 1.0) for rate in (1e-4, 6e-5, 1.5e-4)), Setting(1e-4, 0.3), Setting(1e-4, 3.0)),
+        tuple(Setting(rate, 1.0) for rate in (1e-4, 6e-5, 1.5e-4)),
     ),
     "ours ptq": Kind(partial(Ours, rule="hessian", activations="nvfp4")),
+    "ours ptq, powers of two": Kind(partial(Ours, rule="hessian", equalize_pow2=True, activations="nvfp4")),
     "ours ptq, max": Kind(partial(Ours, rule="max", equalize=None, activations="nvfp4")),
     "ours ptq, max, equalized": Kind(partial(Ours, rule="max", activations="nvfp4")),
     "ours ptq, not equalized": Kind(partial(Ours, rule="hessian", equalize=None, activations="nvfp4")),
@@ -193,6 +197,16 @@ class Text(NamedTuple):
 
 
 def read_text(options: argparse.Namespace) -> Text:
+    """The text of --text, or of the packages, which is kept there."""
+    if options.text is not None and options.text.exists():
+        return Text(*torch.load(options.text, weights_only=True))
+    text = read_installed_text(options)
+    if options.text is not None:
+        torch.save(tuple(text), options.text)
+    return text
+
+
+def read_installed_text(options: argparse.Namespace) -> Text:
     training, held_out = installed_text.documents(installed_text.installed_folders())
     sequences = partial(installed_text.sequences, tokenizer=AutoTokenizer.from_pretrained(options.model), length=options.length)
     shown = sequences(training, count=options.calibration + options.steps * options.batch)
@@ -291,19 +305,24 @@ class Results:
         return [run for run in runs if run not in rows]
 
 
-def measure(options: argparse.Namespace, results: Results) -> None:
-    """Make what is missing. A device that is free takes another run of the kind that it has made, if there is one."""
+def measure(options: argparse.Namespace, results: Results) -> list[Run]:
+    """Make what is missing. A device that is free takes another run of the kind that it has made, if there is one.
+
+    Returns the runs that failed.
+    """
     deadline = time.monotonic() + 60 * options.minutes
     text = read_text(options)
     context = multiprocessing.get_context("spawn")
     devices = range(max(1, torch.cuda.device_count()))
     pools = {device: ProcessPoolExecutor(1, context, start_worker, (device, options, text)) for device in devices}
     made: dict[int, str] = {}
+    failed: list[Run] = []
     running: dict[Future[dict[str, Any]], tuple[int, Run]] = {}
     while True:
         for device in devices:
             busy = dict(running.values())
-            runs = [run for kind in options.arms for run in results.missing(kind, options.seeds) if run not in busy.values()]
+            begun = [*busy.values(), *failed]
+            runs = [run for kind in options.arms for run in results.missing(kind, options.seeds) if run not in begun]
             if device in busy or not runs or time.monotonic() > deadline:
                 continue
             taken = {kind for other, kind in made.items() if other != device}
@@ -314,10 +333,15 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             break
         for done in wait(running, return_when=FIRST_COMPLETED).done:
             _, run = running.pop(done)
-            results.add(run, **done.result())
-            print(f"{run}: {done.result()}", flush=True)
+            if error := done.exception():
+                failed.append(run)
+                traceback.print_exception(error)
+            else:
+                results.add(run, **done.result())
+            print(f"{run}: {error or done.result()}", flush=True)
     for pool in pools.values():
         pool.shutdown()
+    return failed
 
 
 _worker: Worker
@@ -341,7 +365,7 @@ def host() -> str:
     return ", ".join([device, *(f"{name} {version(name)}" for name in packages)])
 
 
-def table(options: argparse.Namespace, results: Results) -> Iterator[str]:
+def table(results: Results) -> Iterator[str]:
     columns = [f"{metric} {serving}" for serving in SERVINGS for metric in ("kl", "top1_agreement")]
     yield f"| {' | '.join(['arm', 'rate', 'hidden', 'seeds', *columns])} |"
     yield "| --- " * (4 + len(columns)) + "|"
@@ -362,6 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder")
     parser.add_argument("--results", required=True, type=Path, help="a file of JSON lines that results are added to")
+    parser.add_argument("--text", type=Path, help="a file to keep the token ids in; reading all packages takes a minute")
     parser.add_argument("--arms", nargs="+", choices=KINDS, help="default: all that can run here")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after this time")
@@ -374,9 +399,11 @@ def main() -> None:
     has_peer = peers.has_model_optimizer() and DEVICE.type == "cuda"
     options.arms = options.arms or [name for name in KINDS if has_peer or not name.startswith("modelopt")]
     results = Results(options)
-    measure(options, results)
+    failed = measure(options, results)
     print(f"\n{host()}; {' '.join(sys.argv)}\n")
-    print("\n".join(table(options, results)))
+    print("\n".join(table(results)))
+    if failed:
+        sys.exit(f"failed: {'; '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":
