@@ -63,6 +63,11 @@ class Tokens(L.LightningDataModule):
     def __init__(self, num_sequences: int) -> None:
         super().__init__()
         self.sequences = torch.randint(0, 64, (num_sequences, 1, 12), generator=torch.Generator().manual_seed(0))
+        # As many as one, two, three and four ranks share evenly, and enough to calibrate with.
+        self.calibration = torch.randint(0, 64, (24, 1, 12), generator=torch.Generator().manual_seed(1))
+
+    def calibration_batches(self, num_sequences: int) -> list[tuple[dict[str, Tensor], bool]]:
+        return [(batch, True) for batch in self._batches(self.calibration[:num_sequences])]
 
     def _batches(self, sequences: Tensor) -> list[dict[str, Tensor]]:
         return [{"input_ids": ids} for ids in sequences[distributed.get_rank() :: distributed.get_world_size()]]

@@ -148,7 +148,8 @@ def test_an_export_reads_the_folder_of_a_sharded_run(whole: Path) -> None:
     assert not torch.distributed.is_initialized()
     checkpoint = load_checkpoint(whole / "whole.ckpt")
     saved = read_checkpoint(whole / "whole.ckpt")["state_dict"]
-    assert {f"model.{name}" for name in checkpoint.weights} == set(saved)
+    names = {f"model.{name}" for name in checkpoint.weights} | {f"quant_state.{name}" for name in checkpoint.quant_state}
+    assert names == set(saved)
     assert checkpoint.config.hidden_size == 32
     assert len(checkpoint.manifest.groups) == 8
 
