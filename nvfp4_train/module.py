@@ -24,7 +24,7 @@ from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, comp
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.inputs import InputQuantizers
-from nvfp4_train.quant.policy import QuantConfig, Selection
+from nvfp4_train.quant.policy import SERVINGS, QuantConfig, Selection
 from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
@@ -210,15 +210,21 @@ class QATModule(L.LightningModule):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the inputs of quantized weights have scales, without which they cannot be quantized."""
-        return self.quant_config.calibration.sequences > 0
+        """Whether the inputs of quantized weights have scales, without which they cannot be quantized. Waits for the device."""
+        assert self.inputs is not None
+        return self.inputs.is_calibrated
 
     def update(self, *, refit: bool = False) -> None:
-        """Let the forward compute with the quantized model of the current masters, see `WeightStore.update`."""
+        """Let the forward compute with the quantized model of the current masters, see `WeightStore.update`.
+
+        The first time it raises ValueError where inputs that are to be quantized, in training or as it is served, have no scale.
+        """
         assert self.store is not None and self.inputs is not None
-        self.store.update(refit=refit)
-        if self.quant_config.activations == "nvfp4" and not self.inputs.is_enabled:
+        config = self.quant_config
+        if not self.store.is_enabled and "nvfp4" in (config.activations, SERVINGS[config.serving]):
             self.inputs.check_calibrated()
+        self.store.update(refit=refit)
+        if config.activations == "nvfp4" and not self.inputs.is_enabled:
             self.inputs.enable()
 
     @contextmanager

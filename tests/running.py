@@ -31,11 +31,16 @@ SMALL = (
 
 
 def train_command(
-    run_dir: Path, *overrides: str, torchrun: tuple[str, ...] = (), small: bool = True, python: str = sys.executable
+    run_dir: Path,
+    *overrides: str,
+    torchrun: tuple[str, ...] = (),
+    small: bool = True,
+    python: str = sys.executable,
+    script: str = "train.py",
 ) -> list[str]:
     """The launcher's command line; under torchrun, if there are options of it."""
-    script = [str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
-    return [python, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *script]
+    command = [str(ROOT / "launch" / script), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
+    return [python, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *command]
 
 
 def train_environment(threads: int = 1) -> dict[str, str]:
@@ -52,15 +57,18 @@ def launch(
     check: bool = True,
     threads: int = 1,
     forked: bool = True,
+    script: str = "train.py",
 ) -> subprocess.CompletedProcess[str]:
     """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False.
+
+    `script` is another launcher with the same options.
 
     Processes of a small run are forked from one that has imported everything, since to import takes longer than the run.
     They hash strings alike, which ranks that are started one by one (forked=False) do not.
     """
     torchrun = ("--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
     python, server = forked_python() if small and forked else (sys.executable, {})
-    command = train_command(run_dir, *overrides, torchrun=torchrun, small=small, python=python)
+    command = train_command(run_dir, *overrides, torchrun=torchrun, small=small, python=python, script=script)
     result = subprocess.run(command, capture_output=True, text=True, env=train_environment(threads) | server, cwd=ROOT)
     if check:
         assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[:3000]}\n...\n{result.stderr[-3000:]}"

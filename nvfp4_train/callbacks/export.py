@@ -73,8 +73,7 @@ class Export(Callback):
             elif trainer.is_global_zero:
                 report = export_model(self.folder, FromStore(model, store), **options)
         if report is not None:
-            if report.note is not None:
-                print(f"{self.folder}: {report.note}", flush=True)
+            print(report, flush=True)
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
                 {

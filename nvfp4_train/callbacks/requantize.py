@@ -7,9 +7,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
 from nvfp4_train.models.prepare import first_sequences
-from nvfp4_train.module import QATModule
+from nvfp4_train.module import QATModule, sum_over_ranks
 from nvfp4_train.progress import progress_bar
-from nvfp4_train.quant.calibration import Batch
+from nvfp4_train.quant.calibration import Batch, check_num_tokens
 from nvfp4_train.quant.policy import SERVINGS
 
 
@@ -44,6 +44,12 @@ class Requantize(Callback):
         if trainer.global_step < pl_module.quant_config.start_step:
             self._metrics_at_switch = {}
         self._after_step(trainer, pl_module)
+        num_sequences = pl_module.quant_config.calibration.sequences
+        if num_sequences and not self._metrics_at_switch:
+            # Else the run would find out at the switch.
+            batches = _calibration_batches(trainer, num_sequences)
+            own = sum(batch["input_ids"].numel() for batch, is_counted in batches if is_counted)
+            check_num_tokens(int(sum_over_ranks({"tokens": own})["tokens"]))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
         if trainer.global_step != self._last_step:

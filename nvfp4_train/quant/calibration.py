@@ -98,10 +98,7 @@ def calibrate(
             num_tokens += batch["input_ids"].numel() if is_counted else 0
             run(batch)
     num_tokens = sums.add_up_over_ranks(num_tokens)
-    if num_tokens < MIN_TOKENS:
-        raise ValueError(
-            f"calibration must see at least {MIN_TOKENS} tokens, got {num_tokens}; raise quant.calibration.sequences or data.seq_len"
-        )
+    check_num_tokens(num_tokens)
     sums.check_finite()
     statistics: dict[str, InputStatistics] = {}
     notes: list[str] = []
@@ -115,6 +112,14 @@ def calibrate(
             width = len(statistics[group].rms)
             notes.append(f"{_module(group)} has {dead} dead input channels of {width}: they were 0 in every calibration token")
     return Calibration(statistics=statistics, notes=notes)
+
+
+def check_num_tokens(num_tokens: int) -> None:
+    """Raise ValueError where so many tokens, of all ranks, are too few to calibrate with."""
+    if num_tokens < MIN_TOKENS:
+        raise ValueError(
+            f"calibration must see at least {MIN_TOKENS} tokens, got {num_tokens}; raise quant.calibration.sequences or data.seq_len"
+        )
 
 
 class _InputSums:

@@ -138,18 +138,26 @@ class InputQuantizers:
             quantizer.follow()
         return {name: self._of_group[group[0]].scale for group in self.groups for name in group}
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether every input has a scale. Waits for the device."""
+        return not self._uncalibrated()
+
     def check_calibrated(self) -> None:
         """Raise ValueError, naming the linears, where calibration has left no scale. Waits for the device."""
-        scales = self.scales()
-        values = torch.cat([scales[group[0]].reshape(1) for group in self.groups]).tolist()
-        bad = {group: value for group, value in zip(self.groups, values, strict=True) if not is_input_scale(value)}
-        if bad:
+        if bad := self._uncalibrated():
             named = "; ".join(f"{', '.join(group)}: {value}" for group, value in list(bad.items())[:3])
             more = f"; and {len(bad) - 3} more groups" if len(bad) > 3 else ""
             raise ValueError(
-                "quant.activations=nvfp4 needs an input scale for every quantized linear, a power of two from calibration (0 where "
-                f"there was none), got {named}{more}; see quant.calibration, or set quant.activations=none"
+                "W4A4 needs an input scale for every quantized linear, a power of two from calibration (0 where there was none), got "
+                f"{named}{more}; see quant.calibration, or set quant.activations=none and quant.serve=w4a16"
             )
+
+    def _uncalibrated(self) -> dict[Sequence[str], float]:
+        """What stands for a scale, by group."""
+        scales = self.scales()
+        values = torch.cat([scales[group[0]].reshape(1) for group in self.groups]).tolist()
+        return {group: value for group, value in zip(self.groups, values, strict=True) if not is_input_scale(value)}
 
 
 class InputSample(NamedTuple):

@@ -244,7 +244,7 @@ def test_a_scale_that_is_none_is_named_before_training(value: float) -> None:
     manifest = QuantManifest(groups=(("a.weight",), ("b.weight",)), rule=MAX_RULE)
     scales = {"a.weight": torch.tensor([2.0**-9]), "b.weight": torch.tensor([value])}
     quantizers = quantize_inputs(model, manifest, scales.__getitem__)
-    with pytest.raises(ValueError, match=rf"needs an input scale for every quantized linear, .* got b.weight: {value}"):
+    with pytest.raises(ValueError, match=rf"W4A4 needs an input scale for every quantized linear, .* got b.weight: {value}"):
         quantizers.check_calibrated()
     scales["b.weight"] = torch.tensor([0.5])
     quantizers.check_calibrated()

@@ -1,6 +1,7 @@
 """What a user types into a shell: overrides that work, and slips that end in one line before training."""
 
 import json
+import math
 import socket
 import subprocess
 from pathlib import Path
@@ -37,19 +38,95 @@ def test_the_launcher_refuses_before_training(override: str, message: str, tmp_p
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
 
 
+def refusal(run_dir: Path, *overrides: str, script: str = "train.py") -> str:
+    """The line with which the launcher ends before training."""
+    result = launch(run_dir, "trainer.max_steps=2", *overrides, check=False, script=script)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    *rest, last = result.stderr.splitlines()
+    assert not any(line.startswith("error: ") for line in rest)
+    assert not list(run_dir.glob("checkpoints/*.ckpt"))
+    return last
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("loss.temperature=0", "error: loss: loss.temperature must be above 0 and finite, got 0"),
+        ("loss.hidden=-1", "error: loss: loss.hidden must be at least 0 and finite, got -1"),
         ("loss.divergence=kl", "error: loss.divergence must be 'forward_kl' or 'reverse_kl' or 'jsd', got 'kl'"),
         ("loss.teacher_path=/nonexistent", "error: loss.teacher_path='/nonexistent': "),
     ],
 )
 def test_the_launcher_refuses_options_of_distillation(override: str, message: str, tmp_path: Path) -> None:
-    result = launch(tmp_path / "run", "loss=distillation", "trainer.max_steps=1", override, check=False)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert refusal(tmp_path, "loss=distillation", override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "hidden", "message"),
+    [
+        ({"vocab_size": 300}, 0, "must name a model with the student's vocabulary of 272 tokens, got one of 300"),
+        ({"num_hidden_layers": 3}, 0.5, "needs a teacher with as many layers as the student, 2, got 3 of loss.teacher_path="),
+    ],
+    ids=["vocabulary", "layers"],
+)
+def test_the_launcher_refuses_a_teacher_that_does_not_fit(
+    fields: dict[str, int], hidden: float, message: str, tmp_path: Path
+) -> None:
+    shape = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("llama", **shape | fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    options = (f"loss.teacher_path={tmp_path / 'teacher'}", f"loss.hidden={hidden}")
+    line = refusal(tmp_path / "run", "loss=distillation", *options)
+    assert line.startswith("error: loss.")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("quant.equalize=1.5", "quant: quant.equalize must be none, or an exponent from 0 to 1, got 1.5"),
+        ("quant.equalize=foo", "quant: quant.equalize must be none, or an exponent from 0 to 1, got 'foo'"),
+        (
+            "quant.rule=hessian quant.calibration.sequences=0",
+            "quant: quant.calibration.sequences must be at least 1 with quant.rule=hessian, got 0",
+        ),
+        ("quant.activations=int8", "quant: quant.activations must be 'none' or 'nvfp4', got 'int8'"),
+        ("quant.refit_every=0", "quant: quant.refit_every must be at least 1, got 0"),
+        (
+            "optim.frozen=[nothing*]",
+            "optim.frozen: pattern 'nothing*' matches no parameter; names look like model.embed_tokens",
+        ),
+    ],
+)
+def test_the_launcher_refuses_what_no_model_can_go_through(overrides: str, message: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, *overrides.split()).startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("train.py", "quant.start_step=0"), ("train.py", "quant.start_step=1"), ("train.py", "quant=none"), ("ptq.py", "seed=0")],
+)
+def test_too_few_tokens_to_calibrate_with_are_found_before_training(script: str, option: str, tmp_path: Path) -> None:
+    line = refusal(tmp_path, "data.seq_len=16", "quant.calibration.sequences=15", option, script=script)
+    wanted = "error: calibration must see at least 256 tokens, got 240; raise quant.calibration.sequences or data.seq_len"
+    assert line == wanted
+
+
+def test_a_run_that_was_never_calibrated_is_not_served_with_quantized_inputs(tmp_path: Path) -> None:
+    """It continues as W4A16, whose metrics then have no W4A4 beside them."""
+    first, onwards = tmp_path / "first", tmp_path / "onwards"
+    launch(first, "trainer.max_steps=1", "quant.calibration.sequences=0", "quant.equalize=none")
+    resume = f"ckpt_path={first}/checkpoints/last.ckpt"
+    for option in ("quant.activations=nvfp4", "quant.serve=w4a4"):
+        line = refusal(tmp_path / "refused", resume, option)
+        assert line.startswith("error: W4A4 needs an input scale for every quantized linear")
+        assert "see quant.calibration, or set quant.activations=none and quant.serve=w4a16" in line
+    launch(onwards, "trainer.max_steps=2", resume)
+    found = metrics(onwards)
+    assert found["step"] == 2
+    assert all(math.isfinite(value) for value in found.values())
+    assert not any("w4a4" in name for name in found)
 
 
 def test_a_run_of_distillation_reports_how_far_it_is_from_its_teacher(tmp_path: Path) -> None:
