@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
@@ -291,19 +292,24 @@ class Results:
         return [run for run in runs if run not in rows]
 
 
-def measure(options: argparse.Namespace, results: Results) -> None:
-    """Make what is missing. A device that is free takes another run of the kind that it has made, if there is one."""
+def measure(options: argparse.Namespace, results: Results) -> list[Run]:
+    """Make what is missing. A device that is free takes another run of the kind that it has made, if there is one.
+
+    Returns the runs that failed.
+    """
     deadline = time.monotonic() + 60 * options.minutes
     text = read_text(options)
     context = multiprocessing.get_context("spawn")
     devices = range(max(1, torch.cuda.device_count()))
     pools = {device: ProcessPoolExecutor(1, context, start_worker, (device, options, text)) for device in devices}
     made: dict[int, str] = {}
+    failed: list[Run] = []
     running: dict[Future[dict[str, Any]], tuple[int, Run]] = {}
     while True:
         for device in devices:
             busy = dict(running.values())
-            runs = [run for kind in options.arms for run in results.missing(kind, options.seeds) if run not in busy.values()]
+            begun = [*busy.values(), *failed]
+            runs = [run for kind in options.arms for run in results.missing(kind, options.seeds) if run not in begun]
             if device in busy or not runs or time.monotonic() > deadline:
                 continue
             taken = {kind for other, kind in made.items() if other != device}
@@ -314,10 +320,15 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             break
         for done in wait(running, return_when=FIRST_COMPLETED).done:
             _, run = running.pop(done)
-            results.add(run, **done.result())
-            print(f"{run}: {done.result()}", flush=True)
+            if error := done.exception():
+                failed.append(run)
+                traceback.print_exception(error)
+            else:
+                results.add(run, **done.result())
+            print(f"{run}: {error or done.result()}", flush=True)
     for pool in pools.values():
         pool.shutdown()
+    return failed
 
 
 _worker: Worker
@@ -341,7 +352,7 @@ def host() -> str:
     return ", ".join([device, *(f"{name} {version(name)}" for name in packages)])
 
 
-def table(options: argparse.Namespace, results: Results) -> Iterator[str]:
+def table(results: Results) -> Iterator[str]:
     columns = [f"{metric} {serving}" for serving in SERVINGS for metric in ("kl", "top1_agreement")]
     yield f"| {' | '.join(['arm', 'rate', 'hidden', 'seeds', *columns])} |"
     yield "| --- " * (4 + len(columns)) + "|"
@@ -374,9 +385,11 @@ def main() -> None:
     has_peer = peers.has_model_optimizer() and DEVICE.type == "cuda"
     options.arms = options.arms or [name for name in KINDS if has_peer or not name.startswith("modelopt")]
     results = Results(options)
-    measure(options, results)
+    failed = measure(options, results)
     print(f"\n{host()}; {' '.join(sys.argv)}\n")
-    print("\n".join(table(options, results)))
+    print("\n".join(table(results)))
+    if failed:
+        sys.exit(f"failed: {'; '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":
