@@ -68,7 +68,8 @@ class Arm(Protocol):
 class Ours:
     def __init__(self, folder: str, calibration: Tensor, **options: Any) -> None:
         self.quant = QuantConfig(calibration=CalibrationConfig(sequences=len(calibration)), **options)
-        self.distillation = DistillationLoss()
+        # The weight of hidden states is set by each run.
+        self.distillation = DistillationLoss(hidden=1.0)
         self.module = QATModule(
             model=ModelConfig(path=folder), quant=self.quant, optim=OptimConfig(frozen=FROZEN), loss=self.distillation
         ).to(DEVICE)
