@@ -163,12 +163,12 @@ class Kind(NamedTuple):
 KINDS = {
     "modelopt w4a4": Kind(partial(ModelOptimizer, activations="nvfp4"), tuple(map(Setting, (1.5e-4, 3e-4, 1e-4)))),
     "ours w4a4": Kind(
-        partial(Ours, rule="hessian", activations="nvfp4"),
+        partial(Ours, rule="hessian", refit_every=1, activations="nvfp4"),
         (*(Setting(rate, 1.0) for rate in (1.5e-4, 1e-4, 3e-4)), Setting(1.5e-4, 0.3), Setting(1.5e-4, 3.0)),
     ),
     "modelopt w4a16": Kind(partial(ModelOptimizer, activations="none"), tuple(map(Setting, (1.5e-4, 6e-5, 3e-4)))),
     "ours w4a16": Kind(
-        partial(Ours, rule="hessian", activations="none"),
+        partial(Ours, rule="hessian", refit_every=1, activations="none"),
         (*(Setting(rate, 1.0) for rate in (1e-4, 6e-5, 1.5e-4)), Setting(1e-4, 0.3), Setting(1e-4, 3.0)),
     ),
     "ours ptq": Kind(partial(Ours, rule="hessian", activations="nvfp4")),
