@@ -162,7 +162,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "modelopt w4a4": Kind(partial(ModelOptimizer, activations="nvfp4"), tuple(map(Setting, (1.5e-4, 3e-4, 1e-4)))),
+    "modelopt w4a4": Kind(partial(ModelOptimizer, activations="nvfp4"), tuple(map(Setting, (3e-4, 1.5e-4, 6e-4)))),
     "ours w4a4": Kind(
         partial(Ours, rule="hessian", activations="nvfp4"),
         tuple(Setting(rate, 1.0) for rate in (1.5e-4, 1e-4, 2.5e-4)),
