@@ -15,13 +15,15 @@ from torch import Tensor, distributed, nn
 
 from nvfp4_train.models.causal_lm import compute_logits
 from nvfp4_train.models.channel_codes import power_of_two
-from nvfp4_train.models.equalize_search import MAX_LOG2, STEPS, refine
 from nvfp4_train.models.fold_axes import Axis, along
 from nvfp4_train.models.fold_sites import FoldSite, find_sites, kind_of
 from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.quant.calibration import InputStatistics
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.undisturbed import reshard, undisturbed
+
+MAX_LOG2 = 8
+"""s lies between 2^-8 and 2^8. A channel that is nearly dead would have more, and its weights would drown those of their blocks."""
 
 STATE_POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 """The power of the gradient that a state of Adam is an average of. A parameter times c has the gradient over c."""
@@ -49,7 +51,6 @@ def equalize(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     round_to_pow2: bool = False,
-    is_refined: bool = True,
 ) -> Equalized:
     """Fold equalization into a causal LM, in place: on one device, replicated, or sharded by FSDP2. Call it on every rank.
 
@@ -64,7 +65,6 @@ def equalize(
         input_ids: Any tokens, int64 [1, T], 16 to 64 of them, the same on every rank.
         optimizer: Its averages of gradients (Adam's) are scaled as the gradients of the folded model are.
         round_to_pow2: Round every s to a power of two.
-        is_refined: The formula's scales are where a search for better ones begins, see `equalize_search`.
 
     Raises:
         ValueError: alpha is outside of 0 to 1, or the optimizer has a state that is no average of Adam's.
@@ -83,8 +83,6 @@ def equalize(
     # Before any fold: rows that one site scales are in the columns of another, whose scales would follow them.
     column_amax = _column_amax({group: groups[group] for site in sites for group in site.inputs})
     scales = [_scales(site, statistics, column_amax, alpha, round_to_pow2) for site in sites]
-    if is_refined:
-        scales = refine(sites, scales, groups, column_amax, statistics, steps=(1.0,) if round_to_pow2 else STEPS)
     equalized = dict(statistics)
     for site, s in zip(sites, scales, strict=True):
         _fold(site, s, optimizer)

@@ -156,7 +156,7 @@ class _InputSums:
         if not self.is_counting or not x.numel():
             return
         x = x.detach().reshape(-1, x.shape[-1])
-        self._moments[group] += second_moments(x).float()
+        self._moments[group] += _second_moments(x).float()
         self._tokens[group] += len(x)
         torch.maximum(self._amax[group], x.abs().amax(0).float(), out=self._amax[group])
 
@@ -217,7 +217,7 @@ def _num_dead(group: str, statistics: InputStatistics) -> int:
     return num_dead
 
 
-def second_moments(x: Tensor) -> Tensor:
+def _second_moments(x: Tensor) -> Tensor:
     """Sum of x_b x_b' over the rows of x [T, K]: float64 [K / 16, 16, 16].
 
     In float64, because products of float32 matrices have as many bits as `torch.set_float32_matmul_precision` says.

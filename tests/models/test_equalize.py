@@ -136,9 +136,9 @@ def in_layer(name: str) -> str:
 
 
 def fold(model: nn.Module, manifest: QuantManifest, **options: Any) -> tuple[Equalized, Tensor, Tensor]:
-    """Equalize; also the logits before and after. By default by powers of two, and by the formula alone, which is quick."""
+    """Equalize, by default by powers of two; also the logits before and after."""
     statistics, before = statistics_of(model, manifest), logits_of(model)
-    equalized = equalize(model, manifest, statistics, 0.5, IDS, **{"round_to_pow2": True, "is_refined": False} | options)
+    equalized = equalize(model, manifest, statistics, 0.5, IDS, **{"round_to_pow2": True} | options)
     return equalized, before, logits_of(model)
 
 
@@ -189,7 +189,7 @@ def test_scales_are_those_of_the_formula() -> None:
     alpha, heads, kv_heads, width = 0.3, 4, 2, 16
     model, manifest = unserved("llama")
     statistics, old = statistics_of(model, manifest), masters(model)
-    equalize(model, manifest, statistics, alpha, IDS, is_refined=False)
+    equalize(model, manifest, statistics, alpha, IDS)
     new = masters(model)
 
     def scales(rms: Tensor, column_amax: Tensor) -> Tensor:
@@ -239,8 +239,7 @@ def test_quantization_loses_less() -> None:
     assert loss(True) < 0.8 * loss(False)
 
 
-@pytest.mark.parametrize("is_refined", [False, True])
-def test_dead_channels_and_extremes_keep_to_the_limits(is_refined: bool) -> None:
+def test_dead_channels_and_extremes_keep_to_the_limits() -> None:
     model, manifest = served("llama")
     norm = model.model.layers[0].input_layernorm.weight
     with torch.no_grad():
@@ -249,13 +248,13 @@ def test_dead_channels_and_extremes_keep_to_the_limits(is_refined: bool) -> None
         norm[17] = 2.0**-30
         model.model.layers[0].mlp.down_proj.weight[:, 5] = 0
     old = masters(model)
-    fold(model, manifest, is_refined=is_refined)
+    fold(model, manifest)
     new = masters(model)
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     s = (new[q_proj] / old[q_proj])[0]
     assert (s[:16] == 1).all()
-    assert s[16:].log2().abs().max() <= 8
-    assert is_refined or s[16] == 2.0**8
+    assert s[16:].log2().abs().max() == 8
+    assert s[16] == 2.0**8
     up_proj = "model.layers.0.mlp.up_proj.weight"
     columns = model.model.layers[0].mlp.gate_proj.weight / old["model.layers.0.mlp.gate_proj.weight"]
     assert torch.equal(new[up_proj][5], old[up_proj][5] * columns[0]), "nothing reads this row"
