@@ -84,9 +84,14 @@ def _of_torchao(row: str, xs: list[Tensor], global_amax: Tensor) -> Iterator[Pee
         yield "torchao, compiled", [partial(compiled, NVFP4Tensor.to_nvfp4(x, per_tensor_scale=s2)) for x in xs]
 
 
-def quantize_weights_with_model_optimizer(model: nn.Module) -> None:
-    """Weight-only NVFP4 fake quantization of a plain model by Model Optimizer, in place."""
+def quantize_with_model_optimizer(
+    model: nn.Module, config: str = "W4A16_NVFP4_CFG", calibrate: Callable[[nn.Module], None] | None = None
+) -> None:
+    """Fake quantization of a plain model by Model Optimizer, in place: weights alone, or as another of its configs says.
+
+    `calibrate` makes forwards of the model; it is needed where inputs are quantized.
+    """
     import modelopt.torch.quantization as mtq
 
     model_optimizer_functions()
-    mtq.quantize(model, mtq.W4A16_NVFP4_CFG)
+    mtq.quantize(model, getattr(mtq, config), calibrate)

@@ -106,7 +106,7 @@ class AutocastRun(Run):
                 layer.compile()
         self.start(model, config, BATCH[name])
         if model_optimizer:
-            peers.quantize_weights_with_model_optimizer(model)
+            peers.quantize_with_model_optimizer(model)
 
     def loss(self) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):

@@ -136,7 +136,7 @@ def fail_in_second_file(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 
 def fail_in_verification(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
-    monkeypatch.setattr(masters, "nvfp4_fake_quant", lambda x, s2, dtype, rule: torch.ones_like(x, dtype=dtype))
+    monkeypatch.setattr(masters, "nvfp4_fake_quant", lambda x, s2, dtype, rule, steps: torch.ones_like(x, dtype=dtype))
     return ExportError
 
 

@@ -136,7 +136,7 @@ def in_layer(name: str) -> str:
 
 
 def fold(model: nn.Module, manifest: QuantManifest, **options: Any) -> tuple[Equalized, Tensor, Tensor]:
-    """Equalize; also the logits before and after."""
+    """Equalize, by default by powers of two; also the logits before and after."""
     statistics, before = statistics_of(model, manifest), logits_of(model)
     equalized = equalize(model, manifest, statistics, 0.5, IDS, **{"round_to_pow2": True} | options)
     return equalized, before, logits_of(model)
