@@ -2,18 +2,19 @@
 
 W GPUs share one copy of the model, R such copies are trained (HSDP), a step has A micro-batches of T tokens per GPU. The formulas
 stand beside the numbers, and `NOTES` explains their other symbols. A layer is one decoder layer; the head is everything that is
-in no layer and no embedding. The peak is within 2 % of what two GPUs measured (benchmarks/README.md).
+in no layer and no embedding. Without a teacher the peak is within 2 % of what two GPUs measured (benchmarks/README.md).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.losses.chunked import FUSED_BYTES
 from nvfp4_train.models.build import kept_in_fp32
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
 from nvfp4_train.models.layout import HubLayout
@@ -38,6 +39,8 @@ class RunShape:
     gradient_checkpointing: bool = False
     logits_at_once: int | None = None
     """Tokens whose logits exist at once, of student and teacher, where the loss has a teacher; None without one."""
+    compared_layers: int = 0
+    """Decoder layers whose hidden states the loss compares with those of the teacher."""
 
     def __post_init__(self) -> None:
         for name, option in (
@@ -91,19 +94,22 @@ class _Unit:
     """The sizes of what FSDP2 gathers together."""
 
     def __init__(
-        self, unit: FsdpUnit, gathered: set[int], quantized: set[int], shard_size: int, quantized_bytes: float
+        self, unit: FsdpUnit, gathered: set[int], quantized: Collection[int], shard_size: int, quantized_bytes: float
     ) -> None:
         """`gathered` holds the ids of other units' parameters; this unit adds its own."""
         parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
         gathered.update(parameters)
+        self.shard_size = shard_size
         self.quantized_bytes = quantized_bytes
         """Bytes of a quantized element, gathered."""
         self.served_bytes = 4 if unit.in_fp32 else 2
         """Bytes of an element that is not quantized, gathered."""
         self.elements = sum(p.numel() for p in parameters.values())
+        self.trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
         shards = [(p, rows_per_rank(p.shape[0], shard_size) * p[0].numel()) for p in parameters.values()]
         self.shard = sum(size for _, size in shards)
         """Elements of this rank, padded."""
+        self.trained_shard = sum(size for p, size in shards if p.requires_grad)
         self.quantized_shard = sum(size for p, size in shards if id(p) in quantized)
         self.unsharded = self.served_bytes * self.shard * shard_size
         """Bytes of the gathered unit."""
@@ -114,9 +120,36 @@ class _Unit:
             return self.served_bytes * self.shard
         return self.quantized_bytes * self.quantized_shard + self.served_bytes * (self.shard - self.quantized_shard)
 
+    def gradient(self, num_bytes: int) -> int:
+        """Bytes of the gathered unit's gradient at so many bytes an element."""
+        return num_bytes * self.trained_shard * self.shard_size
+
     def kept(self) -> float:
         """Bytes that the sharded store keeps of what this rank sends: all of it, if anything in it is quantized."""
         return self.sent(packed=True) if self.quantized_shard else 0.0
+
+
+class _Units:
+    """The units of a model, in the order in which FSDP2 gathers them, and what each kind of them is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        units: Sequence[FsdpUnit],
+        shard_size: int,
+        quantized: Collection[int] = (),
+        quantized_bytes: float = PACKED_BYTES,
+    ) -> None:
+        """`quantized` has the ids of quantized parameters, `quantized_bytes` is what an element of theirs takes when it is gathered."""
+        embedding, gathered = model.get_input_embeddings(), set[int]()
+        self.all = [_Unit(unit, gathered, quantized, shard_size, quantized_bytes) for unit in units]
+        self.head = self.all[-1]
+        self.embeddings = [own for own, unit in zip(self.all, units, strict=True) if unit.modules == [embedding]]
+        self.layers = [unit for unit in self.all if unit is not self.head and unit not in self.embeddings]
+        self.largest_layer = max(self.layers, key=lambda unit: unit.unsharded)
+        # A frozen embedding takes no part in the backward.
+        self.trained_embeddings = [unit for unit in self.embeddings if unit.trained]
+        self.modules_of_layers = [m for unit in units if unit.is_layer for m in unit.modules if m is not embedding]
 
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
@@ -156,7 +189,8 @@ def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module, *, packs_
 
 
 NOTES = """\
-N elements of the model; n of this GPU's shards, rows padded to a multiple of W; q of those quantized; V words; h hidden size
+N elements of the model; n of this GPU's shards, rows padded to a multiple of W; t of those trained, q quantized; V words; h hidden
+      size
 A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a layer in eager bf16 with flash attention: two
       norms save their fp32 input (4 h), its bf16 normalisation (2 h) and their output (2 h); attention saves queries, keys, values
       and output (d, k wide: 2 (2 d + 2 k)) and its log-sum-exps (4 heads), norms of queries and keys 8 (d + k) more; the MLP saves
@@ -164,8 +198,21 @@ A_l   activations of all layers, T (16 h + 4 d + 4 k + 4 heads + 8 f) each, of a
       a token goes to, and 4 for every expert, instead of 8 f. With gradient checkpointing T 2 h each, and one whole layer in its
       backward. Compilation saves less. W4A4 saves the inputs of quantized weights packed: 0.5625 in place of 2 bytes.
 logits  12 V T: the loss holds the fp32 log-softmax, its gradient and the gradient of the logits. Distillation has the logits of C
-      tokens at once, of student and teacher
+      tokens at once, of student and teacher in fp32 with a gradient in bf16; the last hidden states of both and the gradient of
+      one; and the gradient of a head that is trained, which adds up in fp32
 On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers (about 1 GiB)."""
+
+
+def _logits(model: PreTrainedModel, shape: RunShape) -> tuple[float, str]:
+    """Bytes of the logits and of what the loss makes of them, and their formula."""
+    config = model.config
+    if shape.logits_at_once is None:
+        return 12 * config.vocab_size * shape.tokens, "12 V T"
+    at_once = min(shape.logits_at_once, shape.tokens)
+    num_bytes = FUSED_BYTES * config.vocab_size * at_once + 6 * config.hidden_size * shape.tokens
+    if not model.get_output_embeddings().weight.requires_grad:
+        return num_bytes, f"{FUSED_BYTES} V C + 6 h T"
+    return num_bytes + 4 * config.vocab_size * config.hidden_size, f"{FUSED_BYTES} V C + 6 h T + 4 V h"
 
 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teacher: PreTrainedModel | None = None) -> Plan:
@@ -176,17 +223,15 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
     parameters = dict(model.named_parameters(remove_duplicate=False))
     quantized = {id(parameters[name]) for name in names}
     quantized_bytes = PACKED_BYTES if quant.gather == "packed" else 2.0
-    units_of_fsdp = fsdp_units(model, kept=kept_in_fp32(model))
-    gathered_ids: set[int] = set()
-    units = [_Unit(unit, gathered_ids, quantized, width, quantized_bytes) for unit in units_of_fsdp]
-    embedding = model.get_input_embeddings()
-    layers = [module for unit in units_of_fsdp for module in unit.modules if unit.is_layer and module is not embedding]
-    layer_units = [unit for unit, of_fsdp in zip(units, units_of_fsdp, strict=True) if of_fsdp.modules[0] in layers]
-    head_unit = units[-1]
-    embedding_units = [unit for unit, of_fsdp in zip(units, units_of_fsdp, strict=True) if of_fsdp.modules == [embedding]]
-    layer = max(layer_units, key=lambda unit: unit.unsharded)
+    units = _Units(model, fsdp_units(model, kept=kept_in_fp32(model)), width, quantized, quantized_bytes)
+    teacher_units = None
+    if teacher is not None:
+        # Its tensors travel in bf16, as they are held.
+        teacher_units = _Units(teacher, [replace(unit, in_fp32=False) for unit in fsdp_units(teacher)], width)
+    layer, layers, head_unit = units.largest_layer, units.modules_of_layers, units.head
 
-    elements, shard = sum(unit.elements for unit in units), sum(unit.shard for unit in units)
+    elements, shard = sum(unit.elements for unit in units.all), sum(unit.shard for unit in units.all)
+    trained, trained_shard = sum(unit.trained for unit in units.all), sum(unit.trained_shard for unit in units.all)
 
     def row(name: str, formula: str, count: Callable[[bool], float]) -> Row:
         return Row(name=name, formula=formula, bf16=count(False), packed=count(True))
@@ -194,27 +239,29 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
     is_window = shape.micro_batches > 1
     memory = [
         row("masters", "4 n", lambda _: 4 * shard),
-        row("optimizer (AdamW)", "8 n", lambda _: 8 * shard),
+        row("optimizer (AdamW)", "8 t", lambda _: 8 * trained_shard),
         # Gradients of an accumulation window are whole until the last backward reduces them to shards, layer by layer.
-        row("gradients", "4 n; 4 N while A > 1 (reduced once per step)", lambda _: 4 * (elements if is_window else shard)),
+        row(
+            "gradients",
+            "4 t; whole while A > 1 (reduced once per step)",
+            lambda _: 4 * (trained if is_window else trained_shard),
+        ),
         Row(
             name="quantized shards",
             formula="0.5625 q (2 q with quant.gather=bf16) + 2 bytes of what is gathered with them",
             bf16=0,
-            packed=sum(unit.kept() for unit in units),
+            packed=sum(unit.kept() for unit in units.all),
         ),
     ]
     if manifest is not None and manifest.rule.is_fitted:
         hessians = sum(64 * parameters[group[0]].shape[-1] for group in manifest.groups)
-        steps = sum(unit.quantized_shard for unit in units) / BLOCK_SIZE
+        steps = sum(unit.quantized_shard for unit in units.all) / BLOCK_SIZE
         memory.append(
             Row(name="Hessians and steps", formula="64 K for every group's input + q / 16", bf16=0, packed=hessians + steps)
         )
-    teacher_units: list[_Unit] = []
-    if teacher is not None:
-        of_teacher, gathered_of_teacher = fsdp_units(teacher), set[int]()
-        teacher_units = [_Unit(unit, gathered_of_teacher, set(), width, 2.0) for unit in of_teacher]
-        memory.append(row("teacher", "2 bytes of its shards", lambda _: 2 * sum(unit.shard for unit in teacher_units)))
+    if teacher_units is not None:
+        teacher_shard = sum(unit.shard for unit in teacher_units.all)
+        memory.append(row("teacher", "2 bytes of its shards", lambda _: 2 * teacher_shard))
 
     def saved(packed: bool) -> list[float]:
         """Bytes that each layer saves for its backward."""
@@ -227,57 +274,69 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
     def recomputed(packed: bool) -> float:
         return max(saved(packed)) if shape.gradient_checkpointing else 0
 
-    if shape.logits_at_once is None:
-        logits, logits_formula = 12 * config.vocab_size * shape.tokens, "12 V T"
-    else:
-        # In bf16, of student and teacher; and the hidden states of both, with the gradient of one.
-        at_once = min(shape.logits_at_once, shape.tokens)
-        logits = 4 * config.vocab_size * at_once + 6 * config.hidden_size * shape.tokens
-        logits_formula = "4 V C + 6 h T"
+    logits, logits_formula = _logits(model, shape)
+    # First of both models in bf16, then their difference in fp32 beside them.
+    compared = 4 * config.hidden_size * shape.tokens * shape.compared_layers
     parts = [
         row("activations", "A_l", activations),
         row("logits", logits_formula, lambda _: logits),
         row("largest layer, gathered", "2 bytes an element", lambda _: layer.unsharded),
     ]
-    gathered = 2 * layer.unsharded if shape.reshard_after_forward else sum(unit.unsharded for unit in layer_units)
-    head_grad, layer_grad = head_unit.unsharded, layer.unsharded
+    if compared:
+        parts.append(row("hidden states, of both", "4 h T for each layer that is compared", lambda _: compared))
+    gathered = 2 * layer.unsharded if shape.reshard_after_forward else sum(unit.unsharded for unit in units.layers)
+    head_grad, layer_grad = (unit.gradient(unit.served_bytes) for unit in (head_unit, layer))
 
     def received(packed: bool) -> float:
         """Bytes that gathering a layer needs beside the gathered layer."""
         return width * layer.sent(packed) if width > 1 else 0
 
+    def forward(packed: bool) -> float:
+        """Bytes of the forward when all layers are done."""
+        kept = 0 if shape.reshard_after_forward else gathered
+        teacher_head = 0 if teacher_units is None else teacher_units.head.unsharded
+        return head_unit.unsharded + teacher_head + kept + activations(packed) + compared
+
+    and_teacher = " + the teacher's head" if teacher is not None else ""
+    and_logits = "hidden states + the larger of logits and hidden states" if compared else "logits"
     moments = [
         row(
             "at the loss",
-            "head + activations + logits" + (" + the teacher's head" if teacher is not None else ""),
-            lambda packed: (
-                head_unit.unsharded
-                + sum(unit.unsharded for unit in teacher_units[-1:])
-                + (0 if shape.reshard_after_forward else gathered)
-                + activations(packed)
-                + logits
-            ),
+            f"head{and_teacher} + activations + {and_logits}",
+            lambda packed: forward(packed) + max(logits, compared),
         ),
         row(
             "in the backward of a layer",
-            "head and its gradient + 2 layers + what is received of one + layer gradient and fp32 reduction + A_l",
+            "head and its gradient + 2 layers + what is received of one + layer gradient and fp32 reduction + A_l"
+            + (" + hidden states" if compared else ""),
             lambda packed: (
                 head_unit.unsharded
                 + head_grad
                 + gathered
                 + received(packed)
                 + layer_grad
-                + 4 * width * layer.shard
+                + layer.gradient(4)
                 + activations(packed)
                 + recomputed(packed)
+                + compared
             ),
         ),
         row(
             "at the end of the backward",
             "head, embedding, their gradients and fp32 reductions",
-            lambda _: sum(2 * unit.unsharded + 4 * width * unit.shard for unit in (head_unit, *embedding_units)),
+            lambda _: sum(
+                unit.unsharded + unit.gradient(unit.served_bytes) + unit.gradient(4)
+                for unit in (head_unit, *units.trained_embeddings)
+            ),
         ),
     ]
+    if teacher_units is not None:
+        # What is received of a unit in bf16 is as large as the gathered unit.
+        copies_of_one = 2 if width > 1 else 1
+        in_flight = [copies_of_one * unit.unsharded for unit in teacher_units.embeddings]
+        in_flight.append((1 + copies_of_one) * teacher_units.largest_layer.unsharded)
+        formula = "head + the teacher's + activations + 2 of its layers, or its embedding, + what is received of one"
+        moments.insert(0, row("in the teacher's forward", formula, lambda packed: forward(packed) + max(in_flight)))
     peak = Row(
         name="peak",
         formula="what is held + the largest moment; compare with memory/peak_gib of a run",
@@ -292,18 +351,20 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
         row(
             "all-gather, forward",
             "A (W-1) x (2 n; packed 0.5625 q + 2 (n-q); embedding 4)",
-            lambda packed: shape.micro_batches * others * sum(unit.sent(packed) for unit in units),
+            lambda packed: shape.micro_batches * others * sum(unit.sent(packed) for unit in units.all),
         ),
         row(
             "all-gather, backward",
             f"{backward} x the same without the head",
-            lambda packed: backward_gathers * others * sum(unit.sent(packed) for unit in units if unit is not head_unit),
+            lambda packed: (
+                backward_gathers * others * sum(unit.sent(packed) for unit in (*units.layers, *units.trained_embeddings))
+            ),
         ),
-        row("reduce-scatter", "(W-1) 4 n, once per step", lambda _: others * 4 * shard),
-        row("all-reduce of copies", "2 (R-1)/R 4 n", lambda _: 2 * (copies - 1) / copies * 4 * shard),
+        row("reduce-scatter", "(W-1) 4 t, once per step", lambda _: others * 4 * trained_shard),
+        row("all-reduce of copies", "2 (R-1)/R 4 t", lambda _: 2 * (copies - 1) / copies * 4 * trained_shard),
     ]
-    if teacher is not None:
-        sent = sum(unit.sent(packed=False) for unit in teacher_units)
+    if teacher_units is not None:
+        sent = sum(unit.sent(packed=False) for unit in teacher_units.all)
         wire.append(
             row("all-gather, teacher", "A (W-1) x 2 bytes of its shards", lambda _: shape.micro_batches * others * sent)
         )

@@ -20,7 +20,7 @@ ALLOWED = {
     "lightning_quirks": (set(), {"lightning"}),
     "checkpoints": (set(), set()),
     "saving": ({"checkpoints"}, set()),
-    "plan": ({"kernels", "quant", "models"}, {"transformers"}),
+    "plan": ({"kernels", "quant", "models", "losses"}, {"transformers"}),
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant", "metrics"}, set()),
@@ -46,7 +46,7 @@ ALLOWED = {
         {"lightning", "transformers", "wandb"},
     ),
     "run": (
-        {"models", "checkpoints", "strategy", "data", "module", "callbacks", "plan", "run"},
+        {"models", "losses", "checkpoints", "strategy", "data", "module", "callbacks", "plan", "run"},
         {"lightning", "hydra", "omegaconf", "wandb"},
     ),
 }

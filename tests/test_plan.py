@@ -1,12 +1,13 @@
 """The plan's numbers against a model small enough to count by hand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from nvfp4_train.losses.next_token import next_token_loss
-from nvfp4_train.models.build import quantize
+from nvfp4_train.models.build import freeze, quantize
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
 from nvfp4_train.plan import RunShape, layer_activation_bytes, make_plan, meta_model
 from nvfp4_train.quant.policy import QuantConfig
@@ -30,8 +31,16 @@ EMBEDDING = HEAD_WEIGHT = 50 * 32
 HEAD = HEAD_WEIGHT + 32
 
 
-def rows(shape: RunShape, quant: QuantConfig = QuantConfig()) -> dict[str, tuple[float, float]]:  # noqa: B008 (frozen)
-    plan = make_plan(meta_model(TINY), quant, shape)
+def rows(
+    shape: RunShape,
+    quant: QuantConfig = QuantConfig(),  # noqa: B008 (frozen)
+    *,
+    frozen: Sequence[str] = (),
+    teacher: ModelConfig | None = None,
+) -> dict[str, tuple[float, float]]:
+    model = meta_model(TINY)
+    freeze(model, frozen)
+    plan = make_plan(model, quant, shape, None if teacher is None else meta_model(teacher))
     assert plan.num_parameters == 2 * LAYER + EMBEDDING + HEAD
     assert plan.num_quantized == 2 * QUANTIZED
     return {
@@ -68,6 +77,104 @@ def test_two_gpus_by_hand() -> None:
         assert found[name] == tuple(3 * (layer + 2 * EMBEDDING + head) for layer in layers), name
     assert found["reduce-scatter"] == (4 * n, 4 * n)
     assert found["all-reduce of copies"] == (0, 0)
+
+
+# h = q = 32, k = 16, f = 48, 4 heads: bytes of a token in a layer.
+ACTIVATIONS = 16 * 32 + 4 * 32 + 4 * 16 + 4 * 4 + 8 * 48
+QAD = {"logits_at_once": 4, "compared_layers": 2}
+
+
+def test_a_distilled_student_and_its_teacher_by_hand() -> None:
+    """The teacher is the model itself, and nothing of it travels packed."""
+    found = rows(RunShape(world_size=2, micro_batches=3, seq_len=10, **QAD), teacher=TINY)
+    plain = rows(RunShape(world_size=2, micro_batches=3, seq_len=10))
+    n = LAYER + (EMBEDDING + HEAD) // 2
+    assert found["teacher"] == (2 * n, 2 * n)
+    assert found["all-gather, teacher"] == (3 * 2 * n,) * 2
+    # fp32 logits of 4 tokens of both with a bf16 gradient, hidden states, and the fp32 gradient of the head.
+    logits = 10 * 50 * 4 + 6 * 32 * 10 + 4 * 50 * 32
+    hidden = 2 * 4 * 32 * 10
+    activations = 10 * 2 * ACTIVATIONS
+    assert found["logits"] == (logits,) * 2
+    assert found["hidden states, of both"] == (hidden,) * 2
+    assert found["at the loss"] == (2 * HEAD + 2 * HEAD + activations + hidden + logits,) * 2
+    # Two layers, and what is received of one.
+    assert found["in the teacher's forward"] == (2 * HEAD + 2 * HEAD + activations + hidden + 3 * 2 * LAYER,) * 2
+    for name, more in (("in the backward of a layer", hidden), ("on the wire", 3 * 2 * n), ("masters", 0), ("gradients", 0)):
+        assert found[name] == tuple(bytes_without + more for bytes_without in plain[name]), name
+    moments = ("in the teacher's forward", "at the loss", "in the backward of a layer", "at the end of the backward")
+    largest = [max(found[name][column] for name in moments) for column in (0, 1)]
+    assert found["peak"] == (22 * n + largest[0], 22 * n + found["quantized shards"][1] + largest[1])
+
+
+def test_hidden_states_count_twice_where_they_are_more_than_the_logits() -> None:
+    options = {"world_size": 2, "seq_len": 10, "logits_at_once": 1}
+    few, many = (rows(RunShape(**options, compared_layers=layers), teacher=TINY) for layers in (0, 6))
+    hidden = 6 * 4 * 32 * 10
+    assert "hidden states, of both" not in few
+    assert hidden < few["logits"][0] < 3 * hidden
+    assert many["at the loss"][0] - few["at the loss"][0] == hidden
+    most = rows(RunShape(**options, compared_layers=18), teacher=TINY)
+    assert most["at the loss"][0] - few["at the loss"][0] == 2 * 3 * hidden - few["logits"][0]
+
+
+def test_another_teacher_has_a_size_of_its_own() -> None:
+    """One with a tied embedding, which travels in bf16 as everything else of it, and one layer more."""
+    fields = {**(TINY.config or {}), "tie_word_embeddings": True, "num_hidden_layers": 3}
+    found = rows(RunShape(world_size=2, seq_len=10, **QAD), teacher=ModelConfig(config=fields))
+    n = (3 * LAYER + HEAD) // 2
+    assert found["teacher"] == (2 * n, 2 * n)
+    assert found["all-gather, teacher"] == (2 * n, 2 * n)
+
+
+def test_more_logits_than_a_step_has_tokens_do_not_exist() -> None:
+    shapes = (RunShape(world_size=2, seq_len=10, logits_at_once=number) for number in (10, 1000))
+    assert len({rows(shape, teacher=TINY)["logits"] for shape in shapes}) == 1
+
+
+def test_a_fitted_rule_keeps_hessians_and_steps() -> None:
+    """Of two layers: inputs of q/k/v, o and gate/up 32 wide, and of down 48; every rank has all of them, and its rows' steps."""
+    found = rows(RunShape(world_size=2, seq_len=10), QuantConfig(rule="hessian"))
+    held = 2 * 64 * (3 * 32 + 48) + QUANTIZED / 16
+    assert found["Hessians and steps"] == (0, held)
+    without = rows(RunShape(world_size=2, seq_len=10), QuantConfig(rule="mse"))
+    assert "Hessians and steps" not in without
+    assert found["peak"] == (without["peak"][0], without["peak"][1] + held)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_quantized_inputs_are_saved_packed(checkpointing: bool) -> None:
+    shape = RunShape(world_size=2, seq_len=10, gradient_checkpointing=checkpointing)
+    plain, packed = (rows(shape, QuantConfig(activations=activations)) for activations in ("none", "nvfp4"))
+    # Of q/k/v and gate/up in place of bf16, of down too; attention keeps its own output beside the packed one.
+    less = 1.4375 * (2 * 32 + 48) - 0.5625 * 32
+    if checkpointing:
+        assert packed["activations"] == plain["activations"] == (10 * 2 * 2 * 32,) * 2
+    else:
+        assert plain["activations"] == (10 * 2 * ACTIVATIONS,) * 2
+        assert packed["activations"] == (10 * 2 * ACTIVATIONS, 10 * 2 * (ACTIVATIONS - less))
+    recomputed = 10 * less if checkpointing else 10 * 2 * less
+    name = "in the backward of a layer"
+    assert packed[name] == (plain[name][0], plain[name][1] - recomputed)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_optimizer_state() -> None:
+    """An embedding that is frozen is not gathered for the backward, and the gradient of a head adds up nowhere."""
+    shape = {"world_size": 2, "replicate_size": 1, "seq_len": 10, "logits_at_once": 4}
+    found, trained = (rows(RunShape(**shape), frozen=frozen, teacher=TINY) for frozen in (("*embed_tokens*", "lm_head*"), ()))
+    # The final norm, which is of the head, still trains.
+    n, t = LAYER + (EMBEDDING + HEAD) // 2, LAYER + 16
+    assert found["masters"] == trained["masters"] == (4 * n, 4 * n)
+    assert found["optimizer (AdamW)"] == (8 * t, 8 * t)
+    assert found["gradients"] == (4 * t, 4 * t)
+    assert found["reduce-scatter"] == (4 * t, 4 * t)
+    assert found["teacher"] == trained["teacher"]
+    assert trained["logits"][0] - found["logits"][0] == 4 * HEAD_WEIGHT
+    assert trained["in the backward of a layer"][0] - found["in the backward of a layer"][0] == 2 * HEAD_WEIGHT
+    assert found["at the end of the backward"] == (2 * HEAD + (2 + 4) * 32,) * 2
+    assert trained["all-gather, backward"][0] - found["all-gather, backward"][0] == 2 * EMBEDDING
+    window = rows(RunShape(**shape | {"micro_batches": 2}), frozen=("*embed_tokens*", "lm_head*"), teacher=TINY)
+    assert window["gradients"] == (4 * (2 * LAYER + 32),) * 2
 
 
 def test_rows_are_padded_and_replicas_reduced() -> None:

@@ -147,11 +147,15 @@ def mean_metrics(
     return totals
 
 
+def rows_at_once(num_columns: int, bytes_per_logit: int = FUSED_BYTES) -> int:
+    """Rows of a chunk, of logits [N, num_columns], where no other number is asked for: as many as `CHUNK_BYTES` hold."""
+    num_rows = max(1, CHUNK_BYTES // (bytes_per_logit * num_columns))
+    # Matrix products work on tiles of 128 rows.
+    return num_rows - (num_rows % 128 if num_rows > 128 else 0)
+
+
 def _chunks(student: Logits, num_rows: int | None, bytes_per_logit: int) -> list[slice]:
-    if num_rows is None:
-        num_rows = max(1, CHUNK_BYTES // (bytes_per_logit * student.num_columns))
-        # Matrix products work on tiles of 128 rows.
-        num_rows -= num_rows % 128 if num_rows > 128 else 0
+    num_rows = num_rows or rows_at_once(student.num_columns, bytes_per_logit)
     return [slice(start, start + num_rows) for start in range(0, student.num_rows, num_rows)]
 
 

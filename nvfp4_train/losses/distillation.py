@@ -71,21 +71,25 @@ class DistillationLoss:
             teacher = build(None if self.teacher_path is None else ModelConfig(path=self.teacher_path))
         except ValueError as error:
             raise ValueError(f"loss.teacher_path={self.teacher_path!r}: {error}") from error
-        expected, found = vocabulary_size(build.student), vocabulary_size(teacher)
+        self.check_teacher(build.student, teacher)
+        if self.hidden:
+            self._layers = LayerOutputs(build.student), LayerOutputs(teacher)
+        self.teacher = teacher
+
+    def check_teacher(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Raise ValueError where the two cannot be compared. Both may lie on the meta device."""
+        expected, found = vocabulary_size(student), vocabulary_size(teacher)
         if found != expected:
             raise ValueError(
                 f"loss.teacher_path={self.teacher_path!r} must name a model with the student's vocabulary of {expected} tokens, "
                 f"got one of {found}"
             )
-        if self.hidden:
-            for name, of in (("layers", num_layers), ("channels", num_channels)):
-                if of(teacher) != of(build.student):
-                    raise ValueError(
-                        f"loss.hidden={self.hidden:g} needs a teacher with as many {name} as the student, {of(build.student)}, got "
-                        f"{of(teacher)} of loss.teacher_path={self.teacher_path!r}; set loss.hidden=0"
-                    )
-            self._layers = LayerOutputs(build.student), LayerOutputs(teacher)
-        self.teacher = teacher
+        for name, of in (("layers", num_layers), ("channels", num_channels)) if self.hidden else ():
+            if of(teacher) != of(student):
+                raise ValueError(
+                    f"loss.hidden={self.hidden:g} needs a teacher with as many {name} as the student, {of(student)}, got "
+                    f"{of(teacher)} of loss.teacher_path={self.teacher_path!r}; set loss.hidden=0"
+                )
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.teacher is not None, "prepare comes first"

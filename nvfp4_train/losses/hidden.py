@@ -24,7 +24,7 @@ class LayerOutputs:
     def __init__(self, model: nn.Module) -> None:
         """Call it once the model is sharded and its layers are set to be compiled."""
         layers = decoder_layers(model)
-        num = min(NUM_LAYERS, len(layers))
+        num = num_compared(model)
         self._outputs: dict[int, Tensor] = {}
         self._is_on = False
         for index in range(1, num + 1):
@@ -54,6 +54,11 @@ class LayerOutputs:
         """The outputs of the forward since `start`, in the order of the layers."""
         outputs, self._outputs, self._is_on = self._outputs, {}, False
         return [outputs[index] for index in sorted(outputs)]
+
+
+def num_compared(model: nn.Module) -> int:
+    """Of how many decoder layers the outputs are compared."""
+    return min(NUM_LAYERS, len(decoder_layers(model)))
 
 
 def hidden_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

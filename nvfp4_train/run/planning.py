@@ -5,6 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from nvfp4_train.losses.base import Loss
+from nvfp4_train.losses.chunked import rows_at_once
+from nvfp4_train.losses.distillation import DistillationLoss, vocabulary_size
+from nvfp4_train.losses.hidden import num_compared
+from nvfp4_train.models.build import freeze
+from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
 from nvfp4_train.run.compose import compose_options, make, target_class
 from nvfp4_train.run.options import check_targets, check_trainer
@@ -18,7 +26,11 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
     check_strategy(written["trainer"])
     check_devices(written["trainer"], world_size)
     check_trainer(options["trainer"])
-    model, quant, data = (make(options[name], name) for name in ("model", "quant", "data"))
+    model, quant, data, loss, optim = (make(options[name], name) for name in ("model", "quant", "data", "loss", "optim"))
+    meta = meta_model(model)
+    data.check_positions(getattr(meta.config, "max_position_embeddings", None))
+    freeze(meta, optim.frozen)
+    teacher, of_loss = plan_loss(loss, meta)
     strategy = options["trainer"]["strategy"]
     shape = RunShape(
         world_size=world_size,
@@ -28,10 +40,29 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
         batch_size=data.batch_size,
         seq_len=data.seq_len,
         gradient_checkpointing=model.gradient_checkpointing,
+        **of_loss,
     )
-    meta = meta_model(model)
-    data.check_positions(getattr(meta.config, "max_position_embeddings", None))
-    return plan_table(make_plan(meta, quant, shape), shape)
+    return plan_table(make_plan(meta, quant, shape, teacher), shape)
+
+
+def plan_loss(loss: Loss, student: nn.Module) -> tuple[Any, dict[str, int]]:
+    """The teacher of a loss on the meta device, or None without one, and what the loss decides of a `RunShape`.
+
+    Raises ValueError for a teacher that cannot be loaded, or compared with the student.
+    """
+    if not isinstance(loss, DistillationLoss):
+        return None, {}
+    teacher: nn.Module = student
+    if loss.teacher_path is not None:
+        try:
+            teacher = meta_model(ModelConfig(path=loss.teacher_path))
+        except ValueError as error:
+            raise ValueError(f"loss.teacher_path={loss.teacher_path!r}: {error}") from error
+    loss.check_teacher(student, teacher)
+    return teacher, {
+        "logits_at_once": loss.chunk_tokens or rows_at_once(vocabulary_size(student)),
+        "compared_layers": num_compared(student) if loss.hidden else 0,
+    }
 
 
 def check_strategy(trainer: dict[str, Any]) -> None:

@@ -142,6 +142,38 @@ def test_the_held_out_choice_is_spread_over_the_held_out_text_and_ignores_the_se
     assert chosen == [everything[i * len(everything) // 5] for i in range(5)]
 
 
+@pytest.mark.parametrize(("world_size", "num_sequences"), [(1, 7), (2, 8), (2, 7), (3, 7), (4, 3)])
+def test_all_ranks_together_calibrate_with_each_sequence_once(corpus: Path, world_size: int, num_sequences: int) -> None:
+    """They are the first ones of the training stream. Where they do not divide evenly, some ranks repeat one that does not count."""
+    expected = take(data_module(corpus, batch_size=1).train_dataloader(), num_sequences).flatten(0, 1)
+    by_rank = [
+        data_module(corpus, batch_size=5, rank=rank, world_size=world_size).calibration_batches(num_sequences)
+        for rank in range(world_size)
+    ]
+    assert {len(batches) for batches in by_rank} == {-(-num_sequences // world_size)}
+    in_order = [batch for turn in zip(*by_rank, strict=True) for batch in turn]
+    assert all(batch["input_ids"].shape == (1, 32) for batch, _ in in_order)
+    assert [is_counted for _, is_counted in in_order] == [place < num_sequences for place in range(len(in_order))]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch, is_counted in in_order if is_counted]), expected)
+    repeated = [batch["input_ids"][0].tolist() for batch, is_counted in in_order if not is_counted]
+    assert all(ids in expected.tolist() for ids in repeated)
+
+
+def test_calibration_takes_what_training_text_there_is_and_depends_on_the_seed_alone(corpus: Path) -> None:
+    def calibration(num_sequences: int, **options) -> list[list[int]]:
+        batches = data_module(corpus, **options).calibration_batches(num_sequences)
+        assert all(is_counted for _, is_counted in batches)
+        return [batch["input_ids"][0].tolist() for batch, _ in batches]
+
+    everything = calibration(10**6)
+    training = data_module(corpus)
+    assert len(everything) == training.train_sequences
+    own = take(data_module(corpus, batch_size=1).train_dataloader(), training.train_sequences).flatten(0, 1).tolist()
+    assert sorted(everything) == sorted(own)
+    assert calibration(5, step=3) == calibration(5), "also where training has gone on"
+    assert calibration(5, seed=1) != calibration(5)
+
+
 def test_max_documents_takes_the_first_documents(corpus: Path) -> None:
     all_of_them, few = data_module(corpus), data_module(corpus, max_documents=20)
     assert 0 < few.train_sequences < all_of_them.train_sequences

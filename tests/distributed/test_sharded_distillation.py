@@ -28,7 +28,7 @@ def build(config: ModelConfig, teacher: str | None, dtype: torch.dtype, sharded:
     mesh = init_device_mesh(device().type, (distributed.get_world_size(),)) if sharded else None
     built = build_model(config, QuantConfig(), device(), compute_dtype=dtype, mesh=mesh)
     built.model.to(device())
-    loss = DistillationLoss(cross_entropy=0.25, chunk_tokens=5, teacher_path=teacher)
+    loss = DistillationLoss(cross_entropy=0.25, hidden=0.5, chunk_tokens=5, teacher_path=teacher)
     builder = ModelBuilder(student=built.model, config=config, device=device(), compute_dtype=dtype, mesh=mesh)
     loss.prepare(builder)
     built.store.update()

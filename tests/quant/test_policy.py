@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nvfp4_train.quant.policy import QuantConfig, select, selection_table
+from nvfp4_train.quant.policy import CalibrationConfig, QuantConfig, select, selection_table
 
 
 def llama(**overrides: object) -> nn.Module:
@@ -95,10 +95,74 @@ def test_table_counts_parameters_and_bits() -> None:
     assert "8, 4 of them shared by siblings" in table
 
 
-@pytest.mark.parametrize("options", [{"global_scale": "pow3"}, {"start_step": -1}, {"include": "*"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"global_scale": "pow3"},
+        {"start_step": -1},
+        {"include": "*"},
+        {"rule": "hesse"},
+        {"refit_every": 0},
+        {"activations": "int8"},
+        {"serve": "w8a8"},
+        {"equalize": -0.1},
+        {"equalize": 1.5},
+        {"equalize": "foo"},
+        {"equalize": float("nan")},
+        {"gather": "fp32"},
+    ],
+    ids=str,
+)
 def test_impossible_options_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=f"quant.{next(iter(options))} must be"):
         QuantConfig(**options)
+
+
+@pytest.mark.parametrize("headroom", [0.5, 257, float("nan")])
+def test_headroom_is_at_least_none_and_leaves_block_scales_a_range(headroom: float) -> None:
+    with pytest.raises(ValueError, match=f"quant.input_headroom must lie in 1 to 256, got {headroom}"):
+        QuantConfig(input_headroom=headroom)
+
+
+UNCALIBRATED = {"calibration": CalibrationConfig(sequences=0), "equalize": None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "hessian"}, {"equalize": 0.5}, {"activations": "nvfp4"}, {"serve": "w4a4"}],
+    ids=lambda o: next(iter(o)),
+)
+def test_what_needs_calibration_is_refused_without(options: dict) -> None:
+    ((name, value),) = options.items()
+    message = rf"quant\.calibration\.sequences must be at least 1 with quant\.{name}={value}, got 0"
+    with pytest.raises(ValueError, match=message):
+        QuantConfig(**UNCALIBRATED | options)
+    QuantConfig(**options)
+    QuantConfig(**UNCALIBRATED)
+    with pytest.raises(ValueError, match="sequences must be at least 0, got -1"):
+        CalibrationConfig(sequences=-1)
+
+
+@pytest.mark.parametrize(("equalize", "alpha"), [(None, None), ("none", None), (0, 0.0), (0.5, 0.5), (1, 1.0)])
+def test_the_exponent_of_the_equalization(equalize: float | str | None, alpha: float | None) -> None:
+    assert QuantConfig(equalize=equalize).alpha == alpha
+
+
+@pytest.mark.parametrize(
+    ("activations", "serve", "trained", "served"),
+    [
+        ("none", None, "w4a16", "w4a16"),
+        ("nvfp4", None, "w4a4", "w4a4"),
+        ("none", "w4a4", "w4a16", "w4a4"),
+        ("nvfp4", "w4a16", "w4a4", "w4a16"),
+    ],
+)
+def test_what_is_served_is_what_was_trained_unless_told_otherwise(
+    activations: str, serve: str | None, trained: str, served: str
+) -> None:
+    config = QuantConfig(activations=activations, serve=serve)
+    assert (config.trained_serving, config.serving) == (trained, served)
+    assert select(llama(), config).manifest.activations == {"w4a16": "none", "w4a4": "nvfp4"}[served]
 
 
 def test_selection_does_not_depend_on_the_device() -> None:

@@ -25,6 +25,7 @@ STEPS = (
     "quant.refit_every=2",
     "quant.start_step=1",
     "optim.lr=1e-3",
+    "optim.frozen=[*embed_tokens*,lm_head*]",
     # The schedule does not depend on the number of steps.
     "optim.min_lr_ratio=1",
     "trainer.max_steps=5",
@@ -127,6 +128,9 @@ def test_a_run_that_stopped_between_two_choices_ends_with_the_same_bits(
     for name in numbers[0].keys() - {"train/tokens_per_s"}:
         assert numbers[0][name] == numbers[1][name], name
 
+    masters = {name: tensor for name, tensor in ends[0]["state_dict"].items() if name.startswith("model.")}
+    kept = {name for name, tensor in masters.items() if torch.equal(tensor, stopped[name])}
+    assert kept == {"model.model.embed_tokens.weight", "model.lm_head.weight"}, "what is frozen, and nothing else"
     state = {name: tensor for name, tensor in ends[0]["state_dict"].items() if name.startswith("quant_state.")}
     leaves = Counter(name.rpartition(".")[2] for name in state)
     assert leaves == {"steps": 14, "hessian": 8, "input_scale": 8}
