@@ -76,8 +76,12 @@ class RunSummary(Callback):
         ]
         print(
             "\nRun summary\n"
-            + row("at the switch", ("master", VAL_LOSS_MASTER_AT_SWITCH, ".4f"), ("quantized (PTQ)", VAL_LOSS_PTQ, ".4f"))
-            + row("at the end", ("master", VAL_LOSS_MASTER, ".4f"), ("quantized (QAT)", VAL_LOSS_QUANTIZED, ".4f"))
+            + row("at the switch", ("master", VAL_LOSS_MASTER_AT_SWITCH, ".4f"), ("quantized", VAL_LOSS_PTQ, ".4f"))
+            + (
+                row("at the end", ("master", VAL_LOSS_MASTER, ".4f"), ("quantized", VAL_LOSS_QUANTIZED, ".4f"))
+                if trainer.max_steps
+                else ""
+            )
             + "".join(
                 row(
                     f"as {serving.upper()}",
