@@ -224,15 +224,6 @@ class QATModule(L.LightningModule):
         if not self.store.is_enabled and "nvfp4" in (config.activations, SERVINGS[config.serving]):
             self.inputs.check_calibrated()
         self.store.update(refit=refit)
-        if config.activations == "nvfp4" and not self.inputs.is_enabled:
-            self.inputs.enable()
-
-    @contextmanager
-    def masters_only(self) -> Iterator[None]:
-        """Compute inside the context with the unquantized model."""
-        assert self.store is not None and self.inputs is not None
-        with self.store.masters_only(), self.inputs.serving("w4a16"):
-            yield
 
     @contextmanager
     def serving(self, name: str) -> Iterator[None]:

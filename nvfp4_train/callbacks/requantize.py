@@ -41,7 +41,13 @@ class Requantize(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Every strategy has restored its checkpoint by now.
-        if trainer.global_step < pl_module.quant_config.start_step:
+        start_step = pl_module.quant_config.start_step
+        if trainer.global_step < start_step:
+            if self._metrics_at_switch and trainer.is_global_zero:
+                print(
+                    f"quant.start_step={start_step}: quantization, which had begun before this checkpoint, begins anew",
+                    flush=True,
+                )
             self._metrics_at_switch = {}
         self._after_step(trainer, pl_module)
         num_sequences = pl_module.quant_config.calibration.sequences
@@ -88,7 +94,7 @@ class Requantize(Callback):
             pl_module.update()
         pl_module.results |= self._metrics_at_switch
         quantized = self._evaluate_quantized(trainer, pl_module, QUANTIZED)
-        with pl_module.masters_only():
+        with pl_module.store.masters_only():
             pl_module.report(quantized | self._evaluate(trainer, pl_module, MASTER))
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:

@@ -4,9 +4,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from nvfp4_train.metrics import (
@@ -28,7 +30,8 @@ from nvfp4_train.quant.policy import SERVINGS, selection_table
 
 
 class RunSummary(Callback):
-    """Prints what is quantized before training, and the outcome after it; keeps the tokenizer beside the checkpoints.
+    """Prints what is quantized before training, and the outcome after it, which it writes with all validations of the run to
+    metrics.json; keeps the tokenizer beside the checkpoints.
 
     List it after the callbacks whose results it reports.
     """
@@ -36,6 +39,18 @@ class RunSummary(Callback):
     def __init__(self, *, run_dir: str, tokenizer_dir: str) -> None:
         self.run_dir = Path(run_dir)
         self.tokenizer_dir = Path(tokenizer_dir)
+        self._validations: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = list(state_dict["validations"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if found and trainer.state.fn == TrainerFn.FITTING:
+            self._validations.append({"step": trainer.global_step} | found)
 
     def on_fit_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
@@ -103,7 +118,9 @@ class RunSummary(Callback):
     def _write_metrics(self, trainer: Trainer, pl_module: QATModule) -> None:
         if not trainer.is_global_zero:
             return
-        results = {"step": trainer.global_step} | pl_module.results
+        results: dict[str, Any] = {"step": trainer.global_step} | pl_module.results
+        if self._validations:
+            results["validations"] = self._validations
         path = self.run_dir / "metrics.json"
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")

@@ -38,6 +38,7 @@ class ServedCheck(Callback):
             num_modules = check_served(pl_module.model, ids.to(pl_module.device), pl_module.compute_dtype, pl_module.inputs)
         if trainer.is_global_zero:
             print(
-                f"the training forward is that of the plain {class_of(pl_module.model).__name__}: {num_modules} modules compared",
+                f"the training forward is that of the plain {class_of(pl_module.model).__name__}: {num_modules} modules compared"
+                + (", before torch.compile" if pl_module.model_config.compile else ""),
                 flush=True,
             )

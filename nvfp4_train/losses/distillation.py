@@ -21,7 +21,7 @@ class DistillationLoss:
     """(1 - c) T^2 D + c CE + w E: D is a divergence of student and teacher at temperature T, c is `cross_entropy`, w is `hidden`.
 
     Without a mask D is a mean over every position, and the next token's cross-entropy CE over all but the last of a sequence; with one
-    both are over those before a marked token. See `Objective`. E is the `hidden_error` of some layers, at every position.
+    both are over those before a marked token. See `Objective`. E is the `hidden_error` of some layers, over the positions of D.
 
     Where gradients are off, as in an evaluation, metrics come beside the loss: `kl`, the forward KL at temperature 1, and
     `cross_entropy`, both in nats a position, `top1_agreement`, the share of positions at which student and teacher hold the same token
@@ -104,7 +104,7 @@ class DistillationLoss:
         with torch.no_grad():
             teacher = WholeLogits(compute_logits(self.teacher, batch["input_ids"]).flatten(0, 1))
             found = self._compare(student, teacher, positions)
-        return self._result(student, found)
+        return self._result(student, found, positions)
 
     def _find_logit_maps(self, model: nn.Module, input_ids: Tensor) -> bool:
         assert self.teacher is not None
@@ -127,7 +127,7 @@ class DistillationLoss:
         # Under FSDP2 a teacher whose output takes part in the backward would be gathered in it.
         with torch.no_grad():
             found = call_within(self.teacher, self._against_teacher, student, input_ids, positions)
-        return self._result(student, found)
+        return self._result(student, found, positions)
 
     def _against_teacher(self, student: Logits, input_ids: Tensor, positions: Positions) -> dict[str, Tensor]:
         """Called within the teacher."""
@@ -139,7 +139,7 @@ class DistillationLoss:
         with torch.autocast(positions.weights.device.type, enabled=False):
             return function(student, teacher, positions, self.objective, num_rows=self.chunk_tokens)
 
-    def _result(self, student: Logits, found: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _result(self, student: Logits, found: dict[str, Tensor], positions: Positions) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.objective.mix(found["divergence"], found["cross_entropy"])
         if student.takes_gradients:
             loss = with_gradients(loss, student)
@@ -147,7 +147,8 @@ class DistillationLoss:
         else:
             del found["divergence"]
         if self.hidden:
-            error = hidden_error(*(outputs.take() for outputs in self._layers))
+            of_student, of_teacher = (outputs.take() for outputs in self._layers)
+            error = hidden_error(of_student, of_teacher, positions.weights)
             loss, found = loss + self.hidden * error, found | {"hidden_error": error.detach()}
         return loss, found
 

@@ -12,7 +12,7 @@ NUM_LAYERS = 6
 """Decoder layers whose outputs are compared, evenly spaced, the last one among them."""
 
 SMALLEST_VARIANCE = 1e-6
-"""Of a channel, as a share of the mean over the channels. Channels that hardly vary would outweigh all others."""
+"""Of a channel, as a share of the mean square over all of them. Channels that hardly vary would outweigh all others."""
 
 
 class LayerOutputs:
@@ -61,14 +61,15 @@ def num_compared(model: nn.Module) -> int:
     return min(NUM_LAYERS, len(decoder_layers(model)))
 
 
-def hidden_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+def hidden_error(student: list[Tensor], teacher: list[Tensor], weights: Tensor) -> Tensor:
     """Mean over layers, positions and channels of (h - t)^2 / var(t), the variance being a channel's over the batch's positions.
 
-    Hidden states are [B, T, H] of any float dtype; the error is a scalar in float32. 1 is what predicting every channel's mean costs.
+    Hidden states are [B, T, H] of any float dtype; `weights` of the B T positions, float32, add up to 1, or to 0 where none counts. The
+    error is a scalar in float32. 1 is what predicting every channel's mean costs.
     """
     errors = []
     for h, t in zip(student, teacher, strict=True):
-        t = t.float()
-        variance = t.flatten(0, -2).var(0, correction=0)
-        errors.append(((h.float() - t).square() / (variance + SMALLEST_VARIANCE * variance.mean())).mean())
+        h, t = h.flatten(0, -2).float(), t.flatten(0, -2).float()
+        variance = t.var(0, correction=0) + SMALLEST_VARIANCE * t.square().mean() + torch.finfo(torch.float32).tiny
+        errors.append(((h - t).square() / variance).mean(1) @ weights)
     return torch.stack(errors).mean()

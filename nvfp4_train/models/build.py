@@ -1,7 +1,7 @@
 """Makes a model train with its served weights: selects what is quantized, lets modules show it, and makes the store."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,10 @@ from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
+from nvfp4_train.quant.calibration import check_num_tokens
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.linear import quantize_inputs
-from nvfp4_train.quant.policy import QuantConfig, Selection, select
+from nvfp4_train.quant.policy import SERVINGS, QuantConfig, Selection, select
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit, parts_called_alone, served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
@@ -37,13 +38,13 @@ def quantize(
     config: QuantConfig | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
-    calibration: Sequence[Tensor] = (),
+    calibration: Iterable[Tensor] = (),
 ) -> WeightStore:
     """Let a model compute with NVFP4 weights, in place: any `nn.Module` with linears, on one device. Parameters stay masters.
 
     The returned store holds what was quantized (`manifest`). Call its `update()` after every optimizer step, so that it follows the
-    masters. Until the first update the forward computes with masters rounded to bf16. The first update is done here, unless config
-    says that quantization begins later, or never.
+    masters; with a fitted rule `update(refit=True)` chooses anew. Until the first update the forward computes with masters rounded to
+    bf16. The first update is done here, unless config says that quantization begins later, or never.
 
     Args:
         model: Its floating-point parameters are fp32 or bf16, and stay as they are. It computes with NVFP4 weights when it is called
@@ -70,20 +71,33 @@ def quantize(
         raise ValueError(f"compute_dtype must be torch.bfloat16 or torch.float32, got {compute_dtype!r}")
     if isinstance(model, PreTrainedModel):
         serve_buffers(model, compute_dtype)
-    if not len(calibration) and (config.scale_rule.is_fitted or config.activations == "nvfp4"):
-        raise ValueError(
-            f"calibration must hold sequences with rule={config.rule!r} and activations={config.activations!r}, got none"
-        )
+    sequences = _checked_calibration(model, config, calibration)
     made = make_trainable(model, config, compute_dtype=compute_dtype)
-    store = made.store
-    if len(calibration):
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"calibration takes causal LMs of transformers, got a {type(model).__name__}")
-        prepare(model, store, config, [({"input_ids": ids}, True) for ids in calibration])
+    if sequences:
+        assert isinstance(model, PreTrainedModel)
+        prepare(model, made.store, config, [({"input_ids": ids}, True) for ids in sequences])
     if config.enabled and config.start_step == 0:
-        store.update(refit=True)
-        made.inputs.enable(config.activations == "nvfp4")
-    return store
+        made.store.update()
+    return made.store
+
+
+def _checked_calibration(model: nn.Module, config: QuantConfig, calibration: Iterable[Tensor]) -> list[Tensor]:
+    """The sequences. Raises ValueError where they are none that `model` can be calibrated with, or are needed and not given."""
+    sequences = list(calibration)
+    if not sequences:
+        if config.scale_rule.is_fitted or "nvfp4" in (config.activations, SERVINGS[config.serving]):
+            raise ValueError(f"calibration must hold sequences with rule={config.rule!r} in {config.serving}, got none")
+        return []
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"calibration takes causal LMs of transformers, got a {type(model).__name__}")
+    vocab_size = model.config.get_text_config().vocab_size
+    for ids in sequences:
+        is_sequence = isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) == 1 and ids.dtype is torch.int64
+        if not is_sequence or not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"calibration must hold token ids below {vocab_size}, int64 [1, T] each, got {got}")
+    check_num_tokens(sum(ids.numel() for ids in sequences))
+    return sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +107,7 @@ class Trainable:
     selection: Selection
     store: WeightStore
     inputs: InputQuantizers
-    """The quantizers of the inputs of quantized weights. They are off."""
+    """The quantizers of the inputs of quantized weights. They are off; the store's first update enables them, if quant says so."""
 
 
 def make_trainable(
@@ -125,11 +139,14 @@ def make_trainable(
         gathered_as_served=gathered_as_served(sharded_units),
         compute_dtype=compute_dtype,
     )
+    # Else inductor would leave out the rounding of float32 to served values.
+    options = None if compute_dtype is SERVED_DTYPE else {"emulate_precision_casts": True}
     for layer in decoder_layers(model) if compile_layers else ():
-        layer.compile()
+        layer.compile(options=options)
     store: WeightStore
     if mesh is None:
         store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
+        store.inputs = inputs if quant.activations == "nvfp4" else None
         return Trainable(selection=selection, store=store, inputs=inputs)
     shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
     if fill is not None:
@@ -141,6 +158,7 @@ def make_trainable(
         gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
         compute_dtype=compute_dtype,
     )
+    store.inputs = inputs if quant.activations == "nvfp4" else None
     return Trainable(selection=selection, store=store, inputs=inputs)
 
 

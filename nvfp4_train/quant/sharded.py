@@ -323,7 +323,7 @@ class ShardedWeightStore(WeightStore):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, *, refit: bool = False) -> None:
+    def update(self, *, refit: bool | None = None) -> None:
         # A forward without a backward leaves parameters unsharded, and FSDP2 would not gather them anew.
         self._reshard()
         super().update(refit=refit)

@@ -7,7 +7,7 @@ their slots, and so their amax and global scale.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.chunks import num_slots_of, slots_of_groups
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
+from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.served import SERVED_DTYPE, Shown
@@ -48,6 +49,9 @@ class WeightStore(ABC):
         """s2, float32 [slots], of the last update."""
         self.state = QuantState({name: self._parameter(name) for name in manifest.names}, manifest)
         """What the quantizer remembers beside the masters. A checkpoint of the model has to hold it as well."""
+        self.inputs: InputQuantizers | None = None
+        """What the first update enables, and `masters_only` disables, where the forward is to compute with quantized inputs."""
+        self._is_first = True
 
     @property
     def names(self) -> list[str]:
@@ -61,11 +65,11 @@ class WeightStore(ABC):
     # Evaluations call this under inference_mode, too. A later backward could not use tensors that were made there.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, *, refit: bool = False) -> None:
+    def update(self, *, refit: bool | None = None) -> None:
         """Quantize every master into what the forward computes with, and switch the forward to it.
 
-        `refit` lets a fitted rule choose anew; without it every block keeps its choice. A handful of launches and one all_reduce(MAX)
-        for the whole model; nothing waits for the device.
+        `refit` lets a fitted rule choose anew; else every block keeps its choice. By default the first update does. A handful of
+        launches and one all_reduce(MAX) for the whole model; nothing waits for the device.
         """
         if self._quantizer is not None and self._is_replaced():
             self._use(False)
@@ -74,9 +78,13 @@ class WeightStore(ABC):
             self.state.to(self._parameter(self.names[0]).device)
             self._quantizer = self._make_quantizer()
             self.global_amax, self.global_scale = self._quantizer.global_amax, self._quantizer.global_scales
+        refit = self._is_first if refit is None else refit
         self._quantizer.step(reduce=_max_over_ranks, refit=refit and self.state.is_fitted)
         if not self.is_enabled:
             self._use(True)
+        if self._is_first and self.inputs is not None:
+            self.inputs.enable()
+        self._is_first = False
 
     def check_finite(self) -> None:
         """Raise ValueError, naming the weights, if the last update met a NaN or Inf. Waits for the device."""
@@ -93,7 +101,8 @@ class WeightStore(ABC):
         was_enabled = self.is_enabled
         self._use(False)
         try:
-            yield
+            with nullcontext() if self.inputs is None else self.inputs.serving("w4a16"):
+                yield
         finally:
             if was_enabled:
                 self._use(True)
@@ -202,7 +211,7 @@ class ReplicatedWeightStore(WeightStore):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update(self, *, refit: bool = False) -> None:
+    def update(self, *, refit: bool | None = None) -> None:
         super().update(refit=refit)
         if self.compute_dtype is not SERVED_DTYPE and not self.manifest.rule.is_pow2:
             # Readers round what they decode to bf16; under a power-of-two scale it is bf16 already.

@@ -30,6 +30,10 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
     }
     trainer_options = nodes.pop("trainer")
     if not trains:
+        if options["ckpt_path"] is not None:
+            raise ValueError(
+                f"ckpt_path must be null without training: launch/export.py exports a checkpoint, got {options['ckpt_path']!r}"
+            )
         trainer_options |= {"max_steps": 0}
         nodes["quant"] |= {"start_step": 0}
 

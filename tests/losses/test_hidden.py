@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nvfp4_train.losses.distillation import DistillationLoss
+from nvfp4_train.losses.divergence import Positions
 from nvfp4_train.losses.hidden import LayerOutputs, hidden_error
 from nvfp4_train.models.causal_lm import decoder_layers
 
@@ -45,6 +46,12 @@ class Stack(nn.Module):
         return outputs
 
 
+def mean_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """The error over all positions."""
+    num_positions = teacher[0][..., 0].numel()
+    return hidden_error(student, teacher, torch.full((num_positions,), 1 / num_positions))
+
+
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -58,34 +65,48 @@ def test_it_is_the_mean_square_by_the_variance_of_the_teachers_channels() -> Non
             mean = own.sum() / 10
             variance = ((own - mean) ** 2).sum() / 10
             total += float(((h[..., channel].double() - own) ** 2 / variance).sum())
-    assert hidden_error(student, teacher).item() == pytest.approx(total / (2 * 5 * 3 * 2), rel=1e-4)
-    assert hidden_error(teacher, teacher) == 0
+    assert mean_error(student, teacher).item() == pytest.approx(total / (2 * 5 * 3 * 2), rel=1e-4)
+    assert mean_error(teacher, teacher) == 0
 
 
 def test_what_predicting_the_mean_costs_is_1() -> None:
     teacher = torch.randn(3, 7, 4) * torch.tensor([0.1, 1.0, 5.0, 10.0]) + 3
     mean = teacher.mean((0, 1), keepdim=True).expand_as(teacher)
-    assert hidden_error([mean], [teacher]).item() == pytest.approx(1, rel=1e-2)
+    assert mean_error([mean], [teacher]).item() == pytest.approx(1, rel=1e-2)
 
 
 def test_a_channel_that_never_varies_does_not_outweigh_the_others() -> None:
     teacher = torch.randn(4, 50, 4)
     teacher[..., 0] = 2.0
-    variance = teacher[..., 1:].flatten(0, 1).var(0, correction=0).sum().item() / 4
     student = teacher.clone()
     student[..., 0] += 1e-3
-    assert hidden_error([student], [teacher]).item() == pytest.approx(1e-6 / (1e-6 * variance) / 4, rel=1e-3)
+    assert mean_error([student], [teacher]).item() == pytest.approx(1 / teacher.square().mean().item() / 4, rel=1e-3)
+
+
+def test_positions_that_do_not_count_cost_nothing() -> None:
+    student, teacher = torch.randn(2, 1, 6, 4)
+    weights = torch.tensor([0.5, 0.0, 0.0, 0.5, 0.0, 0.0])
+    changed = student.clone()
+    changed[:, [1, 2, 4, 5]] += 100
+    assert hidden_error([changed], [teacher], weights) == hidden_error([student], [teacher], weights) > 0
+    assert hidden_error([student], [teacher], torch.zeros(6)) == 0
+
+
+def test_hidden_states_that_never_vary_give_numbers() -> None:
+    for teacher in (torch.ones(2, 8, 4), torch.zeros(2, 8, 4)):
+        assert mean_error([teacher], [teacher]) == 0
+    assert mean_error([torch.full((2, 8, 4), 2.0)], [torch.ones(2, 8, 4)]).isfinite()
 
 
 def test_bf16_is_compared_in_fp32_and_the_gradient_is_that_of_the_student() -> None:
     teacher = torch.randn(2, 9, 4, dtype=torch.bfloat16)
     student = (teacher + 0.1).requires_grad_()
-    error = hidden_error([student], [teacher])
+    error = mean_error([student], [teacher])
     error.backward()
     assert error.dtype is torch.float32
     variance = teacher.float().flatten(0, 1).var(0, correction=0)
     difference = student.detach().float() - teacher.float()
-    expected = 2 * difference / (variance + 1e-6 * variance.mean()) / difference.numel()
+    expected = 2 * difference / (variance + 1e-6 * teacher.float().square().mean()) / difference.numel()
     assert student.grad is not None
     torch.testing.assert_close(student.grad.float(), expected, rtol=1e-2, atol=0)
 
@@ -136,7 +157,7 @@ def test_what_a_backward_recomputes_is_not_recorded() -> None:
     every = model(X.clone().requires_grad_())
     found = outputs.take()
     assert all(tensor is own for tensor, own in zip(found, every, strict=True))
-    hidden_error(found, [torch.zeros_like(X) + torch.arange(8) * X] * 3).backward()
+    mean_error(found, [torch.zeros_like(X) + torch.arange(8) * X] * 3).backward()
     assert calls == [*model.layers, *reversed(model.layers)]
     assert outputs.take() == []
     assert all(layer.linear.weight.grad is not None for layer in model.layers)
@@ -157,7 +178,7 @@ def test_compiled_layers_are_recorded_without_another_compilation(backend: str) 
         outputs.start()
         model(x)
         found.append(outputs.take())
-        hidden_error(found[-1], [X] * 4).backward()
+        mean_error(found[-1], [X] * 4).backward()
     assert len(found[0]) == len(found[1]) == 4
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -187,7 +208,7 @@ def test_the_loss_adds_it_with_its_weight_and_its_gradient() -> None:
 
     with torch.no_grad():
         of_teacher = recorded(loss.teacher, batch()["input_ids"])
-    error = hidden_error(recorded(built.model, batch()["input_ids"]), of_teacher)
+    error = hidden_error(recorded(built.model, batch()["input_ids"]), of_teacher, Positions.of(batch()).weights)
     # The same student and teacher.
     same, without = build(cross_entropy=0.25)
     plain, parts = without(same.model, batch())
