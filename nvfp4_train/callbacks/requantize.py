@@ -12,6 +12,9 @@ from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.calibration import Batch, check_num_tokens
 from nvfp4_train.quant.policy import SERVINGS
 
+Metrics = dict[tuple[str, str | None], float]
+"""By name and serving; a serving of None is the one that was trained."""
+
 
 class Requantize(Callback):
     """Decides when weights are quantized, and when a fitted rule chooses anew.
@@ -89,13 +92,14 @@ class Requantize(Callback):
     def _report_end(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
         if not self._metrics_at_switch:
-            self._switch(trainer, pl_module)
-        elif not pl_module.store.is_enabled:
-            pl_module.update()
+            quantized = self._switch(trainer, pl_module)
+        else:
+            if not pl_module.store.is_enabled:
+                pl_module.update()
+            quantized = _evaluate_quantized(trainer, pl_module)
         pl_module.results |= self._metrics_at_switch
-        quantized = self._evaluate_quantized(trainer, pl_module, QUANTIZED)
         with pl_module.store.masters_only():
-            pl_module.report(quantized | self._evaluate(trainer, pl_module, MASTER))
+            pl_module.report(_named(quantized, QUANTIZED) | _named(_evaluate(trainer, pl_module), MASTER))
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:
         self._last_step = trainer.global_step
@@ -111,9 +115,10 @@ class Requantize(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             store.check_finite()
 
-    def _switch(self, trainer: Trainer, pl_module: QATModule) -> None:
+    def _switch(self, trainer: Trainer, pl_module: QATModule) -> Metrics:
+        """Begin with quantization. Returns the metrics of the quantized model."""
         assert pl_module.store is not None
-        metrics = self._evaluate(trainer, pl_module, MASTER_AT_SWITCH)
+        masters = _evaluate(trainer, pl_module)
         if num_sequences := pl_module.quant_config.calibration.sequences:
             notes = pl_module.prepare(
                 _calibration_batches(trainer, num_sequences), progress_bar("calibration", is_shown=trainer.is_global_zero)
@@ -122,24 +127,31 @@ class Requantize(Callback):
                 print("\n".join(notes), flush=True)
         pl_module.update(refit=True)
         pl_module.store.check_finite()
-        metrics |= self._evaluate_quantized(trainer, pl_module, PTQ)
-        pl_module.report(metrics)
-        self._metrics_at_switch = metrics
+        quantized = _evaluate_quantized(trainer, pl_module)
+        self._metrics_at_switch = _named(masters, MASTER_AT_SWITCH) | _named(quantized, PTQ)
+        pl_module.report(self._metrics_at_switch)
+        return quantized
 
-    def _evaluate_quantized(self, trainer: Trainer, pl_module: QATModule, of: str) -> dict[str, float]:
-        """Metrics as trained, and after a calibration under every serving."""
-        trained = pl_module.quant_config.trained_serving
-        metrics = self._evaluate(trainer, pl_module, of)
-        if pl_module.is_calibrated:
-            metrics |= {f"{name}_{trained}": value for name, value in metrics.items()}
-            for serving in SERVINGS.keys() - {trained}:
-                with pl_module.serving(serving):
-                    metrics |= self._evaluate(trainer, pl_module, of, serving)
-        return metrics
 
-    def _evaluate(self, trainer: Trainer, pl_module: QATModule, of: str, serving: str | None = None) -> dict[str, float]:
-        batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        return {evaluation_metric(name, of, serving): value for name, value in pl_module.evaluate(batches).items()}
+def _evaluate(trainer: Trainer, pl_module: QATModule, serving: str | None = None) -> Metrics:
+    batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    return {(name, serving): value for name, value in pl_module.evaluate(batches).items()}
+
+
+def _evaluate_quantized(trainer: Trainer, pl_module: QATModule) -> Metrics:
+    """As trained, and after a calibration under every serving."""
+    trained = pl_module.quant_config.trained_serving
+    metrics = _evaluate(trainer, pl_module)
+    if pl_module.is_calibrated:
+        metrics |= {(name, trained): value for (name, _), value in metrics.items()}
+        for serving in SERVINGS.keys() - {trained}:
+            with pl_module.serving(serving):
+                metrics |= _evaluate(trainer, pl_module, serving)
+    return metrics
+
+
+def _named(metrics: Metrics, state: str) -> dict[str, float]:
+    return {evaluation_metric(name, state, serving): value for (name, serving), value in metrics.items()}
 
 
 def _calibration_batches(trainer: Trainer, num_sequences: int) -> list[tuple[Batch, bool]]:
