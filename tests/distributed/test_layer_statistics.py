@@ -94,7 +94,9 @@ def run(
     resume: str | None = None,
     steps: int = STEPS,
 ) -> tuple[Any, Any, Recorder]:
-    recorder, callback, module = Recorder(), scale_stats(**(stats or {})), make_module(**(quant or {}))
+    # Equalized masters have sums of gradients that depend on their order.
+    module = make_module(**({"equalize": None} | (quant or {})))
+    recorder, callback = Recorder(), scale_stats(**(stats or {}))
     trainer = make_trainer(
         how,
         sharding=sharding,
@@ -209,7 +211,7 @@ def test_every_layout_has_the_sums_of_one_device(found: Any) -> None:
             for name, (amax, scales, powers, zeros) in by_name.items():
                 assert amax[0] / amax[1] == expected[name][0][0], (layout, name)
                 assert torch.equal(scales, expected[name][1]), (layout, name)
-                assert torch.allclose(powers, expected[name][2], rtol=1e-12, atol=0), (layout, name)
+                assert torch.allclose(powers, expected[name][2], rtol=1e-13, atol=0), (layout, name)
                 assert torch.equal(zeros, expected[name][3]), (layout, name)
 
 
