@@ -187,11 +187,7 @@ class QATModule(L.LightningModule):
                     totals[name] = totals.get(name, 0) + weight * value.double()
             self.train(was_training)
             sums = sum_over_ranks({"positions": num_counted} | {name: total.item() for name, total in totals.items()})
-        if not sums["positions"]:
-            raise ValueError(
-                "held-out sequences must have a position that counts, got none: every token of every loss_mask but first tokens is "
-                "unmarked; hold out others (data.val_fraction, data.val_sequences)"
-            )
+        check_num_positions(sums["positions"])
         return {name: total / sums["positions"] for name, total in sums.items() if name != "positions"}
 
     def prepare(self, batches: Iterable[tuple[Batch, bool]], progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
@@ -277,6 +273,15 @@ class QATModule(L.LightningModule):
                 "manifest": self.selection.manifest.to_dict(),
             }
         }
+
+
+def check_num_positions(num_positions: float) -> None:
+    """Raise ValueError where no position of the held-out sequences counts, on any rank."""
+    if not num_positions:
+        raise ValueError(
+            "held-out sequences must have a position that counts, got none: every token of every loss_mask but first tokens is "
+            "unmarked; hold out others (data.val_fraction, data.val_sequences)"
+        )
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

@@ -34,6 +34,7 @@ ALLOWED = {
             "kernels",
             "quant",
             "models",
+            "losses",
             "export",
             "saving",
             "strategy",

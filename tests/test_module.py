@@ -55,7 +55,15 @@ class Tokens(L.LightningDataModule):
         return DataLoader([self.batches[0], {"input_ids": self.batches[1]["input_ids"][:1]}], batch_size=None)
 
 
-def fit(module: QATModule, **options: object) -> L.Trainer:
+class UnmarkedTokens(Tokens):
+    """No held-out token is to be predicted."""
+
+    def val_dataloader(self) -> DataLoader:
+        batches = [{**batch, "loss_mask": torch.zeros_like(batch["input_ids"], dtype=torch.bool)} for batch in self.batches]
+        return DataLoader(batches, batch_size=None)
+
+
+def fit(module: QATModule, data: Tokens | None = None, **options: object) -> L.Trainer:
     defaults: dict = {
         "accelerator": "cpu",
         "max_steps": 4,
@@ -68,8 +76,15 @@ def fit(module: QATModule, **options: object) -> L.Trainer:
         "callbacks": [Requantize()],
     }
     trainer = L.Trainer(**(defaults | options))
-    trainer.fit(module, Tokens())
+    trainer.fit(module, data or Tokens())
     return trainer
+
+
+def test_held_out_masks_without_positions_are_refused_before_the_first_step() -> None:
+    module = make(start_step=2)
+    with pytest.raises(ValueError, match="held-out sequences must have a position that counts"):
+        fit(module, data=UnmarkedTokens())
+    assert not module.has_started
 
 
 def test_evaluation_weights_every_sequence_alike() -> None:

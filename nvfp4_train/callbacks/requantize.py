@@ -5,9 +5,10 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from nvfp4_train.losses.base import num_positions
 from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
 from nvfp4_train.models.prepare import first_sequences
-from nvfp4_train.module import QATModule, sum_over_ranks
+from nvfp4_train.module import QATModule, check_num_positions, sum_over_ranks
 from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.calibration import Batch, check_num_tokens
 from nvfp4_train.quant.policy import SERVINGS
@@ -53,12 +54,20 @@ class Requantize(Callback):
                 )
             self._metrics_at_switch = {}
         self._after_step(trainer, pl_module)
-        num_sequences = pl_module.quant_config.calibration.sequences
-        if num_sequences and not self._metrics_at_switch:
+        if not self._metrics_at_switch:
             # Else the run would find out at the switch.
+            self._check_data(trainer, pl_module)
+
+    @staticmethod
+    def _check_data(trainer: Trainer, pl_module: QATModule) -> None:
+        """Raise ValueError where the model could not be calibrated, or no held-out position counts."""
+        if num_sequences := pl_module.quant_config.calibration.sequences:
             batches = _calibration_batches(trainer, num_sequences)
             own = sum(batch["input_ids"].numel() for batch, is_counted in batches if is_counted)
             check_num_tokens(int(sum_over_ranks({"tokens": own})["tokens"]))
+        held_out: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        own = sum(num_positions(batch) for batch in held_out)
+        check_num_positions(sum_over_ranks({"positions": own})["positions"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
         if trainer.global_step != self._last_step:
