@@ -7,15 +7,12 @@ Takes the options of launch/train.py; those of the optimizer and the schedule ha
 quant.activations and quant.calibration say how.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from nvfp4_train.run.compose import register_configs, run_options, save_config
-from nvfp4_train.run.identity import choose_run_id
+from nvfp4_train.run.compose import run_options, save_config, start_job
 from nvfp4_train.run.job import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,9 +24,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    register_configs(ROOT)
-    try:
-        os.environ["RUN_ID"] = choose_run_id()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    main()
+    start_job(ROOT, main)

@@ -8,15 +8,12 @@ SIGTERM or SIGUSR1 to any rank saves a checkpoint after the current optimizer st
 nvfp4_train/callbacks/preemption.py), Ctrl-C the same with 130; the same command with ckpt_path=auto and the same run folder continues.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from nvfp4_train.run.compose import register_configs, run_options, save_config
-from nvfp4_train.run.identity import choose_run_id
+from nvfp4_train.run.compose import run_options, save_config, start_job
 from nvfp4_train.run.job import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +25,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    register_configs(ROOT)
-    try:
-        os.environ["RUN_ID"] = choose_run_id()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    main()
+    start_job(ROOT, main)

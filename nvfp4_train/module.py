@@ -24,7 +24,7 @@ from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, comp
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.inputs import InputQuantizers
-from nvfp4_train.quant.policy import SERVINGS, QuantConfig, Selection
+from nvfp4_train.quant.policy import QuantConfig, Selection
 from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
 from nvfp4_train.strategy import FullyShardedStrategy
@@ -216,8 +216,7 @@ class QATModule(L.LightningModule):
         The first time it raises ValueError where inputs that are to be quantized, in training or as it is served, have no scale.
         """
         assert self.store is not None and self.inputs is not None
-        config = self.quant_config
-        if not self.store.is_enabled and "nvfp4" in (config.activations, SERVINGS[config.serving]):
+        if not self.store.is_enabled and self.quant_config.needs_input_scales:
             self.inputs.check_calibrated()
         self.store.update(refit=refit)
 

@@ -30,6 +30,7 @@ class Requantize(Callback):
         self._metrics_at_switch: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
+        # Checkpoints know the metrics by the name that they had when they were losses alone.
         return {"losses_at_switch": self._metrics_at_switch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served
 from nvfp4_train.quant.calibration import check_num_tokens
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.linear import quantize_inputs
-from nvfp4_train.quant.policy import SERVINGS, QuantConfig, Selection, select
+from nvfp4_train.quant.policy import QuantConfig, Selection, select
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit, parts_called_alone, served_units, show_served
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import ReplicatedWeightStore, WeightStore
@@ -69,9 +69,9 @@ def quantize(
     compute_dtype = compute_dtype or first
     if compute_dtype not in COMPUTE_DTYPES.values():
         raise ValueError(f"compute_dtype must be torch.bfloat16 or torch.float32, got {compute_dtype!r}")
+    sequences = _checked_calibration(model, config, calibration)
     if isinstance(model, PreTrainedModel):
         serve_buffers(model, compute_dtype)
-    sequences = _checked_calibration(model, config, calibration)
     made = make_trainable(model, config, compute_dtype=compute_dtype)
     if sequences:
         assert isinstance(model, PreTrainedModel)
@@ -85,7 +85,7 @@ def _checked_calibration(model: nn.Module, config: QuantConfig, calibration: Ite
     """The sequences. Raises ValueError where they are none that `model` can be calibrated with, or are needed and not given."""
     sequences = list(calibration)
     if not sequences:
-        if config.scale_rule.is_fitted or "nvfp4" in (config.activations, SERVINGS[config.serving]):
+        if config.scale_rule.is_fitted or config.needs_input_scales:
             raise ValueError(f"calibration must hold sequences with rule={config.rule!r} in {config.serving}, got none")
         return []
     if not isinstance(model, PreTrainedModel):
@@ -146,18 +146,17 @@ def make_trainable(
     store: WeightStore
     if mesh is None:
         store = ReplicatedWeightStore(model, selection.manifest, shown, compute_dtype=compute_dtype)
-        store.inputs = inputs if quant.activations == "nvfp4" else None
-        return Trainable(selection=selection, store=store, inputs=inputs)
-    shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
-    if fill is not None:
-        fill()
-    store = ShardedWeightStore(
-        model,
-        selection.manifest,
-        gather=quant.gather,
-        gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
-        compute_dtype=compute_dtype,
-    )
+    else:
+        shard_model(mesh, sharded_units, reshard_after_forward=reshard_after_forward)
+        if fill is not None:
+            fill()
+        store = ShardedWeightStore(
+            model,
+            selection.manifest,
+            gather=quant.gather,
+            gathered_in_fp32={module for unit in sharded_units if unit.in_fp32 for module in unit.modules},
+            compute_dtype=compute_dtype,
+        )
     store.inputs = inputs if quant.activations == "nvfp4" else None
     return Trainable(selection=selection, store=store, inputs=inputs)
 

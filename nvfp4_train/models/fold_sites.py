@@ -51,11 +51,6 @@ class FoldSite:
     """The feeder's channel at every channel of a quantized group's input, int64 [K] on the CPU, by the group's first parameter."""
 
     @property
-    def is_of_rows(self) -> bool:
-        """Whether the feeder is a linear, of which rows are scaled, and no norm."""
-        return isinstance(self.feeder, nn.Linear)
-
-    @property
     def is_exact(self) -> bool:
         """Whether powers of two scale all parameters without rounding them."""
         return not any(axis.offset for axis in self.outputs)

@@ -71,8 +71,6 @@ def calibrate(
     manifest: QuantManifest,
     batches: Iterable[tuple[Batch, bool]],
     run: Callable[[Batch], Any],
-    *,
-    progress: Callable[[Iterable[tuple[Batch, bool]]], Iterable[tuple[Batch, bool]]] | None = None,
 ) -> Calibration:
     """Measure the input of every group of quantized weights. Call it on every rank, while the forward computes with masters.
 
@@ -85,7 +83,6 @@ def calibrate(
         batches: One sequence each, {"input_ids": int64 [1, T], ...}, and whether it counts. Ranks share the sequences. A forward of a
             sharded model is a collective, so a rank that has fewer of them runs others that do not count.
         run: One forward of the model on a batch.
-        progress: Wraps `batches` to show how far the pass is.
 
     Raises:
         ValueError: Fewer than 256 tokens in all, an input that is not finite, always 0, or never seen.
@@ -93,7 +90,7 @@ def calibrate(
     sums = _InputSums(model, manifest)
     num_tokens = 0
     with undisturbed(model), sums.recording():
-        for batch, is_counted in batches if progress is None else progress(batches):
+        for batch, is_counted in batches:
             sums.is_counting = is_counted
             num_tokens += batch["input_ids"].numel() if is_counted else 0
             run(batch)

@@ -130,6 +130,11 @@ class QuantConfig:
         """The serving that the training forward computes."""
         return next(name for name, activations in SERVINGS.items() if activations == self.activations)
 
+    @property
+    def needs_input_scales(self) -> bool:
+        """Whether inputs of quantized weights are quantized, in training or as it is served."""
+        return "nvfp4" in (self.activations, SERVINGS[self.serving])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:

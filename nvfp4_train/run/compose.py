@@ -4,6 +4,8 @@ A group is a folder of configs/ that the defaults list of configs/train.yaml nam
 `callbacks` and `logger`, one object per name. The caller gives the root of both folders, since they are no part of the package.
 """
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from nvfp4_train.run.identity import is_rank_zero, wandb_id
+from nvfp4_train.run.identity import choose_run_id, is_rank_zero, wandb_id
 
 
 @dataclass
@@ -57,6 +59,16 @@ def _groups(root: Path) -> list[str]:
 def _summary(recipe: Path) -> str:
     """A recipe's name, and the first line of its file."""
     return f"  {recipe.stem:<16} {recipe.read_text().splitlines()[0].lstrip('# ')}"
+
+
+def start_job(root: Path, main: Callable[[], Any]) -> None:
+    """Call `main`, a function that Hydra decorated, with all that configs/ refers to, and one name of the run folder on all ranks."""
+    register_configs(root)
+    try:
+        os.environ["RUN_ID"] = choose_run_id()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
 
 
 def run_options(cfg: DictConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -63,13 +62,13 @@ def sequences(number: int = 4, length: int = 128, ids: Iterable[int] = range(VOC
     return [choice[torch.randint(len(choice), (1, length), generator=generator)] for _ in range(number)]
 
 
-def measure(model: nn.Module, batches: Iterable[Tensor | None], **options: Any) -> Calibration:
+def measure(model: nn.Module, batches: Iterable[Tensor | None]) -> Calibration:
     """Of sequences; None is one that does not count."""
     manifest = select(model, QuantConfig()).manifest
     counted = [
         ({"input_ids": torch.ones(1, 64, dtype=torch.int64) if ids is None else ids}, ids is not None) for ids in batches
     ]
-    return calibrate(model, manifest, counted, lambda batch: model(batch["input_ids"]), **options)
+    return calibrate(model, manifest, counted, lambda batch: model(batch["input_ids"]))
 
 
 def test_statistics_are_those_of_the_inputs() -> None:
@@ -136,12 +135,12 @@ def test_the_model_is_left_as_it_was() -> None:
     was_training = [module.training for module in model.modules()]
     seen: list[int] = []
 
-    def progress(batches: Iterable[Any]) -> Iterable[Any]:
-        for batch in batches:
+    def watched() -> Iterable[tuple[dict[str, Tensor], bool]]:
+        for ids in sequences(3):
             seen.append(model.training)
-            yield batch
+            yield {"input_ids": ids}, True
 
-    measure(model, sequences(3), progress=progress)
+    calibrate(model, select(model, QuantConfig()).manifest, watched(), lambda batch: model(batch["input_ids"]))
     assert seen == [False] * 3
     assert [module.training for module in model.modules()] == was_training
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -136,6 +136,11 @@ def test_a_run_of_distillation_reports_how_far_it_is_from_its_teacher(tmp_path: 
     assert found["val/kl_master_at_switch"] == pytest.approx(0, abs=1e-3), "cross-entropy has moved it a little"
     assert found["val/kl_ptq"] > 0
     assert 0 <= found["val/top1_agreement_quantized"] <= 1
+    assert [validation["step"] for validation in found["validations"]] == [2, 4]
+    for validation in found["validations"]:
+        assert validation["val/kl"] > 0
+        assert validation["val/loss"] > validation["val/kl"], "it adds cross-entropy"
+        assert 0 <= validation["val/top1_agreement"] <= 1
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/divergence", "train/cross_entropy", "val/loss", "val/kl", "val/top1_agreement"} <= set(header)
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")

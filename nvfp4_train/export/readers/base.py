@@ -44,11 +44,13 @@ class Reader(Protocol):
         return False
 
     def input_scale(self, stored_input_scale: np.float32) -> np.float32:
-        """1 / g, of the global scale of an input as the format stores it."""
+        """1 / g, of the global scale of an input as the format stores it. A format that quantizes inputs defines it."""
         raise NotImplementedError
 
     def encode_input(self, x: np.ndarray, stored_input_scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of codes [T, K / 2] and of block scales [T, K / 16] that a loader makes of the input float32 [T, K] of a module."""
+        """Bytes of codes [T, K / 2] and of block scales [T, K / 16] that a loader makes of the input float32 [T, K] of a module. A
+        format that quantizes inputs defines it.
+        """
         raise NotImplementedError
 
     def decode(self, codes: np.ndarray, block_scales: np.ndarray, stored_scale: np.float32) -> np.ndarray:
