@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from nvfp4_train.metrics import statistic_metric
 from nvfp4_train.module import QATModule
+from nvfp4_train.quant.experts import owner_of
 from nvfp4_train.quant.statistics import Histogram, Statistic, sum_over_ranks
 
 
@@ -63,7 +64,7 @@ class LayerStatistics(Callback):
             names, tables = sum_over_ranks(store.local_weights(), self.statistics)
             if not trainer.is_global_zero:
                 return
-            layers = [name.removesuffix(".weight") for name in names]
+            layers = [owner_of(name) for name in names]
             values: dict[str, float] = {}
             aggregates: dict[str, float] = {}
             histograms: dict[str, Histogram] = {}

@@ -42,10 +42,9 @@ class FromRanks(ServedWeights):
     """
 
     def __init__(self, model: PreTrainedModel, store: ShardedWeightStore) -> None:
-        layout = HubLayout(model.config)
-        self._shards = {name: tensor for name, tensor in sharded_state(model).items() if name not in layout.aliases}
-        check_tensors(self._shards, layout)
-        super().__init__(layout, store.manifest, store.state.state_dict())
+        super().__init__(HubLayout(model.config), store.manifest, store.state.state_dict())
+        self._shards = {name: tensor for name, tensor in sharded_state(model).items() if name not in self.layout.aliases}
+        check_tensors(self._shards, self.layout)
         store.check_finite()
         self._store = store
         self._global_scale = store.global_scale.cpu()
@@ -87,15 +86,19 @@ class FromRanks(ServedWeights):
         return tensor
 
     def quantized(self, name: str) -> QuantizedTensor:
-        codes, block_scales = self._ask(name)
         s2 = self._global_scale[self._store.slots(name)].clone()
-        return QuantizedTensor(codes[None], block_scales[None], s2, self.input_scale(name))
+        codes, block_scales = (part.view(len(s2), -1, part.shape[-1]) for part in self._ask(name))
+        return QuantizedTensor(codes, block_scales, s2, self.input_scale(name))
 
     def compute_weight(self, name: str) -> Tensor:
-        (codes,), (block_scales,), (s2,), _ = self.quantized(name)
-        s2, num_rows = s2.to(codes.device), rows_at_once(2 * codes.shape[1])
-        pieces = zip(codes.split(num_rows), block_scales.split(num_rows), strict=True)
-        return torch.cat([fp4_dequantize(*piece, s2, dtype=SERVED_DTYPE) for piece in pieces])
+        codes, block_scales, scales, _ = self.quantized(name)
+        num_rows = rows_at_once(2 * codes.shape[-1])
+        decoded = [
+            fp4_dequantize(own_codes, own_scales, s2, dtype=SERVED_DTYPE)
+            for of_slot, scales_of_slot, s2 in zip(codes, block_scales, scales.to(codes.device), strict=True)
+            for own_codes, own_scales in zip(of_slot.split(num_rows), scales_of_slot.split(num_rows), strict=True)
+        ]
+        return torch.cat(decoded).view(self.layout.tensors[name].shape)
 
     def _ask(self, name: str) -> tuple[Tensor, ...]:
         self._request(self._names.index(name))

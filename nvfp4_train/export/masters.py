@@ -32,9 +32,8 @@ class FromMasters(ServedWeights):
         config: PretrainedConfig,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        layout = HubLayout(config)
-        check_tensors(weights, layout)
-        super().__init__(layout, manifest, state)
+        super().__init__(HubLayout(config), manifest, state)
+        check_tensors(weights, self.layout)
         self._weights = weights
         self._global_scales = self._find_global_scales()
         for name in self:
@@ -45,39 +44,52 @@ class FromMasters(ServedWeights):
         return to_served(name, self._weights[name].detach(), self.layout)
 
     def quantized(self, name: str) -> QuantizedTensor:
-        s2 = self._global_scales[name].to(self._weights[name].device)
-        pieces = (nvfp4_quantize(rows, s2, self.manifest.rule, steps) for rows, steps in self._pieces(name))
+        pieces = (nvfp4_quantize(rows, s2, self.manifest.rule, steps) for rows, s2, steps in self._pieces(name))
         codes, scales = zip(*pieces, strict=True)
         # Concatenated as bytes, because cat knows no float8 on CUDA in some versions.
         block_scales = torch.cat([part.view(torch.uint8) for part in scales]).view(scales[0].dtype)
-        s2 = self._global_scales[name].reshape(1).clone()
-        return QuantizedTensor(torch.cat(codes)[None], block_scales[None], s2, self.input_scale(name))
+        num_slots = self._global_scales[name].numel()
+        return QuantizedTensor(
+            torch.cat(codes).view(num_slots, -1, codes[0].shape[-1]),
+            block_scales.view(num_slots, -1, block_scales.shape[-1]),
+            self._global_scales[name].clone(),
+            self.input_scale(name),
+        )
 
     def compute_weight(self, name: str) -> Tensor:
-        s2, rule = self._global_scales[name].to(self._weights[name].device), self.manifest.rule
-        return torch.cat([nvfp4_fake_quant(rows, s2, SERVED_DTYPE, rule, steps) for rows, steps in self._pieces(name)])
+        rule = self.manifest.rule
+        decoded = [nvfp4_fake_quant(rows, s2, SERVED_DTYPE, rule, steps) for rows, s2, steps in self._pieces(name)]
+        return torch.cat(decoded).view(self.layout.tensors[name].shape)
 
-    def _pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The rows of a quantized master, some at a time, with their steps where the rule has some."""
-        weight = self._weights[name].detach()
-        pieces = weight.split(rows_at_once(weight.shape[1]))
-        if not self.manifest.rule.is_fitted:
-            return ((rows, None) for rows in pieces)
-        steps = self._from_state(name, "steps").to(weight.device)
-        return zip(pieces, steps.split(len(pieces[0])), strict=True)
+    def _pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The rows of a quantized master, some of one slot at a time, with s2, and their steps where the rule has some."""
+        weight = _slots(self._weights[name].detach())
+        steps = _slots(self._from_state(name, "steps").to(weight.device)) if self.manifest.rule.is_fitted else None
+        num_rows = rows_at_once(weight.shape[-1])
+        for slot, s2 in enumerate(self._global_scales[name].to(weight.device)):
+            for start in range(0, weight.shape[1], num_rows):
+                part = slot, slice(start, start + num_rows)
+                yield weight[part], s2, None if steps is None else steps[part]
 
     def _find_global_scales(self) -> dict[str, Tensor]:
-        """s2 of each quantized weight, one element on the CPU."""
+        """s2 of each quantized weight, float32 [S] on the CPU."""
         scales = {}
         for group in self.manifest.groups:
             amaxes = []
             for name in group:
-                amaxes.append(nvfp4_block_amax(self._weights[name].detach()).amax().cpu())
-                refuse_unless(bool(amaxes[-1].isfinite()), name)
+                slots = _slots(self._weights[name].detach())
+                amaxes.append(torch.stack([nvfp4_block_amax(matrix).amax() for matrix in slots]).cpu())
+                refuse_unless(bool(amaxes[-1].isfinite().all()), name)
             if amaxes:
-                s2 = nvfp4_global_scale(torch.stack(amaxes).amax(), self.manifest.rule)
+                of_group = torch.stack(amaxes).amax(0)
+                s2 = torch.stack([nvfp4_global_scale(amax, self.manifest.rule).reshape(()) for amax in of_group])
                 scales.update(dict.fromkeys(group, s2))
         return scales
+
+
+def _slots(tensor: Tensor) -> Tensor:
+    """A tensor of a weight as [S, N, ...]: one slot of a matrix, one of every expert."""
+    return tensor if tensor.dim() == 3 else tensor[None]
 
 
 def check_tensors(weights: Mapping[str, Tensor], layout: HubLayout) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from nvfp4_train.export.formats.base import QuantizedTensor
 from nvfp4_train.kernels.fp4_kernel import is_input_scale
 from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.quant.experts import owner_of
 from nvfp4_train.quant.manifest import QuantManifest
-from nvfp4_train.quant.policy import linears_of, sibling_set, unfit
+from nvfp4_train.quant.policy import Quantizable, sibling_set, unfit
 
 
 class ServedWeights(Mapping[str, Tensor]):
@@ -26,7 +27,7 @@ class ServedWeights(Mapping[str, Tensor]):
 
     def __init__(self, layout: HubLayout, manifest: QuantManifest, state: Mapping[str, Tensor] | None = None) -> None:
         check_manifest(manifest, layout)
-        self.layout = layout
+        self.layout = layout.with_quantized(manifest.names)
         self.manifest = manifest
         self._state = state or {}
         self._quantized = frozenset(manifest.names)
@@ -36,7 +37,10 @@ class ServedWeights(Mapping[str, Tensor]):
         return name in self._quantized
 
     def input_scale(self, name: str) -> Tensor | None:
-        """1 / g of the input of a quantized weight, float32 [1] on the CPU, in memory of its own; None where inputs are as they are."""
+        """1 / g of the input of a quantized weight, float32 [1] on the CPU, in memory of its own; None where inputs are as they are.
+
+        Experts of a layer share it.
+        """
         return torch.tensor([self._input_scales[name]]) if name in self._input_scales else None
 
     @abstractmethod
@@ -49,7 +53,9 @@ class ServedWeights(Mapping[str, Tensor]):
 
     @abstractmethod
     def compute_weight(self, name: str) -> Tensor:
-        """A quantized weight [N, K] in bf16, as the forward computes with it: what the written one must decode to."""
+        """A quantized weight [N, K], or [E, N, K] of experts, in bf16, as the forward computes with it: what the written one must
+        decode to.
+        """
 
     def _from_state(self, name: str, leaf: str) -> Tensor:
         if (key := f"{name}.{leaf}") not in self._state:
@@ -85,23 +91,28 @@ def to_served(name: str, tensor: Tensor, layout: HubLayout) -> Tensor:
 
 def check_manifest(manifest: QuantManifest, layout: HubLayout) -> None:
     """Raise ValueError where a weight could not be read as quantized. What `policy.select` has selected with a layout passes."""
-    linears, reasons = linears_of(layout.model), unfit(layout.model, layout)
+    found, reasons = Quantizable.of(layout.model), unfit(layout.model, layout)
     group_of: dict[str, int] = {}
     for index, group in enumerate(manifest.groups):
         for name in group:
-            module = name.removesuffix(".weight")
-            if module not in linears or name == module:
-                raise ValueError(f"manifest: {name} is no weight of an nn.Linear of {layout.architecture}")
-            if module in group_of:
+            owner = owner_of(name)
+            is_weight = owner in found.linears and name != owner
+            if not is_weight and name not in found.experts:
+                raise ValueError(f"manifest: {name} is no weight of an nn.Linear and none of experts of {layout.architecture}")
+            if owner in group_of:
                 raise ValueError(f"manifest: {name} is listed twice; a weight is in exactly one group")
-            if module in reasons:
-                raise ValueError(f"manifest: {name} cannot be served in NVFP4: {reasons[module]}")
-            group_of[module] = index
+            if owner in reasons:
+                raise ValueError(f"manifest: {name} cannot be served in NVFP4: {reasons[owner]}")
+            group_of[owner] = index
     if not group_of:
         raise ValueError("manifest must name at least one weight to quantize, got none")
     for module, index in group_of.items():
+        if module in found.experts:
+            if (partner := found.experts[module].partner) not in group_of:
+                raise ValueError(f"manifest: {module} is quantized but {partner} is not; serving engines take both or none")
+            continue
         for sibling in sibling_set(module):
-            if sibling in linears and group_of.get(sibling) != index:
+            if sibling in found.linears and group_of.get(sibling) != index:
                 state = "in another group" if sibling in group_of else "not quantized"
                 raise ValueError(
                     f"manifest: {module} is quantized but its sibling {sibling} is {state}; serving engines fuse siblings and keep "

@@ -103,8 +103,8 @@ def verify_export(
     """
     folder, reader = Path(folder), find_reader(format)
     is_selected, quantizes_inputs = _check_config(folder, reader)
-    layout = HubLayout(AutoConfig.from_pretrained(folder, local_files_only=True))
-    stored = _check_index(folder)
+    stored = check_index(folder)
+    layout = layout_on_disk(reader, HubLayout(AutoConfig.from_pretrained(folder, local_files_only=True)), stored)
     exported = _Exported(reader, layout, stored, _check_keys(reader, layout, stored))
     _check_tensors(exported)
     _check_scheme(exported, is_selected)
@@ -153,6 +153,12 @@ class _Exported:
         return self.part(module, self.reader.stored_input_scale).bytes().view(np.float32)[0]
 
 
+def layout_on_disk(reader: Reader, layout: HubLayout, stored: Mapping[str, StoredTensor]) -> HubLayout:
+    """The layout with those experts quantized that are so on disk: their first matrix tells."""
+    matrices = {name: layout.matrices(name) for name in layout.experts}
+    return layout.with_quantized([name for name, m in matrices.items() if m and f"{m[0].module}.{reader.marker}" in stored])
+
+
 def _check_config(folder: Path, reader: Reader) -> tuple[Callable[[str], bool], bool]:
     """Whether a loader takes a module for quantized, by name, and whether it quantizes inputs."""
     try:
@@ -163,7 +169,7 @@ def _check_config(folder: Path, reader: Reader) -> tuple[Callable[[str], bool], 
     return reader.check_config(folder, config), reader.quantizes_inputs(config)
 
 
-def _check_index(folder: Path) -> dict[str, StoredTensor]:
+def check_index(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor on disk by name."""
     index_path = folder / "model.safetensors.index.json"
     files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -227,9 +233,12 @@ def _check_tensors(exported: _Exported) -> None:
 
 
 def _check_scheme(exported: _Exported, is_selected: Callable[[str], bool]) -> None:
-    linears = exported.layout.linears()
-    unknown = exported.quantized - set(linears.values())
+    linears, of_experts = exported.layout.linears(), _matrices_of_experts(exported.layout)
+    unknown = exported.quantized - set(linears.values()) - of_experts
     require("scheme", not unknown, f"{shown(unknown)} is quantized but no linear layer")
+    for name in of_experts:
+        require("scheme", name in exported.quantized, f"{name} is not quantized, but others of its experts are")
+        require("scheme", is_selected(name), f"{name} is not selected by the config, but quantized on disk")
     for name, hub_name in linears.items():
         for known_as in (name, hub_name or name):
             state = "selected by the config" if is_selected(known_as) else "not selected by the config"
@@ -240,6 +249,11 @@ def _check_scheme(exported: _Exported, is_selected: Callable[[str], bool]) -> No
     for name in exported.layout.matrices_outside_linears():
         message = f"{name} is selected by the config; serving engines take it for a linear layer, but it is not quantized"
         require("scheme", not is_selected(name), message)
+
+
+def _matrices_of_experts(layout: HubLayout) -> set[str]:
+    """Modules on disk that are matrices of quantized experts."""
+    return {matrix.module for name in layout.quantized_experts for matrix in layout.matrices(name)}
 
 
 def _check_inputs(
@@ -262,7 +276,6 @@ def _check_inputs(
 
 
 def _check_input_scales(exported: _Exported, expected: Mapping[str, Tensor]) -> None:
-    hub_names = exported.layout.linears()
     scales = {module: exported.stored_input_scale(module) for module in sorted(exported.quantized)}
     for module, scale in scales.items():
         # Under another scale engines part ways: some multiply by 1 / g, which is rounded.
@@ -273,16 +286,18 @@ def _check_input_scales(exported: _Exported, expected: Mapping[str, Tensor]) -> 
             other = scales[sibling]
             require("inputs", scale == other, f"{module} has the input scale {scale} on disk, {sibling} has {other}")
     for name, wanted in expected.items():
-        module = hub_names[name.removesuffix(".weight")] or name
-        got = exported.reader.input_scale(scales[module])
-        require(
-            "inputs", got == wanted.item(), f"the input of {module} has the scale {got} on disk, {wanted.item()} in training"
-        )
+        for module in [matrix.module for matrix in exported.layout.matrices(name)]:
+            got = exported.reader.input_scale(scales[module])
+            require(
+                "inputs",
+                got == wanted.item(),
+                f"the input of {module} has the scale {got} on disk, {wanted.item()} in training",
+            )
 
 
 def _compare_input(exported: _Exported, sample: InputSample) -> int:
     """Make the codes of an input anew. Returns their number."""
-    module = exported.layout.linears()[sample.module] or sample.module
+    module = exported.layout.matrices(sample.name)[0].module
     codes, scales = exported.reader.encode_input(sample.x.float().numpy(), exported.stored_input_scale(module))
     num_wrong = int(np.count_nonzero(scales != sample.scales.view(torch.uint8).numpy()))
     require(
@@ -309,7 +324,7 @@ def _check_scales(exported: _Exported) -> None:
 
 
 def _check_siblings(exported: _Exported) -> None:
-    linears = set(exported.layout.linears().values())
+    linears = set(exported.layout.linears().values()) | _matrices_of_experts(exported.layout)
     for module in exported.quantized:
         for sibling in sibling_set(module):
             if sibling in linears:

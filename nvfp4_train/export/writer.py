@@ -5,6 +5,7 @@ Writing holds at most the tensors of one file in memory, the verification after 
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from nvfp4_train.export.served import ServedWeights
 from nvfp4_train.export.shards import FileGroup, write_shards
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.reference import BLOCK_SIZE
-from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.layout import HubLayout, HubMatrix
 from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.manifest import QuantManifest
 
@@ -46,7 +47,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
-        lines = [f"{self.folder}: {self.quantized} linears in NVFP4, {files}", str(self.verified)]
+        lines = [f"{self.folder}: {self.quantized} matrices in NVFP4, {files}", str(self.verified)]
         return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
 
 
@@ -132,7 +133,7 @@ def export_model(
     return ExportReport(
         folder=target,
         shards=shards,
-        quantized=len(writer.hub_modules),
+        quantized=sum(map(len, writer.matrices.values())),
         note=writer.format.note(served.layout, writer.hub_modules),
         verified=verified,
     )
@@ -144,10 +145,14 @@ class _Writer:
     def __init__(self, served: ServedWeights, format: Format) -> None:
         self.served = served
         self.format = format
-        linears = served.layout.linears()
-        modules = [name.removesuffix(".weight") for name in served.manifest.names]
-        self.hub_modules = {module: linears[module] or module for module in modules}
-        """Modules with a quantized weight: name in memory -> name on disk."""
+        self.matrices = {name: served.layout.matrices(name) for name in served.manifest.names}
+        """The matrices on disk of every quantized weight."""
+        self.hub_modules = {
+            name.removesuffix(".weight"): matrices[0].module
+            for name, matrices in self.matrices.items()
+            if name not in served.layout.quantized_experts
+        }
+        """Quantized linears: name in memory -> name on disk."""
 
     def write_configs(self, folder: Path) -> None:
         layout = self.served.layout
@@ -186,19 +191,36 @@ class _Writer:
         layout = self.served.layout
         if self.served.is_quantized(names[0]):
             weight = self._described(names[0]) if on_meta else self.served.quantized(names[0])
-            return self.format.tensors(self.hub_modules[_owner(names[0])], weight)
+            return {
+                key: tensor
+                for matrix in self.matrices[names[0]]
+                for key, tensor in self.format.tensors(matrix.module, _part(weight, matrix)).items()
+            }
         return layout.to_hub({name: layout.tensors[name] if on_meta else self.served.plain(name) for name in names})
 
     def _described(self, name: str) -> QuantizedTensor:
-        """A quantized weight [N, K] on the meta device."""
-        num_rows, num_columns = self.served.layout.tensors[name].shape
+        """A quantized weight on the meta device."""
+        *experts, num_rows, num_columns = self.served.layout.tensors[name].shape
+        num_slots = math.prod(experts)
         with torch.device("meta"):
             return QuantizedTensor(
-                torch.empty(1, num_rows, num_columns // 2, dtype=torch.uint8),
-                torch.empty(1, num_rows, num_columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn),
-                torch.empty(1),
+                torch.empty(num_slots, num_rows, num_columns // 2, dtype=torch.uint8),
+                torch.empty(num_slots, num_rows, num_columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn),
+                torch.empty(num_slots),
                 None if self.served.input_scale(name) is None else torch.empty(1),
             )
+
+
+def _part(weight: QuantizedTensor, matrix: HubMatrix) -> QuantizedTensor:
+    """One slot, of a matrix on disk. Scales are copied: safetensors writes no memory twice."""
+    slot = matrix.expert or 0
+    rows = slice(None) if matrix.rows is None else matrix.rows
+    return QuantizedTensor(
+        weight.codes[slot : slot + 1, rows],
+        weight.block_scales[slot : slot + 1, rows],
+        weight.global_scale[slot : slot + 1].clone(),
+        None if weight.input_scale is None else weight.input_scale.clone(),
+    )
 
 
 def _owner(key: str) -> str:

@@ -25,6 +25,8 @@ from nvfp4_train.models.prepare import prepare
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
 from nvfp4_train.quant.calibration import check_num_tokens
+from nvfp4_train.quant.expert_inputs import open_inputs
+from nvfp4_train.quant.experts import held_rows_first, hold_rows_first
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.linear import quantize_inputs
 from nvfp4_train.quant.policy import QuantConfig, Selection, select
@@ -47,7 +49,8 @@ def quantize(
     bf16. The first update is done here, unless config says that quantization begins later, or never.
 
     Args:
-        model: Its floating-point parameters are fp32 or bf16, and stay as they are. It computes with NVFP4 weights when it is called
+        model: Its floating-point parameters are fp32 or bf16, and stay as they are, but for experts' matrices with inputs first, which
+            are held with outputs first. It computes with NVFP4 weights when it is called
             itself; so do, called by themselves, the body and the head of a transformers model, but no other parts.
         config: Which weights, and how; everything but the output embedding and routers by default.
         compute_dtype: Dtype of products and activations, bfloat16 or float32; weights have their served values in both. By default
@@ -126,6 +129,8 @@ def make_trainable(
     """
     layout = HubLayout(model.config) if _is_causal_lm(model) else None  # type: ignore[arg-type]
     selection = select(model, quant, layout)
+    hold_rows_first(model, selection.manifest.names)
+    open_inputs(model, selection.manifest.names)
     # The store, and with it the scales, is made last. Nobody reads them before that.
     inputs = quantize_inputs(model, selection.manifest, lambda group: store.state.input_scale(group))
     kept = kept_in_fp32(model)
@@ -253,8 +258,9 @@ class ModelBuilder:
         opened = None if self.mesh is None or is_copy else open_folder(config or self.config, self.compute_dtype)
         model = load_frozen(config or self.config) if opened is None else opened[0].requires_grad_(False).eval()
         if is_copy:
-            state = self.student.state_dict()
-            model.load_state_dict({name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()})
+            state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self.student.state_dict().items()}
+            rows_first = held_rows_first(self.student)
+            model.load_state_dict({name: tensor.mT if name in rows_first else tensor for name, tensor in state.items()})
         hold_as_served(model, self.compute_dtype)
         for layer in decoder_layers(model) if self.config.compile else ():
             layer.compile()

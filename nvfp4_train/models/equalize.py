@@ -106,7 +106,8 @@ def _column_amax(groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
 
 
 def _amax(rows: Tensor) -> Tensor:
-    """By column, float32 [K], also of no rows."""
+    """By column, float32 [K], over the rows of one matrix or of all experts; also of none."""
+    rows = rows.flatten(0, -2)
     return rows.abs().amax(0).float() if len(rows) else torch.zeros(rows.shape[1], device=rows.device)
 
 

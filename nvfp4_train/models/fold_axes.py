@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from nvfp4_train.models.channel_codes import power_of_two
-from nvfp4_train.quant.served import set_parameters
+from nvfp4_train.quant.served import rows_first_of, set_parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,8 +107,16 @@ def product_inputs(call: Call, position: int, channels: Tensor) -> list[Axis]:
         for leaf, dim in chosen:
             scaled[leaf] = scaled[leaf] * along(scales, dim, scaled[leaf]).to(scaled[leaf].dtype)
         if all(map(torch.equal, call.outputs(scaled, {position: x / scales.to(x.dtype)}), expected)):
-            return [Axis(module=call.module, leaf=leaf, dim=dim, channels=channels) for leaf, dim in chosen]
+            return [
+                Axis(module=call.module, leaf=leaf, dim=_held_dim(call.module, leaf, dim), channels=channels)
+                for leaf, dim in chosen
+            ]
     return []
+
+
+def _held_dim(module: nn.Module, leaf: str, dim: int) -> int:
+    """A dimension of a parameter as it is held, from that as the forward sees it."""
+    return {1: 2, 2: 1}[dim] if leaf in rows_first_of(module) else dim
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from nvfp4_train.models.fold_axes import (
     parameters_of,
     product_inputs,
 )
+from nvfp4_train.quant.expert_inputs import closed_groups
+from nvfp4_train.quant.experts import DOWN_NAME, input_module, owner_of
 from nvfp4_train.quant.manifest import QuantManifest
 
 NUM_SEQUENCES = 16
@@ -102,7 +104,8 @@ class _Search:
     def __init__(self, model: nn.Module, manifest: QuantManifest, ids: Tensor) -> None:
         self.model, self.ids = model, ids
         self.names = {module: name for name, module in model.named_modules()}
-        self.groups = {group[0]: [model.get_submodule(name.rpartition(".")[0]) for name in group] for group in manifest.groups}
+        closed = closed_groups(model, manifest)
+        self.groups = {g[0]: [_reader(model, name) for name in g] for g in manifest.groups if g[0] not in closed}
         self.recorded = _run(model, ids, _innermost_with_parameters(model))
         self.candidates: dict[nn.Module, _Candidate] = {}
         self.skipped: dict[str, str] = {}
@@ -179,7 +182,7 @@ class _Search:
             if len(feeders) == 1:
                 feeders[0].inputs[group] = feeders[0].readings[modules[0]].channels
             else:
-                self.skipped[self.names[modules[0]]] = "its input is not, channel by channel, the output of one norm or linear"
+                self.skipped[owner_of(group)] = "its input is not, channel by channel, the output of one norm or linear"
         self.candidates = {feeder: candidate for feeder, candidate in self.candidates.items() if candidate.inputs}
 
     def measure_axes(self) -> None:
@@ -255,6 +258,11 @@ class _Search:
                 elif others:
                     conflicts[site.name] = f"{self.names[axis.module]} reads {others[0].name}, too"
         return conflicts
+
+
+def _reader(model: nn.Module, name: str) -> nn.Module:
+    """The module that gets the input of a quantized weight. Experts get that of their first weight, and make that of the other."""
+    return input_module(model, name) if name.endswith(f".{DOWN_NAME}") else model.get_submodule(name.rpartition(".")[0])
 
 
 def _run(

@@ -22,6 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from nvfp4_train.models.causal_lm import ModelConfig, empty_model, load_config, refuse_other_tensors
 from nvfp4_train.models.sharding import local_rows
+from nvfp4_train.quant.experts import held_rows_first
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 
@@ -134,10 +135,10 @@ class FolderWeights:
     @torch.no_grad()
     def read_into(self, model: PreTrainedModel) -> None:
         """Fill this rank's rows of every tensor, cast to its dtype. At any time only the rows read from one file are mapped."""
-        state = model.state_dict()
+        state, rows_first = model.state_dict(), held_rows_first(model)
         by_file: dict[str, list[_Piece]] = defaultdict(list)
         for name in self._key_of | self._experts:
-            for piece in self._pieces(name, state[name]):
+            for piece in self._pieces(name, state[name], name in rows_first):
                 by_file[self._file_of[piece.key]].append(piece)
         for file, pieces in by_file.items():
             with safe_open(file, "pt") as opened:
@@ -145,13 +146,19 @@ class FolderWeights:
                     piece.target.copy_(_read(opened, piece))
         self._check_copies(state)
 
-    def _pieces(self, name: str, tensor: Tensor) -> Iterator[_Piece]:
+    def _pieces(self, name: str, tensor: Tensor, is_rows_first: bool) -> Iterator[_Piece]:
         rows, first = local_rows(tensor)
         if name in self._key_of and rows.numel():
-            yield _Piece(key=self._key_of[name], rows=slice(first, first + len(rows)) if rows.dim() else None, target=rows)
+            own = slice(first, first + len(rows)) if rows.dim() else None
+            yield _Piece(key=self._key_of[name], rows=own, target=rows.mT if is_rows_first else rows)
         for index, row in enumerate(rows if name in self._experts else ()):
             for part in self._experts[name]:
-                target = row.as_strided(part.shape, part.stride, row.storage_offset() + part.offset)
+                places = [*part.stride, part.offset]
+                if is_rows_first:
+                    # Element (k, n) of the class, whose place is k N + n, is held as (n, k).
+                    num_rows, num_inputs = row.shape
+                    places = [place % num_rows * num_inputs + place // num_rows for place in places]
+                target = row.as_strided(part.shape, places[:-1], row.storage_offset() + places[-1])
                 yield _Piece(key=part.key_of(first + index), rows=None, target=target)
 
     def _check_copies(self, state: Mapping[str, Tensor]) -> None:

@@ -3,9 +3,15 @@
 In memory a tensor has its `state_dict` name; on disk it has the name that the model's authors published. Transformers maps one
 to the other while it loads (Mixtral's `mlp.gate` is `block_sparse_moe.gate` on disk, a 3-D expert parameter is one matrix per
 expert, and some models have q, k and v in one matrix on disk), and its own reverse of that map is used here.
+
+Readers of packed folders know matrices alone, so quantized experts are always one matrix for each expert and projection on disk, also
+where the authors published one tensor for all of them: as `experts.N.gate_proj`, `up_proj` and `down_proj` beside the place of that
+tensor, which is how serving engines ask for them.
 """
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +19,25 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
+from nvfp4_train.quant.experts import ExpertWeight, find_experts
 from nvfp4_train.quant.served import SERVED_DTYPE
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubMatrix:
+    """A matrix on disk that is a quantized parameter, or some of its rows."""
+
+    module: str
+    """Name of its module on disk: the matrix is `module.weight`."""
+    expert: int | None = None
+    """Which of the parameter's matrices it belongs to; None where the parameter is one matrix."""
+    rows: slice | None = None
+    """Its rows in that matrix; None for all."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor [N, ...], or [E, N, ...] of experts: a view."""
+        matrix = tensor if self.expert is None else tensor[self.expert]
+        return matrix if self.rows is None else matrix[self.rows]
 
 
 class HubLayout:
@@ -36,7 +60,13 @@ class HubLayout:
         """The same by name on disk."""
         key_of = {id(tensor): key for key, tensor in self.hub_tensors.items()}
         self._renamed = {name: key_of[id(tensor)] for name, tensor in self.tensors.items() if id(tensor) in key_of}
+        self._parts: dict[str, dict[str, HubMatrix]] = {}
+        """Of quantized experts and their biases: the matrices and vectors on disk, by name there."""
         self._renamed |= {alias: next(iter(self._revert({alias: state[alias]}))) for alias in self.aliases}
+        self.experts: dict[str, ExpertWeight] = find_experts(self.model)
+        """The parameters of experts by name."""
+        self.quantized_experts: frozenset[str] = frozenset()
+        """Those that `with_quantized` has made matrices on disk. In memory they are [E, N, K]."""
         self.bundles = self._find_bundles()
         """Tensors in memory -> the tensors on disk that hold them: one to one, one to several, or several to one."""
         if sorted(key for keys in self.bundles.values() for key in keys) != sorted(self.hub_tensors):
@@ -60,6 +90,9 @@ class HubLayout:
 
     def to_hub(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Map the tensors of a bundle from names in memory to names on disk, as views where transformers' map allows it."""
+        if len(tensors) == 1 and (parts := self._parts.get(next(iter(tensors)))):
+            (tensor,) = tensors.values()
+            return {key: matrix.of(tensor) for key, matrix in parts.items()}
         if len(tensors) == 1 and (name := next(iter(tensors))) in self._renamed:
             return {self._renamed[name]: tensors[name]}
         return self._revert(dict(tensors))
@@ -68,11 +101,88 @@ class HubLayout:
         """Why no folder can hold a parameter in NVFP4; None where one can."""
         if name in self.aliases or name in self.aliases.values():
             return "tied to another module"
-        if not self._renamed.get(name, "").endswith(".weight"):
+        if name in self.experts:
+            if not self.matrices(name):
+                return "the hub stores it in another layout"
+        elif not self._renamed.get(name, "").endswith(".weight"):
             return "the hub stores it in another layout"
         if self.served_dtype(name) is not SERVED_DTYPE:
             return f"transformers keeps it in {str(self.served_dtype(name)).removeprefix('torch.')}"
         return None
+
+    def with_quantized(self, names: Collection[str]) -> "HubLayout":
+        """The layout of a folder in which the parameters of these names are quantized: its experts among them are matrices on disk."""
+        layout = copy.copy(self)
+        layout.quantized_experts = frozenset(name for name in names if name in self.experts)
+        layout._parts = {}
+        for name in layout.quantized_experts:
+            matrices = self.matrices(name)
+            layout._parts[name] = {f"{matrix.module}.weight": matrix for matrix in matrices}
+            if self.experts[name].is_transposed:
+                layout.tensors = layout.tensors | {name: self.tensors[name].mT.contiguous()}
+            bias = f"{name}_bias"
+            if bias in self._renamed and not self._is_split_on_hub(name):
+                layout._parts[bias] = {f"{matrix.module}.bias": matrix for matrix in matrices}
+        layout.bundles = {}
+        layout.hub_tensors = {}
+        for bundle, keys in self.bundles.items():
+            name = bundle[0]
+            if len(bundle) == 1 and name in layout._parts:
+                on_disk = layout.to_hub({name: layout.tensors[name]})
+            else:
+                on_disk = {key: self.hub_tensors[key] for key in keys}
+            layout.bundles[bundle] = tuple(on_disk)
+            layout.hub_tensors |= on_disk
+        return layout
+
+    def matrices(self, name: str) -> list[HubMatrix]:
+        """The matrices on disk of a parameter that can be quantized; none where the hub stores it in a way that is not known."""
+        if name not in self.experts:
+            key = self._renamed.get(name, "")
+            return [HubMatrix(module=key.removesuffix(".weight"))] if key.endswith(".weight") else []
+        weight, keys = self.experts[name], self._keys_of(name)
+        if keys is None:
+            return []
+        if self._is_split_on_hub(name):
+            rows_of_key = self._rows_of_keys(name)
+        else:
+            block = keys[0].removesuffix(".weight").rpartition(".")[0]
+            experts = block if block.rpartition(".")[2] == "experts" else f"{block}.experts"
+            rows_of_key = {f"{experts}.0.{leaf}.weight": weight.rows(leaf) for leaf in weight.projections}
+        # The number of the layer stands before that of the expert.
+        split = [(key.removesuffix(".weight").rsplit(".0.", 1), rows) for key, rows in rows_of_key.items()]
+        return [
+            HubMatrix(module=f"{before}.{expert}.{after}", expert=expert, rows=rows)
+            for expert in range(weight.num_experts)
+            for (before, after), rows in split
+        ]
+
+    def _keys_of(self, name: str) -> tuple[str, ...] | None:
+        """The tensors on disk that hold a parameter and nothing else."""
+        keys = (self._renamed[name],) if name in self._renamed else tuple(self._revert({name: self.tensors[name]}))
+        others = {key for other, key in self._renamed.items() if other != name}
+        return None if others.intersection(keys) else keys
+
+    def _is_split_on_hub(self, name: str) -> bool:
+        """Whether the authors published one matrix for each expert and projection."""
+        return name not in self._renamed and bool(self._rows_of_keys(name))
+
+    def _rows_of_keys(self, name: str) -> dict[str, slice]:
+        """The rows of the matrices of expert 0, by name on disk; none where there are no such matrices, or they have other rows."""
+        weight = self.experts[name]
+        # Transformers rearranges the numbers of rows as it would the rows.
+        numbers = torch.arange(weight.num_outputs, dtype=torch.int32)[:, None].expand(1, -1, weight.num_inputs)
+        numbers = numbers.mT if weight.is_transposed else numbers
+        found = {}
+        for key, part in self._revert({name: numbers}).items():
+            if ".0." not in key or not key.endswith(".weight") or part.dim() != 2 or part.shape[1] != weight.num_inputs:
+                return {}
+            rows = part[:, 0].tolist()
+            step = rows[1] - rows[0] if len(rows) > 1 else 1
+            if rows != list(range(rows[0], rows[-1] + 1, step)) or not part.equal(part[:, :1].expand_as(part)):
+                return {}
+            found[key] = slice(rows[0], rows[-1] + 1, step)
+        return found
 
     def linears(self) -> dict[str, str | None]:
         """Every nn.Linear by its module name in memory -> module name on disk, None where the two weights differ in layout."""
@@ -86,7 +196,7 @@ class HubLayout:
         """
         linears = {f"{name}.weight" for name in self._modules(nn.Linear)}
         embeddings = {f"{name}.weight" for name in self._modules(nn.Embedding)}
-        known = linears & self._renamed.keys() | embeddings
+        known = linears & self._renamed.keys() | embeddings | self.quantized_experts
         keys: list[str] = []
         for names, hub_names in self.bundles.items():
             for name in names:

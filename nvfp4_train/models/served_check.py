@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from nvfp4_train.kernels import reference
 from nvfp4_train.models.causal_lm import compute_logits, plain_class
 from nvfp4_train.models.served_dtype import served_dtypes
+from nvfp4_train.quant.expert_inputs import open_inputs
+from nvfp4_train.quant.experts import input_module
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.served import SERVED_DTYPE, modules_of_unit, served_parameters, units_of
 from nvfp4_train.quant.undisturbed import undisturbed
@@ -110,6 +112,8 @@ def _first_difference(
 ) -> tuple[str, float] | None:
     """The first module of the plain class to end with another output, and the difference."""
     plain = plain_class(model, compute_dtype)
+    # So that modules have the names that they have in the training model.
+    open_inputs(plain, input_scales)
     dtypes = served_dtypes(model)
     _take_buffers(plain, model, dtypes, compute_dtype)
     calls: dict[str, int] = defaultdict(int)
@@ -127,7 +131,7 @@ def _first_difference(
     for name, module in plain.named_modules():
         module.register_forward_hook(compare(name))
     for name, scale in input_scales.items():
-        plain.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(_quantizing_by_reference(scale))
+        input_module(plain, name).register_forward_pre_hook(_quantizing_by_reference(scale))
     for name, unit in units_of(model):
         lender = _Lender(name, unit, plain, model, dtypes, compute_dtype)
         plain.get_submodule(name).register_forward_pre_hook(lender.lend)

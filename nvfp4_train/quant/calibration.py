@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.quant.expert_inputs import closed_groups
+from nvfp4_train.quant.experts import input_module, owner_of
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.policy import sibling_set
 from nvfp4_train.quant.undisturbed import undisturbed
@@ -32,7 +34,9 @@ ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
-    """The input x of a group of linears, as they receive it, over the calibration tokens."""
+    """The input x of a group of weights, as they receive it, over the calibration tokens. Experts of a layer have one for each of
+    their two parameters, over the tokens of all experts.
+    """
 
     hessian: Tensor
     """H_b, the mean of x_b x_b' of every block b of 16 channels, with a small damping: float32 [K / 16, 16, 16]."""
@@ -98,16 +102,16 @@ def calibrate(
     check_num_tokens(num_tokens)
     sums.check_finite()
     statistics: dict[str, InputStatistics] = {}
-    notes: list[str] = []
+    notes = list(sums.notes)
     for group in sums.groups:
         donors = sums.donors(group)
         statistics[group] = sums.statistics(donors)
         if donors != [group]:
             more = f" and {len(donors) - 1} more" if len(donors) > 1 else ""
-            notes.append(f"{_module(group)} saw no calibration token: it takes the statistics of {_module(donors[0])}{more}")
+            notes.append(f"{owner_of(group)} saw no calibration token: it takes the statistics of {owner_of(donors[0])}{more}")
         elif (dead := _num_dead(group, statistics[group])) > 0:
             width = len(statistics[group].rms)
-            notes.append(f"{_module(group)} has {dead} dead input channels of {width}: they were 0 in every calibration token")
+            notes.append(f"{owner_of(group)} has {dead} dead input channels of {width}: they were 0 in every calibration token")
     return Calibration(statistics=statistics, notes=notes)
 
 
@@ -123,7 +127,10 @@ class _InputSums:
     """Sums over the inputs of all groups, each by the group's first parameter, and the hooks that add to them."""
 
     def __init__(self, model: nn.Module, manifest: QuantManifest) -> None:
-        self.groups = [group[0] for group in manifest.groups]
+        closed = closed_groups(model, manifest)
+        groups = [group for group in manifest.groups if group[0] not in closed]
+        self.groups = [group[0] for group in groups]
+        self.notes = [f"{owner_of(name)} computes in a way of its own, so its input was not measured" for name in closed]
         widths = [model.get_parameter(group).shape[-1] for group in self.groups]
         device = next(model.parameters()).device
         # Second moments, the tokens of every group, and those of all batches: one tensor, so that one collective adds them up.
@@ -135,7 +142,7 @@ class _InputSums:
         self._all_amax = torch.zeros(sum(widths), device=device)
         self._amax = dict(zip(self.groups, self._all_amax.split(widths), strict=True))
         self._num_tokens: dict[str, int] = {}
-        self._modules = [(model.get_submodule(name), group[0]) for group in manifest.groups for name in _with_own_input(group)]
+        self._modules = [(input_module(model, name), group[0]) for group in groups for name in _with_own_input(group)]
         self.is_counting = False
 
     @contextmanager
@@ -173,7 +180,7 @@ class _InputSums:
         for group, finite in zip(self.groups, is_finite, strict=True):
             if not finite:
                 raise ValueError(
-                    f"{_module(group)} must have a finite input to be calibrated, got NaN, Inf or values above 1e18; see model.path"
+                    f"{owner_of(group)} must have a finite input to be calibrated, got NaN, Inf or values above 1e18; see model.path"
                 )
 
     def donors(self, group: str) -> list[str]:
@@ -184,7 +191,7 @@ class _InputSums:
         of_layer = [g for g in self.groups if self._num_tokens[g] and self._moments[g].shape == shape and _layer(g) == layer]
         if not of_layer:
             raise ValueError(
-                f"calibration must reach every quantized weight, but {_module(group)} saw no token, nor has its layer another input "
+                f"calibration must reach every quantized weight, but {owner_of(group)} saw no token, nor has its layer another input "
                 "of its size; raise quant.calibration.sequences, or leave it out with quant.exclude"
             )
         return [g for g in of_layer if _leaf(g) == _leaf(group)] or of_layer
@@ -208,7 +215,7 @@ def _num_dead(group: str, statistics: InputStatistics) -> int:
     num_dead, width = int((statistics.rms == 0).sum()), len(statistics.rms)
     if num_dead == width:
         raise ValueError(
-            f"{_module(group)} must have an input to be calibrated, got 0 in all {width} channels of {statistics.num_tokens} tokens; "
+            f"{owner_of(group)} must have an input to be calibrated, got 0 in all {width} channels of {statistics.num_tokens} tokens; "
             "see model.path, or leave it out with quant.exclude"
         )
     return num_dead
@@ -230,17 +237,13 @@ def _second_moments(x: Tensor) -> Tensor:
 def _with_own_input(group: Iterable[str]) -> list[str]:
     """Of every set of siblings in a group the first. A group has several sets where their modules share parameters."""
     first: dict[tuple[str, ...], str] = {}
-    for name in map(_module, group):
-        first.setdefault(sibling_set(name), name)
+    for name in group:
+        first.setdefault(sibling_set(owner_of(name)), name)
     return list(first.values())
 
 
-def _module(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
 def _leaf(parameter: str) -> str:
-    return _module(parameter).rpartition(".")[2]
+    return owner_of(parameter).rpartition(".")[2]
 
 
 def _layer(parameter: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_train.kernels.fp4_kernel import is_input_scale
+from nvfp4_train.quant.experts import input_module
 from nvfp4_train.quant.policy import SERVINGS
 from nvfp4_train.quant.undisturbed import undisturbed
 
@@ -76,21 +77,31 @@ class InputQuantizer:
             self._kept = _Kept(weakref.ref(x, self._drop), quantized, num_left)
         return quantized
 
+    def fake_quant(self, x: Tensor) -> Tensor:
+        """x [..., K] as products compute with it, without codes and without a gradient. Raises as a call does."""
+        if not torch.compiler.is_compiling() and self.scale.device != x.device:
+            self.follow()
+        self._check_device(x)
+        return torch.ops.nvfp4.fake_quant_input(x, self.scale)
+
     def follow(self) -> None:
         """Read the scale anew, from where it lives now. Forwards do so themselves after a move to another device, compiled ones not."""
         self.scale, self._kept = self._read_scale(), None
 
     def _quantize(self, x: Tensor) -> QuantizedInput:
         scale = self.scale
-        if scale.device != x.device:
-            raise ValueError(
-                f"the input scale of {self.group} must be on the device of its input, {x.device}, got {scale.device}; call "
-                "InputQuantizers.enable after a move"
-            )
+        self._check_device(x)
         if torch.is_grad_enabled():
             x_hat, packed, scales = torch.ops.nvfp4.quantize_input(x, scale)
             return QuantizedInput(x_hat, packed, scales, scale)
         return QuantizedInput(torch.ops.nvfp4.fake_quant_input(x, scale))
+
+    def _check_device(self, x: Tensor) -> None:
+        if self.scale.device != x.device:
+            raise ValueError(
+                f"the input scale of {self.group} must be on the device of its input, {x.device}, got {self.scale.device}; call "
+                "InputQuantizers.enable after a move"
+            )
 
     def _drop(self, dead: "weakref.ref[Tensor]") -> None:
         if self._kept is not None and self._kept.x is dead:
@@ -161,10 +172,10 @@ class InputQuantizers:
 
 
 class InputSample(NamedTuple):
-    """Tokens that a forward gave to a linear, and their codes by the operator that trains."""
+    """Tokens that a forward multiplied with a quantized weight, and their codes by the operator that trains."""
 
-    module: str
-    """Name in memory of the first linear of the group."""
+    name: str
+    """Name of the parameter, the first of its group."""
     x: Tensor
     """[tokens, K], bf16 or fp32, on the CPU."""
     packed: Tensor
@@ -177,7 +188,7 @@ class InputSample(NamedTuple):
 def record_inputs(model: nn.Module, quantizers: InputQuantizers, run: Callable[[], Any]) -> list[InputSample]:
     """The first tokens of every group's input while `run` makes forwards of the model with quantized inputs.
 
-    A group whose linears are not called has no sample. Under FSDP2 call it on every rank; the samples are those of this rank.
+    A group whose weights are not used has no sample. Under FSDP2 call it on every rank; the samples are those of this rank.
     """
     samples: dict[str, InputSample] = {}
 
@@ -191,9 +202,8 @@ def record_inputs(model: nn.Module, quantizers: InputQuantizers, run: Callable[[
         scales = quantizers.scales()
         handles = []
         for group in quantizers.groups:
-            name = group[0].rpartition(".")[0]
-            hook = partial(keep, name=name, scale=scales[group[0]])
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+            hook = partial(keep, name=group[0], scale=scales[group[0]])
+            handles.append(input_module(model, group[0]).register_forward_pre_hook(hook))
         try:
             run()
         finally:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.quant.expert_inputs import has_open_inputs
+from nvfp4_train.quant.experts import find_experts, input_module
 from nvfp4_train.quant.inputs import InputQuantizer, InputQuantizers
 from nvfp4_train.quant.manifest import QuantManifest
 
@@ -67,7 +69,8 @@ class NVFP4Linear(nn.Linear):
 
 
 def quantize_inputs(model: nn.Module, manifest: QuantManifest, scale_of: Callable[[str], Tensor]) -> InputQuantizers:
-    """Let the linears of a manifest quantize their inputs, in place, once `enable` of the returned quantizers is called.
+    """Let the linears of a manifest quantize their inputs, in place, once `enable` of the returned quantizers is called; so do experts
+    whose inputs are open (`open_inputs`).
 
     Parameters and `state_dict` stay as they are. Call it before `show_served`, torch.compile and `fully_shard`, all of which look at
     the classes of modules. `scale_of` gives the live scale of a group, float32 [1], by the name of its first parameter; it is called
@@ -76,13 +79,17 @@ def quantize_inputs(model: nn.Module, manifest: QuantManifest, scale_of: Callabl
     Raises:
         ValueError: A parameter of the manifest is no weight of an `nn.Linear`, or its linear has inputs that are no multiple of 16.
     """
-    linears = {name: _linear_of(model, name) for name in manifest.names}
-    num_siblings = {group[0]: len({linears[name] for name in group}) for group in manifest.groups}
+    experts = find_experts(model)
+    linears = {name: _linear_of(model, name) for name in manifest.names if name not in experts}
+    num_siblings = {group[0]: len({linears.get(name, name) for name in group}) for group in manifest.groups}
     quantizers = InputQuantizers(manifest.groups, num_siblings, scale_of)
     for group in manifest.groups:
         for name in group:
-            linears[name].__class__ = NVFP4Linear
-            linears[name].input_quantizer = quantizers[group[0]]  # type: ignore[assignment]
+            if name in linears:
+                linears[name].__class__ = NVFP4Linear
+                linears[name].input_quantizer = quantizers[group[0]]  # type: ignore[assignment]
+            elif has_open_inputs(experts[name].module):
+                input_module(model, name).quantizer = quantizers[group[0]]  # type: ignore[assignment]
     return quantizers
 
 

@@ -28,7 +28,8 @@ decode_shards = torch.ops.nvfp4.decode_shards.default
 
 
 class PackedShards:
-    """The layout of a rank's bytes, for tensors of the shapes `quantized`, [N, K] with K a multiple of 16, and `unquantized`, [N, ...].
+    """The layout of a rank's bytes, for tensors of the shapes `quantized`, [N, K] or [E, N, K] with K a multiple of 16, and
+    `unquantized`, [N, ...]. All are sharded along their first dimension.
 
     `dtype` is that of whole tensors and of unquantized rows.
     """
@@ -60,11 +61,11 @@ class PackedShards:
         """Elements of all whole tensors, with the padding of the unquantized ones."""
 
     def codes(self, shard: Tensor) -> list[Tensor]:
-        """Views of one rank's bytes: uint8 [ceil(N / ranks), K // 2] of each quantized weight."""
+        """Views of one rank's bytes: uint8 [ceil(N / ranks), .., K // 2] of each quantized weight."""
         return self._quantized_views(shard, self._codes_at, 2)
 
     def scales(self, shard: Tensor) -> list[Tensor]:
-        """Views of one rank's bytes: float8_e4m3fn [ceil(N / ranks), K // 16] of each quantized weight."""
+        """Views of one rank's bytes: float8_e4m3fn [ceil(N / ranks), .., K // 16] of each quantized weight."""
         return [view.view(torch.float8_e4m3fn) for view in self._quantized_views(shard, self._scales_at, BLOCK_SIZE)]
 
     def rows(self, shard: Tensor) -> list[Tensor]:
@@ -86,22 +87,28 @@ class PackedShards:
         ]
 
     def table(self, slots: Sequence[int], place: Callable[[int, int], int] | None = None) -> Tensor:
-        """The table for `unpack`, on the CPU. `slots` has the slot of each quantized weight. Padding is left out.
+        """The table for `unpack`, on the CPU. `slots` has the first slot of each quantized weight. Padding is left out.
 
         `place(index of the weight, rank)` is the element of the output at which these rows begin. By default the weights are whole,
         as in `whole_tensors`.
         """
         rows_of_table = []
-        for index, ((num_rows, columns), slot) in enumerate(zip(self._quantized, slots, strict=True)):
-            shard_rows = self._quantized_rows[index][0]
+        for index, (shape, first_slot) in enumerate(zip(self._quantized, slots, strict=True)):
+            num_rows, shard_rows, elements_of_row = shape[0], self._quantized_rows[index][0], math.prod(shape[1:])
             for rank in range(self.num_ranks):
                 first_row = min(rank * shard_rows, num_rows)
-                first_element = self._whole_at[index] + first_row * columns if place is None else place(index, rank)
-                num_blocks = min(shard_rows, num_rows - first_row) * columns // BLOCK_SIZE
-                start = rank * self.num_bytes
-                rows_of_table.append(
-                    (start + self._codes_at[index], start + self._scales_at[index], first_element, num_blocks, slot)
-                )
+                element = self._whole_at[index] + first_row * elements_of_row if place is None else place(index, rank)
+                own_rows = min(shard_rows, num_rows - first_row)
+                codes, scales = (rank * self.num_bytes + start[index] for start in (self._codes_at, self._scales_at))
+                # Rows of a matrix have one slot, those of [E, N, K] are experts with a slot each.
+                is_experts = len(shape) == 3
+                num_blocks = (1 if is_experts else own_rows) * elements_of_row // BLOCK_SIZE
+                for expert in range(own_rows if is_experts else 1):
+                    block = expert * num_blocks
+                    slot = first_slot + (first_row + expert if is_experts else 0)
+                    rows_of_table.append(
+                        (codes + block * BLOCK_SIZE // 2, scales + block, element + block * BLOCK_SIZE, num_blocks, slot)
+                    )
         table = torch.tensor(rows_of_table, dtype=torch.int64).view(-1, 5)
         return into_chunks(table, (BLOCK_SIZE // 2, 1, BLOCK_SIZE), BLOCKS_PER_CHUNK)
 
@@ -120,8 +127,8 @@ class PackedShards:
         return (rows_per_rank(shape[0], self.num_ranks), *shape[1:])
 
     def _quantized_views(self, shard: Tensor, starts: list[int], divisor: int) -> list[Tensor]:
-        shapes = [(rows, columns // divisor) for rows, columns in self._quantized_rows]
-        return [shard[at : at + shape[0] * shape[1]].view(shape) for at, shape in zip(starts, shapes, strict=True)]
+        shapes = [(*rows, columns // divisor) for *rows, columns in self._quantized_rows]
+        return [shard[at : at + math.prod(shape)].view(shape) for at, shape in zip(starts, shapes, strict=True)]
 
     def _flat_unquantized(self, shards: Tensor) -> Tensor:
         """Unquantized elements [ranks, elements of a rank] of uint8 [ranks, num_bytes]."""

@@ -1,10 +1,11 @@
 """Which weights are quantized, and which of them share one global scale.
 
-A policy is a list of name patterns over the model's `nn.Linear` modules. The output embedding, routers, weights shared with an
-embedding and layers whose input dimension is no multiple of 16 stay in bf16 and are reported with the reason.
+A policy is a list of name patterns over the model's `nn.Linear` modules and the parameters of its experts. The output embedding,
+routers and gates, weights shared with an embedding and weights whose input dimension is no multiple of 16 stay in bf16 and are
+reported with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -13,7 +14,9 @@ from torch import nn
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.quant.experts import ExpertWeight, find_experts
 from nvfp4_train.quant.manifest import QuantManifest
+from nvfp4_train.quant.roles import Roles
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -24,10 +27,6 @@ SIBLINGS = (
     ("in_proj_b", "in_proj_a"),
 )
 """Modules of one parent that serving engines fuse into one matrix with one global scale."""
-
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Last name parts of the linears that choose experts; serving engines keep these in bf16."""
-
 
 SERVINGS = {"w4a16": "none", "w4a4": "nvfp4"}
 """How an exported model may be served: the name of a serving -> what it does to the inputs of quantized weights."""
@@ -52,9 +51,9 @@ class QuantConfig:
     enabled: bool = True
     """False trains the same code without fake quantization: the baseline of every comparison."""
     include: Sequence[str] = ("*",)
-    """Shell patterns over full module names; a linear that matches one is quantized."""
+    """Shell patterns over full names of linears and of experts' parameters; what matches one is quantized."""
     exclude: Sequence[str] = ()
-    """Shell patterns over full module names that stay in bf16."""
+    """Shell patterns over full names of what stays in bf16."""
     global_scale: str = "pow2"
     """`pow2` raises the global scale to a power of two, so that every reader decodes the same bits; `exact` is the quotient."""
     rule: str = "max"
@@ -135,6 +134,11 @@ class QuantConfig:
         """Whether inputs of quantized weights are quantized, in training or as it is served."""
         return "nvfp4" in (self.activations, SERVINGS[self.serving])
 
+    @property
+    def measures_inputs(self) -> bool:
+        """Whether a weight cannot be quantized before its inputs have been measured."""
+        return self.needs_input_scales or self.scale_rule.is_fitted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -142,7 +146,7 @@ class Selection:
 
     manifest: QuantManifest
     kept: dict[str, str]
-    """Linears that stay in bf16, by module name, with the reason."""
+    """Linears and parameters of experts that stay in bf16, by name, with the reason."""
 
 
 class Layout(Protocol):
@@ -152,13 +156,37 @@ class Layout(Protocol):
         """Why no folder can hold a parameter in NVFP4; None where one can."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quantizable:
+    """What has a weight that may be quantized: the `nn.Linear` modules of a model, and its expert parameters, by name."""
+
+    linears: dict[str, nn.Linear]
+    experts: dict[str, ExpertWeight]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Quantizable":
+        return cls(
+            linears={name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)},
+            experts=find_experts(model),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Names as `Selection.kept` and the patterns of a policy have them."""
+        return [*self.linears, *self.experts]
+
+    def parameter_name(self, name: str) -> str:
+        return name if name in self.experts else f"{name}.weight".removeprefix(".")
+
+
 def unfit(model: nn.Module, layout: Layout | None) -> dict[str, str]:
-    """Every `nn.Linear` that no option can quantize, with the reason. The policy and the export both follow this rule."""
+    """Everything `Quantizable` that no option can quantize, with the reason. The policy and the export both follow this rule."""
+    found = Quantizable.of(model)
     get_output_embedding = getattr(model, "get_output_embeddings", None)
     output_embedding = get_output_embedding() if callable(get_output_embedding) else None
     embedding_weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     reasons: dict[str, str] = {}
-    for name, module in linears_of(model).items():
+    for name, module in found.linears.items():
         if module is output_embedding or name.rpartition(".")[2] == "lm_head":
             reasons[name] = "output embedding"
         elif id(module.weight) in embedding_weights:
@@ -169,40 +197,48 @@ def unfit(model: nn.Module, layout: Layout | None) -> dict[str, str]:
             reasons[name] = f"{module.in_features} inputs are no multiple of {BLOCK_SIZE}"
         elif type(module) is not nn.Linear:
             reasons[name] = f"a {type(module).__name__} computes in its own way"
+    for name, weight in found.experts.items():
+        if layout is not None and (reason := layout.reason_to_keep(name)):
+            reasons[name] = reason
+        elif weight.num_inputs % BLOCK_SIZE:
+            reasons[name] = f"{weight.num_inputs} inputs are no multiple of {BLOCK_SIZE}"
+    for name, weight in found.experts.items():
+        if name not in reasons and weight.partner in reasons:
+            reasons[name] = f"serving engines take all weights of an expert or none, and {weight.partner} is none"
     return reasons
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
 def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) -> Selection:
-    """Apply the policy to every `nn.Linear` of a Hugging Face causal LM, before any module of it is replaced.
+    """Apply the policy to a Hugging Face causal LM, before any module of it is replaced.
 
     Without a `layout` weights may be selected that no export can write.
 
-    Raises ValueError where a pattern matches no linear, nothing is left to quantize, or only some of a set of siblings are
-    selected (a serving engine fuses siblings, so they are quantized all or none).
+    Raises ValueError where a pattern matches nothing, nothing is left to quantize, or only some of a set of siblings or of the weights
+    of experts are selected (serving engines take all of them for quantized, or none).
     """
-    linears = linears_of(model)
-    if not linears:
+    found = Quantizable.of(model)
+    if not found.names:
         raise ValueError(f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none")
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
-            if not any(fnmatchcase(name, pattern) for name in linears):
-                examples = ", ".join(list(linears)[:3])
+            if not any(fnmatchcase(name, pattern) for name in found.names):
+                examples = ", ".join(found.names[:3])
                 raise ValueError(
-                    f"quant.{option}: pattern {pattern!r} matches no nn.Linear of the model; names look like {examples}"
+                    f"quant.{option}: pattern {pattern!r} matches no nn.Linear and no experts of the model; names look like {examples}"
                 )
 
-    reasons = unfit(model, layout)
+    kept = unfit(model, layout)
+    roles = Roles(model, found.experts)
     chosen: list[str] = []
-    kept: dict[str, str] = {}
-    for name in linears:
-        if name in reasons:
-            kept[name] = reasons[name]
-        elif name.rpartition(".")[2] in ROUTERS:
-            kept[name] = "router"
+    for name in found.names:
+        if name in kept:
+            continue
+        if name in found.linears and (role := roles.role_of(name, found.linears[name])):
+            kept[name] = role
+        elif name in found.experts and config.measures_inputs and not found.experts[name].can_open_inputs:
+            kept[name] = (
+                f"inputs of {type(found.experts[name].module).__name__} cannot be measured, as hessian and W4A4 need it"
+            )
         elif not any(fnmatchcase(name, pattern) for pattern in config.include):
             kept[name] = "not in quant.include"
         elif any(fnmatchcase(name, pattern) for pattern in config.exclude):
@@ -210,10 +246,9 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
         else:
             chosen.append(name)
     if not chosen:
-        raise ValueError(
-            f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
-        )
-    groups = tuple(tuple(f"{name}.weight".removeprefix(".") for name in group) for group in _groups(chosen, linears))
+        reasons = "; ".join(f"{names}: {reason}" for reason, names in _by_reason(kept).items())
+        raise ValueError(f"the policy selects no weight of this model, all are kept in bf16: {reasons}; see quant.include")
+    groups = tuple(tuple(found.parameter_name(name) for name in group) for group in _groups(chosen, found))
     manifest = QuantManifest(groups=groups, rule=config.scale_rule, activations=SERVINGS[config.serving])
     return Selection(manifest=manifest, kept=kept)
 
@@ -227,25 +262,39 @@ def sibling_set(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _groups(chosen: Sequence[str], linears: dict[str, nn.Linear]) -> tuple[tuple[str, ...], ...]:
+def _groups(chosen: Sequence[str], found: Quantizable) -> tuple[tuple[str, ...], ...]:
     """Join siblings, and modules that share one parameter, into groups in the order of the model."""
     group_of: dict[str, list[str]] = {name: [name] for name in chosen}
     by_parameter: dict[int, str] = {}
     for name in chosen:
-        siblings = [sibling for sibling in sibling_set(name) if sibling in linears]
-        missing = [sibling for sibling in siblings if sibling not in group_of]
+        if name in found.experts:
+            together = [name, found.experts[name].partner]
+            others = [name]
+        else:
+            together = [sibling for sibling in sibling_set(name) if sibling in found.linears]
+            others = [*together, by_parameter.setdefault(id(found.linears[name].weight), name)]
+        missing = [sibling for sibling in together if sibling not in group_of]
         if missing:
             raise ValueError(
-                f"{name} would be quantized but its sibling {missing[0]} would not; serving engines fuse {', '.join(siblings)}: "
+                f"{name} would be quantized but its sibling {missing[0]} would not; serving engines fuse {', '.join(together)}: "
                 "select all or none of them with quant.include and quant.exclude"
             )
-        for other in [*siblings, by_parameter.setdefault(id(linears[name].weight), name)]:
+        for other in others:
             if group_of[other] is not group_of[name]:
                 merged = group_of[name] + group_of[other]
                 for member in merged:
                     group_of[member] = merged
     unique = {id(group): group for group in group_of.values()}
     return tuple(tuple(sorted(group, key=chosen.index)) for group in unique.values())
+
+
+def _by_reason(kept: Mapping[str, str]) -> dict[str, str]:
+    """The first few names for each reason."""
+    listed = {}
+    for reason in dict.fromkeys(kept.values()):
+        names = [name for name, why in kept.items() if why == reason]
+        listed[reason] = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return listed
 
 
 def selection_table(model: nn.Module, selection: Selection) -> str:
@@ -256,17 +305,18 @@ def selection_table(model: nn.Module, selection: Selection) -> str:
     num_quantized = sum(quantized.values())
     # 4 bits of code and 8 / 16 bits of scale for a quantized weight, bf16 for the rest.
     bits = (4.5 * num_quantized + 16 * (total - num_quantized)) / total
+    # One for a matrix and its siblings. The gate and the up matrix of an expert are one parameter.
+    num_scales = sum(parameters[group[0]].shape[0] if parameters[group[0]].dim() == 3 else 1 for group in manifest.groups)
     shared = sum(len(group) > 1 for group in manifest.groups)
+    experts = [name for name in manifest.names if parameters[name].dim() == 3]
     rows = [
-        ("quantized linears", f"{len(manifest.names)}"),
+        ("quantized linears", f"{len(manifest.names) - len(experts)}"),
+        *([("quantized parameters of experts", f"{len(experts)}, of 3 dimensions")] if experts else []),
         ("parameters in NVFP4", f"{num_quantized:,} of {total:,} ({num_quantized / total:.1%})"),
         ("parameters in bf16", f"{total - num_quantized:,}"),
-        ("global scales", f"{len(manifest.groups)}, {shared} of them shared by siblings"),
+        ("global scales", f"{num_scales}, {shared} of them shared by siblings"),
         ("bits per weight", f"{bits:.3f}"),
     ]
-    for reason in dict.fromkeys(selection.kept.values()):
-        names = [name for name, why in selection.kept.items() if why == reason]
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        rows.append((f"linears in bf16: {reason}", listed))
+    rows += [(f"in bf16: {reason}", names) for reason, names in _by_reason(selection.kept).items()]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)

@@ -33,6 +33,16 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+def straight_through(x: Tensor, served: Tensor) -> Tensor:
+    """The value of `served`, with the gradient of x. Both have one shape."""
+    return _StraightThrough.apply(x, served)
+
+
+def rows_first_of(module: nn.Module) -> frozenset[str]:
+    """Names in a module of the parameters that are held as [E, N, K], and that its forward reads as [E, K, N]. See `experts`."""
+    return getattr(module, "rows_first", frozenset())
+
+
 class _Rounded(torch.autograd.Function):
     """Rounds float32 to bf16 values. The gradient, which is the master's, is not rounded."""
 
@@ -118,7 +128,9 @@ class _ServedModule(NamedTuple):
     path: tuple[str, ...]
     """Names of the submodules that lead from the unit to the module."""
     names: tuple[tuple[str, str | None], ...]
-    """Each parameter's name in the module, and in the unit. The latter is None where the parameter is shown as it is held."""
+    """Each parameter's name in the module, and in the unit. The latter is None where the parameter's own value is shown."""
+    rows_first: frozenset[str]
+    """Names in the module of what is shown transposed."""
 
 
 class ServedUnit:
@@ -151,7 +163,7 @@ class ServedUnit:
         masters = [module._parameters for module in modules]
         weights, dtype = self.compute_weights, self.compute_dtype
         try:
-            for module, (_, _, names), held in zip(modules, self.served_modules, masters, strict=True):
+            for module, (_, _, names, rows_first), held in zip(modules, self.served_modules, masters, strict=True):
                 if isinstance(module, _ServedEmbedding):
                     if not isinstance(held, _ServedWhenRead):
                         set_parameters(module, _ServedWhenRead(held, dtype))
@@ -165,6 +177,8 @@ class ServedUnit:
                         shown[name] = _StraightThrough.apply(parameter, weights[key])
                     else:
                         shown[name] = to_served(parameter, dtype)
+                for name in rows_first:
+                    shown[name] = shown[name].transpose(1, 2)
                 set_parameters(module, shown)
             return function(*args, **kwargs)
         finally:
@@ -176,7 +190,7 @@ class ServedUnit:
             return [served.module for served in self.served_modules]
         # Compiled code finds its modules where the forward does, and guards each of them once.
         modules = []
-        for _, path, _ in self.served_modules:
+        for _, path, _, _ in self.served_modules:
             module: Any = self
             for name in path:
                 module = module._modules[name]
@@ -195,6 +209,8 @@ class ServedUnit:
                     shown[name] = parameter
                 else:
                     shown[name] = self.compute_weights.get(key, to_served(parameter, self.compute_dtype))
+            for name in rows_first_of(module):
+                shown[name] = shown[name].transpose(1, 2)  # type: ignore[union-attr]
             found.append((module, shown))
         return found
 
@@ -256,9 +272,11 @@ def show_served(
             if all(parameter is None for parameter in module._parameters.values()):
                 continue
             modules.append(module)
-            if module in gathered_as_served or all(key is None for _, key in leaves):
+            if module in gathered_as_served:
+                leaves = [(leaf, None) for leaf, _ in leaves]
+            if all(key is None for _, key in leaves) and not rows_first_of(module):
                 continue
-            served.append(_ServedModule(module, tuple(path.split(".")) if path else (), tuple(leaves)))
+            served.append(_ServedModule(module, tuple(path.split(".")) if path else (), tuple(leaves), rows_first_of(module)))
             if type(module) is nn.Embedding and module.max_norm is None and unit in (model, module):
                 module.__class__ = _ServedEmbedding
                 module.compute_dtype = compute_dtype  # type: ignore[assignment]

@@ -122,14 +122,28 @@ class GatherUnit:
         return self.shards.whole_tensors(whole)[self.quantized.index(name)].clone()
 
     def local_packed(self, name: str, steps: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows, without padding.
+        """Codes uint8 [rows, .., K / 2] and scales float8_e4m3fn [rows, .., K / 16] of this rank's rows, without padding.
 
         `steps` are those of the rows under a fitted rule.
         """
         index = self.quantized.index(name)
         if self.is_packed:
             return self.outputs["packed"][index], self.outputs["scales"][index]
-        return nvfp4_quantize(self.rows(name), self.s2[self.slots[index]], self.rule, steps)
+        rows, slot = self.rows(name), self.slots[index]
+        if rows.dim() == 2:
+            return nvfp4_quantize(rows, self.s2[slot], self.rule, steps)
+        first = slot + self.first_row(name)
+        codes = rows.new_empty((*rows.shape[:-1], rows.shape[-1] // 2), dtype=torch.uint8)
+        scales = rows.new_empty((*rows.shape[:-1], rows.shape[-1] // BLOCK_SIZE), dtype=torch.uint8)
+        for expert, matrix in enumerate(rows):
+            own = nvfp4_quantize(matrix, self.s2[first + expert], self.rule, None if steps is None else steps[expert])
+            codes[expert], scales[expert] = own[0], own[1].view(torch.uint8)
+        return codes, scales.view(torch.float8_e4m3fn)
+
+    def first_row(self, name: str) -> int:
+        """Index of this rank's first row of a parameter, that of an expert for [E, N, K]."""
+        num_rows = self.in_order[name].shape[0]
+        return min(self.ranks.rank() * rows_per_rank(num_rows, self.ranks.size()), num_rows)
 
 
 def _check_rows(name: str, parameter: Any) -> None:
@@ -344,7 +358,7 @@ class ShardedWeightStore(WeightStore):
 
     @torch.no_grad()
     def local_packed(self, name: str) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [rows, K / 2] and scales float8_e4m3fn [rows, K / 16] of this rank's rows of a weight, of the last update."""
+        """Codes uint8 [rows, .., K / 2] and scales float8_e4m3fn [rows, .., K / 16] of this rank's rows, of the last update."""
         owner = self._owners[name]
         return self._unit_of[owner].local_packed(owner, self._local_steps(owner) if self.state.is_fitted else None)
 
@@ -356,10 +370,12 @@ class ShardedWeightStore(WeightStore):
             # Replicas hold the same shards, so each owns a part of the rows of its shards.
             replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
             rows = unit.rows(name)
-            own = own_rows(len(rows), replica, num_replicas)
+            # Of experts each replica owns some rows of every matrix of the shard.
+            own = (..., own_rows(rows.shape[-2], replica, num_replicas), slice(None))
             packed = [part[own] for part in self.local_packed(name)] if unit.is_packed else None
             steps = self._local_steps(name)[own] if self.state.is_fitted else None
-            yield self._local_weight(name, rows[own], packed, steps)
+            first_expert = unit.first_row(name) if rows.dim() == 3 else None
+            yield self._local_weight(name, rows[own], packed, steps, first_expert=first_expert)
 
     def _current_local_tensors(self) -> list[Tensor]:
         return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]
@@ -382,7 +398,12 @@ class ShardedWeightStore(WeightStore):
         self._unquantized_rows = [unit.rows(name) for unit in self._units for name in unit.unquantized]
         names = [name for unit in self._units for name in unit.quantized]
         masters = [unit.rows(name) for unit in self._units for name in unit.quantized]
-        return self._quantizer_of(masters, names, **outputs)
+        first_slots = [
+            self.slots(name).start + (unit.first_row(name) if unit.in_order[name].dim() == 3 else 0)
+            for unit in self._units
+            for name in unit.quantized
+        ]
+        return self._quantizer_of(masters, names, first_slots, **outputs)
 
     def _use(self, quantized: bool) -> None:
         self._reshard()

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels.chunks import num_slots_of, slots_of_groups
 from nvfp4_train.kernels.multi_tensor import MultiTensorQuantizer
+from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
@@ -120,21 +121,33 @@ class WeightStore(ABC):
         """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective."""
 
     def _local_weight(
-        self, name: str, rows: Tensor, packed: Sequence[Tensor] | None = None, steps: Tensor | None = None
+        self,
+        name: str,
+        rows: Tensor,
+        packed: Sequence[Tensor] | None = None,
+        steps: Tensor | None = None,
+        *,
+        first_expert: int | None = None,
     ) -> LocalWeight:
-        """Rows of one slot [n, K], or of all slots [S, n, K], with the codes and scales that the store has of them.
+        """Rows of one slot [n, K], or of several experts [S, n, K], with the codes and scales that the store has of them.
 
-        Where it has none, `steps` are those of the rows under a fitted rule.
+        Where it has none, `steps` are those of the rows under a fitted rule. `first_expert` is the first of a rank that has some.
         """
         slots = self._slots[name]
+        if first_expert is not None:
+            slots = slice(slots.start + first_expert, slots.start + first_expert + len(rows))
         s2 = self.global_scale[slots]
-        master = rows.reshape(s2.numel(), -1, rows.shape[-1])
+        master = rows.reshape(s2.numel(), -1, rows.shape[-1]) if rows.numel() else rows.reshape(s2.numel(), 0, rows.shape[-1])
         if packed is None:
             # The operator itself accepts NaN, so that a report shows one before the run stops because of it.
             quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
             of_slot = [None] * len(master) if steps is None else list(steps.reshape(*master.shape[:2], -1))
             of_slots = [quantize(part, scale, rule, own) for part, scale, own in zip(master, s2, of_slot, strict=True)]
-            codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+            codes, scales = (
+                (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+                if of_slots
+                else (master.new_empty(0, 0, master.shape[-1] // size, dtype=torch.uint8) for size in (2, BLOCK_SIZE))
+            )
         else:
             codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
         return LocalWeight(
@@ -143,7 +156,8 @@ class WeightStore(ABC):
             master=master,
             codes=codes,
             block_scales=scales.view(torch.float8_e4m3fn),
-            global_amax=self.global_amax[slots],
+            # Of every slot of the whole weight, whatever rows this rank has.
+            global_amax=self.global_amax[self._slots[name]],
             global_scale=s2,
         )
 
@@ -174,8 +188,9 @@ class WeightStore(ABC):
     def _make_quantizer(self) -> MultiTensorQuantizer:
         """A quantizer of this rank's masters into new memory."""
 
-    def _quantizer_of(self, masters: list[Tensor], names: list[str], **outputs: Any) -> MultiTensorQuantizer:
-        first_slots = [self._slots[name].start for name in names]
+    def _quantizer_of(
+        self, masters: list[Tensor], names: list[str], first_slots: list[int], **outputs: Any
+    ) -> MultiTensorQuantizer:
         if self.state.is_fitted:
             outputs["steps"] = [self._local_steps(name) for name in names]
             outputs["hessians"] = [self.state.hessian(name) for name in names]
@@ -251,7 +266,10 @@ class ReplicatedWeightStore(WeightStore):
         self._compute_weights = {
             name: torch.empty_like(master, dtype=self.compute_dtype, requires_grad=False) for name, master in masters.items()
         }
-        return self._quantizer_of(list(masters.values()), list(masters), decoded=list(self._compute_weights.values()))
+        first_slots = [self._slots[name].start for name in masters]
+        return self._quantizer_of(
+            list(masters.values()), list(masters), first_slots, decoded=list(self._compute_weights.values())
+        )
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized

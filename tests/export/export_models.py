@@ -14,6 +14,7 @@ from nvfp4_train.kernels import reference
 from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.served_dtype import plain_model, served_dtypes
+from nvfp4_train.quant.experts import hold_rows_first
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.policy import QuantConfig, select
 
@@ -65,9 +66,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
     # A linear that is named `shared_mlp.input_linear`: its block scales are no scales of activations.
     "granitemoeshared": ("granitemoeshared", {"num_local_experts": 4, "shared_intermediate_size": 32}),
+    # Experts with inputs first, in one tensor on disk: rows of gate and up alternate, with biases; or they do not, by bmm.
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    ),
+    "llama4": ("llama4_text", {"head_dim": 16, "num_local_experts": 4, "intermediate_size": 48, "intermediate_size_mlp": 64}),
+    # No gate.
+    "nemotron_h": (
+        "nemotron_h",
+        {"layers_block_type": ["moe", "attention"], "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+        | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32},
+    ),
 }
-# Transformers joins or splits tensors of these while it loads them.
-CONVERTED = ("qwen3_moe", "mixtral", "sarvam_moe", "hrm_text", "deepseek_v3", "hunyuan_v1_moe")
+# Transformers joins or splits tensors of these while it loads them, and so loads no packed folder.
+CONVERTED = (
+    "qwen3_moe",
+    "mixtral",
+    "sarvam_moe",
+    "hrm_text",
+    "deepseek_v3",
+    "hunyuan_v1_moe",
+    "granitemoeshared",
+    "nemotron_h",
+)
+# As published, the experts of a layer are one tensor.
+JOINT = ("granitemoeshared", "gpt_oss", "llama4")
+CONVERTED += tuple(name for name in JOINT if name not in CONVERTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +116,22 @@ class Trained:
         dtypes = served_dtypes(plain_model(self.config))
         served = {name: weight.to(dtypes[name]) for name, weight in self.weights.items()}
         for group in self.manifest.groups:
-            amax = torch.stack([self.weights[name].abs().amax() for name in group]).amax()
-            s2 = reference.global_scale(amax, self.manifest.rule)
-            served.update(
-                {name: reference.fake_quant(self.weights[name], s2, torch.bfloat16, self.manifest.rule) for name in group}
-            )
+            slots = [self.weights[name] if self.weights[name].dim() == 3 else self.weights[name][None] for name in group]
+            amaxes = torch.stack([weight.abs().amax((1, 2)) for weight in slots]).amax(0)
+            scales = [reference.global_scale(amax, self.manifest.rule) for amax in amaxes]
+            for name, weight in zip(group, slots, strict=True):
+                matrices = [
+                    reference.fake_quant(matrix, s2, torch.bfloat16, self.manifest.rule)
+                    for matrix, s2 in zip(weight, scales, strict=True)
+                ]
+                served[name] = torch.stack(matrices).view(self.weights[name].shape)
         return served
+
+    def in_class(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors as the transformers class has them: experts with inputs first are held with outputs first."""
+        shapes = {name: tensor.shape for name, tensor in plain_model(self.config).state_dict().items()}
+        # In these cases the two differ.
+        return {name: t.mT.contiguous() if t.shape != shapes[name] else t for name, t in tensors.items()}
 
     def export(self, folder: Path, **options: Any) -> ExportReport:
         arguments = {"weights": self.weights, "manifest": self.manifest, "config": self.config, "state": self.state, **options}
@@ -105,7 +140,7 @@ class Trained:
     def dense_model(self) -> PreTrainedModel:
         """A plain bf16 model that holds the compute weights."""
         model = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
-        model.load_state_dict(self.compute_weights(), assign=True)
+        model.load_state_dict(self.in_class(self.compute_weights()), assign=True)
         model.tie_weights()
         return model.eval()
 
@@ -119,8 +154,9 @@ def trained(case: str) -> Trained:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(-0.5, 0.5)
-        layers = model.model.L_module.layers if case == "hrm_text" else model.model.layers
-        attention = layers[0].self_attn
+        attention = next(
+            module for module in model.modules() if hasattr(module, "o_proj") and isinstance(module.o_proj, torch.nn.Linear)
+        )
         attention.o_proj.weight.zero_()
         name = {"phi3_fused": "qkv_proj", "deepseek_v3": "q_a_proj"}.get(case, "q_proj")
         weight = getattr(attention, name).weight
@@ -128,6 +164,7 @@ def trained(case: str) -> Trained:
         weight[1, 16:32] *= 1e-6
         weight[2, :16] *= 50
     manifest = select(model, QuantConfig(), HubLayout(config)).manifest
+    hold_rows_first(model, manifest.names)
     return Trained(config=config, weights=dict(model.state_dict()), manifest=manifest)
 
 

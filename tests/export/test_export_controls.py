@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ CONFIG_CONTROLS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "float16": ("config", set_in("float16", "dtype")),
     "lm_head_not_ignored": ("scheme", drop_ignore("lm_head")),
     "router_not_ignored": ("scheme", drop_ignore("model.layers.0.block_sparse_moe.gate")),
-    "experts_not_ignored": ("scheme", drop_ignore(r"re:.*\.block_sparse_moe\.experts\..*")),
+    "experts_ignored": ("scheme", lambda c: c["quantization_config"]["ignore"].append(r"re:.*\.block_sparse_moe\.experts\..*")),
     "quantized_linear_ignored": ("scheme", set_in(["lm_head", "re:.*"], "quantization_config", "ignore")),
 }
 
@@ -149,6 +150,17 @@ def test_spoiled_config_fails_by_name(control: str, own_copy: Callable[[str], Pa
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match=f"^{check}: "):
         verify_export(folder)
+
+
+def test_unquantized_experts_that_are_not_ignored_fail(cases: Callable[[str], Trained], tmp_path: Path):
+    manifest = cases("mixtral").manifest
+    without = replace(manifest, groups=tuple(group for group in manifest.groups if "experts" not in group[0]))
+    cases("mixtral").export(tmp_path / "out", manifest=without)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    drop_ignore(r"re:.*\.block_sparse_moe\.experts\..*")(config)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="^scheme: .*experts"):
+        verify_export(tmp_path / "out")
 
 
 def test_config_of_another_format_beside_it_fails(own_copy: Callable[[str], Path]):

@@ -26,7 +26,8 @@ class Toy(Format):
         }
 
     def configs(self, layout, quantized, manifest):
-        return {"toy.json": {"modules": sorted({*quantized, *quantized.values()}), "rule": manifest.rule.block_scale}}
+        experts = [matrix.module for name in layout.quantized_experts for matrix in layout.matrices(name)]
+        return {"toy.json": {"modules": sorted({*quantized, *quantized.values(), *experts}), "rule": manifest.rule.block_scale}}
 
     def note(self, layout, quantized):
         return f"{len(quantized)} toys"
@@ -72,7 +73,8 @@ def test_a_format_is_added_by_two_files_and_chosen_by_name(
     model = cases(name)
     checkpoint = save_checkpoint(model, tmp_path / "run" / "last.ckpt")
     run_script(monkeypatch, checkpoint, tmp_path / "out", "--format", toy_format, "--max-shard-bytes", 20_000)
-    assert f"note: {len(model.manifest.names)} toys" in capsys.readouterr().out
+    num_linears = sum(name.endswith(".weight") for name in model.manifest.names)
+    assert f"note: {num_linears} toys" in capsys.readouterr().out
     assert verify_export(tmp_path / "out", model.compute_weights(), format=toy_format).compared > 0
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     tensors = read_tensors(tmp_path / "out")

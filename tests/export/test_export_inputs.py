@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from nvfp4_train.export import ExportError, verify_export
 from nvfp4_train.export.readers.disk import encode_input_rows
 from nvfp4_train.kernels import reference
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.quant.inputs import InputSample
 
 CaseOf = Callable[[str], Trained]
@@ -35,7 +36,7 @@ def samples(model: Trained) -> list[InputSample]:
     found = []
     for group in model.manifest.groups:
         scale = input_scales(model)[group[0]]
-        num_columns = model.weights[group[0]].shape[1]
+        num_columns = model.weights[group[0]].shape[-1]
         x = (
             torch.randn(2, num_columns, generator=torch.Generator().manual_seed(0))
             * torch.logspace(-5, 3, num_columns)
@@ -43,7 +44,7 @@ def samples(model: Trained) -> list[InputSample]:
             * scale
         )
         x = x.bfloat16()
-        found.append(InputSample(group[0].removesuffix(".weight"), x, *reference.quantize_input(x, scale)))
+        found.append(InputSample(group[0], x, *reference.quantize_input(x, scale)))
     return found
 
 
@@ -54,7 +55,7 @@ def folder(cases: CaseOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_bias", "phi3_fused", "mixtral", "sarvam_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_bias", "phi3_fused", "mixtral", "sarvam_moe", "gpt_oss"])
 def test_only_the_scales_of_inputs_and_one_line_of_the_config_are_added(
     name: str, cases: CaseOf, exported: Callable[[str], Path], tmp_path: Path
 ):
@@ -64,11 +65,12 @@ def test_only_the_scales_of_inputs_and_one_line_of_the_config_are_added(
     assert f"; inputs in NVFP4, {num_codes:,} of their codes compared" in str(report)
     tensors, plain = read_tensors(tmp_path / "out"), read_tensors(exported(name))
     added = {key: tensors.pop(key) for key in tensors.keys() - plain.keys()}
-    assert len(added) == len(model.manifest.names)
+    matrices = {name: len(HubLayout(model.config).matrices(name)) for name in model.manifest.names}
+    assert len(added) == sum(matrices.values())
     assert all(key.endswith(".input_global_scale") and t.dtype == torch.float32 and t.shape == (1,) for key, t in added.items())
     for group in model.manifest.groups:
         divisor = 1 / model.state[f"{group[0]}.input_scale"]
-        assert sum(torch.equal(tensor, divisor) for tensor in added.values()) == len(group)
+        assert sum(torch.equal(tensor, divisor) for tensor in added.values()) == sum(matrices[name] for name in group)
     assert all(torch.equal(tensor.view(torch.uint8), plain[key].view(torch.uint8)) for key, tensor in tensors.items())
     config, plain_config = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", exported(name)))
     groups = [c["quantization_config"]["config_groups"]["group_0"] for c in (config, plain_config)]

@@ -24,8 +24,8 @@ TEXT = [torch.randint(3, 64, (1, 48), generator=torch.Generator().manual_seed(se
 NORMS = {"input_layernorm", "post_attention_layernorm"}
 GATED = NORMS | {"self_attn.v_proj", "mlp.up_proj"}
 GEMMA = {"input_layernorm", "pre_feedforward_layernorm", "self_attn.v_proj", "mlp.up_proj"}
-EXPERTS_KEPT = {"input_layernorm", "self_attn.v_proj"}
-"""Where experts stay in bf16, nothing quantized reads the norm before them."""
+EXPERTS = NORMS | {"self_attn.v_proj"}
+"""Experts make the inputs of their second weight themselves."""
 MLA_NORMS = {"self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"}
 
 FOLDED: dict[str, set[str]] = {
@@ -38,14 +38,14 @@ FOLDED: dict[str, set[str]] = {
     "phi3": NORMS | {"self_attn.qkv_proj", "mlp.gate_up_proj"},
     "gpt_neox": NORMS | {"attention.query_key_value"},
     # One norm feeds attention and MLP.
-    "phi": EXPERTS_KEPT,
+    "phi": {"input_layernorm", "self_attn.v_proj"},
     "starcoder2": NORMS | {"self_attn.v_proj"},
     "nemotron": NORMS | {"self_attn.v_proj"},
     # A product with ReLU is one with its input.
     "opt": {"self_attn_layer_norm", "final_layer_norm", "self_attn.v_proj", "fc1"},
-    "mixtral": EXPERTS_KEPT,
-    "qwen3_moe": EXPERTS_KEPT,
-    "gpt_oss": EXPERTS_KEPT,
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "gpt_oss": EXPERTS,
     "deepseek_v3": GATED - {"self_attn.v_proj"} | MLA_NORMS | {"self_attn.kv_b_proj", "mlp.shared_experts.up_proj"},
     "qwen3_next": NORMS | {"linear_attn.norm", "self_attn.v_proj", "mlp.shared_expert.up_proj"},
     "mamba2": {"norm", "mixer.norm"},
@@ -65,7 +65,11 @@ SKIPPED: dict[str, dict[str, str]] = {
     "nemotron": {"mlp.down_proj": NO_FEEDER},
     "lfm2": {"conv.out_proj": NO_FEEDER},
     # The residual begins at the norm's output.
-    "minimax": {"input_layernorm": CHANGES},
+    "minimax": {"input_layernorm": CHANGES, "post_attention_layernorm": CHANGES, "mlp.experts.down_proj": NO_FEEDER},
+    **{
+        family: {"mlp.experts.down_proj": NO_FEEDER}
+        for family in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
+    },
     # Norms are after attention and MLP, which read the residual.
     "olmo2": {"self_attn.q_proj": NO_FEEDER, "mlp.gate_proj": NO_FEEDER},
     "zamba2": {"shared_transformer.feed_forward.down_proj": "shares its weight with model.layers."},

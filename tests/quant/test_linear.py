@@ -363,13 +363,13 @@ def test_recorded_inputs_are_those_of_the_forward() -> None:
     quantizers.enable(False)
     ids = torch.randint(0, 64, (2, 50))
     samples = record_inputs(model, quantizers, lambda: model(input_ids=ids, use_cache=False))
-    assert [sample.module for sample in samples] == [group[0][:-7] for group in made.selection.manifest.groups]
+    assert [sample.name for sample in samples] == [group[0] for group in made.selection.manifest.groups]
     assert not quantizers.is_enabled
     seen: list[Tensor] = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)[:64]))
     with quantizers.serving("w4a4"):
         model(input_ids=ids, use_cache=False)
-    (sample,) = [sample for sample in samples if sample.module == "model.layers.1.mlp.down_proj"]
+    (sample,) = [sample for sample in samples if sample.name == "model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(sample.x, seen[0])
     packed, scales = reference.quantize_input(sample.x, torch.tensor([2.0**-7]))
     assert torch.equal(sample.packed, packed)

@@ -19,7 +19,7 @@ class QuantizedTensor(NamedTuple):
     global_scale: Tensor
     """s2, float32 [S], on the CPU: a weight is value(code) * block scale * s2."""
     input_scale: Tensor | None
-    """1 / g of the input, float32 [S], on the CPU; None where inputs are not quantized (`manifest.activations`)."""
+    """1 / g of the input, float32 [1], on the CPU; None where inputs are not quantized (`manifest.activations`)."""
 
 
 class Format(Protocol):
@@ -29,7 +29,8 @@ class Format(Protocol):
     """Name of the reader, where it is another format's."""
 
     def tensors(self, module: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """The tensors that replace `module.weight` on disk, by name. `module` is a name on disk; its weight has one slot.
+        """The tensors that replace `module.weight` on disk, by name. `module` is a name on disk; its weight has one slot. Of experts it
+        is called for every matrix of every expert.
 
         Called with tensors on the meta device as well, for names and sizes.
         """
@@ -37,7 +38,7 @@ class Format(Protocol):
     def configs(self, layout: HubLayout, quantized: Mapping[str, str], manifest: QuantManifest) -> dict[str, dict[str, Any]]:
         """JSON by file name. What is given for `config.json` is added to the config of the model.
 
-        `quantized` are the modules with a quantized weight: name in memory -> name on disk.
+        `quantized` are the quantized linears: name in memory -> name on disk. Quantized experts are those of `layout`.
         """
 
     def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
