@@ -177,7 +177,7 @@ def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module, *, packs_
     if not experts:
         mlp_inputs = (PACKED_BYTES - 2) * (hidden + config.intermediate_size) if packs_inputs else 0
         return num_bytes + mlp_inputs + 8 * config.intermediate_size
-    shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in experts.items()}
+    shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in experts.items() if not name.endswith("_bias")}
     if set(shapes) != {"gate_up_proj", "down_proj"} or any("shared_expert" in name for name in names):
         raise ValueError(
             "the plan knows layers with one dense MLP, and layers of routed experts alone that are held as two 3-D parameters, "

@@ -260,14 +260,14 @@ def test_activations_are_what_autograd_saves(fields: dict[str, Any], checkpointi
 
 
 @pytest.mark.parametrize(("fields", "experts", "width"), [(MIXTRAL, 8, 160), (QWEN3_MOE, 6, 80)], ids=["mixtral", "qwen3_moe"])
-def test_experts_are_counted_and_gathered_in_bf16(fields: dict[str, Any], experts: int, width: int) -> None:
+def test_experts_are_counted_and_quantized(fields: dict[str, Any], experts: int, width: int) -> None:
     model = meta_model(ModelConfig(config=fields))
     plan = make_plan(model, QuantConfig(), RunShape(world_size=2))
     head_dim = fields.get("head_dim", 16)
     attention, norms = 4 * 64 * 4 * head_dim, 2 * 64 + (2 * head_dim if "head_dim" in fields else 0)
     layer = attention + norms + experts * 64 + experts * 3 * 64 * width
     assert plan.num_parameters == 4 * layer + 2 * 50 * 64 + 64 == sum(p.numel() for p in model.parameters())
-    assert plan.num_quantized == 4 * attention
+    assert plan.num_quantized == 4 * (attention + experts * 3 * 64 * width)
     # Two GPUs divide all row counts.
     assert {row.name: row.packed for row in plan.parts}["largest layer, gathered"] == 2 * layer
 

@@ -116,15 +116,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """The families whose mixers read parameters past their owner's forward, or keep some of them or their buffers in fp32."""
 
+EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "sliding_window": 8},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size": 48, "intermediate_size_mlp": 64},
+    "nemotron_h": FAMILIES["nemotron_h"],
+}
+"""Gated experts; with inputs first, interleaved and with biases; with inputs first and a forward of their own; without a gate."""
+
 
 def tiny_config(family: str, **options: Any) -> ModelConfig:
     """The training config of a family's small model; options are those of `ModelConfig`."""
-    return ModelConfig(config={"model_type": family} | SMALL | FAMILIES.get(family, {}), **options)
+    return ModelConfig(config={"model_type": family} | SMALL | _fields(family), **options)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     """A family's small model as transformers makes it."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **SMALL | FAMILIES.get(family, {}) | fields), dtype=dtype
-    )
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL | _fields(family) | fields), dtype=dtype)
+
+
+def _fields(family: str) -> dict[str, Any]:
+    return FAMILIES.get(family, {}) | EXPERT_FAMILIES.get(family, {})

@@ -34,7 +34,9 @@ class Roles:
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
                 self._num_choices.setdefault(name.rpartition(".")[0], set()).update((len(module), len(module) + num_idle))
         heads = {value for key, value in fields.items() if "head" in key and _is_count(key, value)}
-        self._num_gates = {1} | heads | {2 * count for count in heads}
+        dims = {value for key, value in fields.items() if "dim" in key and isinstance(value, int)}
+        # Two gates in one linear, unless that is as wide as a head.
+        self._num_gates = {1} | heads | {2 * count for count in heads} - dims
 
     def role_of(self, name: str, linear: nn.Linear) -> str | None:
         """`router` or `gate`, and None for a linear that is neither. `name` is that of the module."""

@@ -60,6 +60,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
     ),
 }
+CASES |= {
+    # Experts with inputs first, which are held with outputs first: gate and up alternate, or they do not.
+    "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
+    "llama4": ("llama4_text", {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 48}),
+}
 IDS = torch.arange(24).view(2, 12)
 
 

@@ -21,10 +21,12 @@ def device() -> torch.device:
     return torch.device("cpu" if distributed.get_backend() == "gloo" else "cuda")
 
 
-def build(compute_dtype: torch.dtype, *, sharded: bool = False, compiled: bool = False, **options: bool) -> BuiltModel:
+def build(
+    family: str, compute_dtype: torch.dtype, *, sharded: bool = False, compiled: bool = False, **options: bool
+) -> BuiltModel:
     torch.manual_seed(0)
     mesh = init_device_mesh(device().type, (distributed.get_world_size(),)) if sharded else None
-    built = build_model(tiny_config("llama", **options), QuantConfig(), device(), compute_dtype=compute_dtype, mesh=mesh)
+    built = build_model(tiny_config(family, **options), QuantConfig(), device(), compute_dtype=compute_dtype, mesh=mesh)
     built.model.to(device())
     for layer in decoder_layers(built.model) if compiled else ():
         layer.compile(backend="aot_eager")
@@ -45,13 +47,13 @@ def step(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), gradients
 
 
-def compared(compute_dtype: torch.dtype) -> dict[str, bool | int]:
+def compared(family: str, compute_dtype: torch.dtype) -> dict[str, bool | int]:
     ids = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(distributed.get_rank())).to(device())
-    logits, _ = step(build(compute_dtype).model, ids)
-    ddp_logits, ddp_gradients = step(DistributedDataParallel(build(compute_dtype).model), ids)
+    logits, _ = step(build(family, compute_dtype).model, ids)
+    ddp_logits, ddp_gradients = step(DistributedDataParallel(build(family, compute_dtype).model), ids)
     found: dict[str, bool | int] = {"DDP": torch.equal(logits, ddp_logits), "gradients": len(ddp_gradients)}
     for name, options in WAYS.items():
-        built = build(compute_dtype, sharded=True, **options)
+        built = build(family, compute_dtype, sharded=True, **options)
         sharded_logits, gradients = step(built.model, ids)
         found[name] = torch.equal(logits, sharded_logits)
         found[f"gradients of {name}"] = sum(torch.equal(ddp_gradients[key], gradient) for key, gradient in gradients.items())
@@ -60,9 +62,10 @@ def compared(compute_dtype: torch.dtype) -> dict[str, bool | int]:
     return found
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_way_to_hold_a_model_has_the_same_forward_and_gradients(compute_dtype: torch.dtype) -> None:
-    for found in run_ranks(2, compared, compute_dtype):
+def test_every_way_to_hold_a_model_has_the_same_forward_and_gradients(family: str, compute_dtype: torch.dtype) -> None:
+    for found in run_ranks(2, compared, family, compute_dtype):
         assert {name: equal for name, equal in found.items() if equal is False} == {}
         assert {found[f"gradients of {name}"] for name in WAYS} == {found["gradients"]}
         assert found["checked"] > 10

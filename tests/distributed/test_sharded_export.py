@@ -51,6 +51,14 @@ CASES: dict[str, dict[str, Any]] = {
     "four over six": {"rule": "four_over_six", "gather": "bf16"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
     "quantized inputs": {"activations": "nvfp4"},
+    # Held with outputs first, in one tensor with the biases beside it on disk; two ranks have two experts each, three 2, 2 and none.
+    "experts with inputs first": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "activations": "nvfp4",
+    },
     # A router in fp32, and q, k and v in one matrix on disk.
     "router in fp32": {"model_type": "hunyuan_v1_moe", "num_experts": 4, "moe_topk": 2, "head_dim": 16},
     "joined on disk": {"model_type": "hrm_text", "num_key_value_heads": 4, "head_dim": 16},
