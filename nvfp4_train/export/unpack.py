@@ -80,7 +80,10 @@ class _Unpacked:
             yield FileGroup(size, partial(self._bundle, names))
             known.update(self._sources(names))
         for key in self.stored.keys() - known:
-            yield FileGroup(self.stored[key].num_bytes, lambda key=key: {key: self._read(key)})
+            yield FileGroup(self.stored[key].num_bytes, partial(self._alone, key))
+
+    def _alone(self, key: str) -> dict[str, Tensor]:
+        return {key: self._read(key)}
 
     def _bundle(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         if not self._is_changed(names):
