@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
+from nvfp4_train.models.architecture import freeze_outside, model_class
 from nvfp4_train.models.causal_lm import (
     COMPUTE_DTYPES,
     ModelConfig,
@@ -163,7 +164,10 @@ def make_trainable(
 
 def _is_causal_lm(model: nn.Module) -> bool:
     """Whether it is of a class that readers of an exported folder build."""
-    return isinstance(model, PreTrainedModel) and class_of(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    try:
+        return isinstance(model, PreTrainedModel) and class_of(model) is model_class(model.config)[0]
+    except ValueError:
+        return False
 
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
@@ -199,6 +203,7 @@ def build_model(
     # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
     opened = None if mesh is None else open_folder(config, compute_dtype)
     model = load_model(config, compute_dtype) if opened is None else opened[0]
+    freeze_outside(model)
     freeze(model, frozen)
 
     def read_rows() -> None:

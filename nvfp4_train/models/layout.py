@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from nvfp4_train.models.architecture import OUTSIDE, parameters_outside
 from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 
 class HubLayout:
-    """The tensors of the causal LM that a config describes. Raises ValueError where transformers' map cannot be reversed."""
+    """The tensors of the model that a config describes. Raises ValueError where transformers' map cannot be reversed."""
 
     def __init__(self, config: PretrainedConfig):
         self.model = plain_model(config)
@@ -29,6 +30,8 @@ class HubLayout:
         }
         self.aliases: dict[str, str] = dict(self.model.all_tied_weights_keys)
         """Tied copies, which are not on disk: name -> name of the tensor that is."""
+        self.outside = parameters_outside(self.model)
+        """Parameters that are not the language model's."""
         self.buffers = state.keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
         self.tensors = {name: tensor for name, tensor in state.items() if name not in self.aliases}
         """Tensors by name in memory, on the meta device, in the dtype that is served."""
@@ -66,6 +69,8 @@ class HubLayout:
 
     def reason_to_keep(self, name: str) -> str | None:
         """Why no folder can hold a parameter in NVFP4; None where one can."""
+        if name in self.outside:
+            return OUTSIDE
         if name in self.aliases or name in self.aliases.values():
             return "tied to another module"
         if not self._renamed.get(name, "").endswith(".weight"):
@@ -73,6 +78,10 @@ class HubLayout:
         if self.served_dtype(name) is not SERVED_DTYPE:
             return f"transformers keeps it in {str(self.served_dtype(name)).removeprefix('torch.')}"
         return None
+
+    def hub_names(self) -> dict[str, str]:
+        """Names on disk of the tensors that are the same there, by name in memory."""
+        return dict(self._renamed)
 
     def linears(self) -> dict[str, str | None]:
         """Every nn.Linear by its module name in memory -> module name on disk, None where the two weights differ in layout."""

@@ -11,6 +11,7 @@ from nvfp4_train.losses.base import Loss
 from nvfp4_train.losses.chunked import rows_at_once
 from nvfp4_train.losses.distillation import DistillationLoss, vocabulary_size
 from nvfp4_train.losses.hidden import num_compared
+from nvfp4_train.models.architecture import positions
 from nvfp4_train.models.build import freeze
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
@@ -28,7 +29,7 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
     check_trainer(options["trainer"])
     model, quant, data, loss, optim = (make(options[name], name) for name in ("model", "quant", "data", "loss", "optim"))
     meta = meta_model(model)
-    data.check_positions(getattr(meta.config, "max_position_embeddings", None))
+    data.check_positions(positions(meta.config))
     freeze(meta, optim.frozen)
     teacher, of_loss = plan_loss(loss, meta)
     strategy = options["trainer"]["strategy"]
