@@ -5,7 +5,7 @@ as `model.config` makes it, is that of transformers' class for causal LMs, or fo
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -47,9 +48,7 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
             f"model.path={path!r} has code of its own, which would run here; read it, then set model.trust_remote_code=true"
         ) from error
     if trust_remote_code and (reference := _code_reference(config)):
-        cls: Any = get_class_from_dynamic_module(reference, path)
-        _remote_classes[cls.__name__] = cls
-        config.architectures = [cls.__name__]
+        config.architectures = [_trust(reference, path)]
     return config
 
 
@@ -60,6 +59,38 @@ def read_exported_config(folder: Path) -> PretrainedConfig:
     """
     architectures = json.loads((folder / "config.json").read_text()).get("architectures") or [None]
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=architectures[0] in _remote_classes)
+
+
+def config_of(settings: Mapping[str, Any], folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model that was trained, from its `to_dict`; its own code, if it has any, is read from `folder`.
+
+    Raises ValueError where the class is not known here, or its code is not trusted.
+    """
+    architecture = next(iter(settings.get("architectures") or ()), "")
+    code = settings.get("auto_map") or {}
+    is_own_code = any(name.rpartition(".")[2] == architecture for name in code.values())
+    if is_own_code and not trust_remote_code:
+        raise ValueError(
+            f"{architecture} is from the model's own code, which would run here; read it, then say --trust-remote-code"
+        )
+    model_type = settings["model_type"]
+    # Its `get` knows only classes that have been used.
+    config_class: Any = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
+    if is_own_code:
+        local = {name: reference.rpartition("--")[2] for name, reference in code.items()}
+        if "AutoConfig" in local:
+            config_class = get_class_from_dynamic_module(local["AutoConfig"], folder)
+        _trust(next(name for name in local.values() if name.rpartition(".")[2] == architecture), folder)
+    if config_class is None:
+        raise ValueError(f"this version of transformers knows no model_type {model_type!r}")
+    return config_class.from_dict(dict(settings))
+
+
+def _trust(reference: str, path: str | Path) -> str:
+    """Make a class of a folder's own code known. Returns its name."""
+    cls: Any = get_class_from_dynamic_module(reference, path)
+    _remote_classes[cls.__name__] = cls
+    return cls.__name__
 
 
 def has_own_code(config: PretrainedConfig) -> bool:

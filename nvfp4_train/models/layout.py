@@ -37,6 +37,8 @@ class HubLayout:
         """Tensors by name in memory, on the meta device, in the dtype that is served."""
         self.hub_tensors: dict[str, Tensor] = self._revert(self.tensors)
         """The same by name on disk."""
+        self.not_built: dict[str, Tensor] = {}
+        """Tensors of the folder by name on disk, on the meta device, that no module here holds. Whoever knows of any sets them."""
         key_of = {id(tensor): key for key, tensor in self.hub_tensors.items()}
         self._renamed = {name: key_of[id(tensor)] for name, tensor in self.tensors.items() if id(tensor) in key_of}
         self._renamed |= {alias: next(iter(self._revert({alias: state[alias]}))) for alias in self.aliases}
@@ -104,7 +106,12 @@ class HubLayout:
                 is_matrix = len(shape) == 2 and name.endswith(".weight")
                 if name not in known and (is_experts or is_matrix):
                     keys += hub_names
+        keys += [key for key, tensor in self.not_built.items() if tensor.dim() > 1 and key.endswith(".weight")]
         return [key.removesuffix(".weight") for key in dict.fromkeys(keys)]
+
+    def blocks_not_built(self) -> list[str]:
+        """Names on disk of the blocks of modules that no class builds, such as `mtp`: whatever is in them stays unquantized."""
+        return prefixes(self.not_built)
 
     def _find_bundles(self) -> dict[tuple[str, ...], tuple[str, ...]]:
         keys_of = {
@@ -128,6 +135,23 @@ class HubLayout:
 
     def _revert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(revert_weight_conversion(self.model, tensors))
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """The blocks that tensors of no module belong to: names up to the number of a layer of the model, or their first parts.
+
+    `mtp.layers.0.mlp.up_proj.weight` is of `mtp`, `model.layers.61.eh_proj.weight` of `model.layers.61`, and `model.visual.norm.bias`
+    of `model.visual`.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")[:-1]
+        length = 0
+        while length < len(parts) and parts[length] in ("model", "language_model"):
+            length += 1
+        is_layer = parts[length : length + 1] == ["layers"]
+        found[".".join(parts[: length + (2 if is_layer else 1)])] = None
+    return list(found)
 
 
 def shown(names: Iterable[str], limit: int = 3) -> str:

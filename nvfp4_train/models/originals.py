@@ -44,6 +44,13 @@ def take_quantization(config: PretrainedConfig, path: str) -> dict[str, Any] | N
     return settings | {"quant_method": method}
 
 
+def note(settings: Mapping[str, Any] | None) -> str | None:
+    """A line for the user about a folder with this quantization; None for one that has none."""
+    if settings is None:
+        return None
+    return f"the folder's weights are in {settings['quant_method']}; they were dequantized while loading, whole on each rank"
+
+
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     """A weight [N, K] in FP8 times the scale of each of its blocks, [N / rows, K / columns] rounded up, in float32."""
     rows, columns = block

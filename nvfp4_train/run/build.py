@@ -39,8 +39,12 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
         nodes["quant"] |= {"start_step": 0}
 
     configs = {name: make(node, name) for name, node in nodes.items()}
-    data = TextDataModule(configs.pop("data"), seed=options["seed"], model_path=configs["model"].path)
-    hf_config = load_config(configs["model"])
+    model = configs["model"]
+    # A folder that cannot be trained is refused before its tokenizer is.
+    hf_config = load_config(model)
+    data = TextDataModule(
+        configs.pop("data"), seed=options["seed"], model_path=model.path, trust_remote_code=model.trust_remote_code
+    )
     data.check_model(hf_config.get_text_config().vocab_size, positions(hf_config))
     module = QATModule(**configs, seed=options["seed"])
 
