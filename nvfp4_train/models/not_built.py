@@ -5,7 +5,7 @@ belongs into a layer that is built, or is a buffer that is computed, would not b
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,19 @@ COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 """Buffers that every reader computes."""
 
 FP8 = torch.float8_e4m3fn
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+"""Dtypes by their names in safetensors."""
+KEPT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+"""Dtypes that are copied as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +106,11 @@ def find_not_built(config: ModelConfig, model: PreTrainedModel) -> NotBuilt | No
     for key, (dtype, shape) in described.items():
         if key.endswith(SCALES_OF_FP8) and key.removesuffix(SCALES_OF_FP8) in described:
             continue
-        if dtype in (torch.int8, torch.uint8) or (dtype is FP8 and f"{key}{SCALES_OF_FP8}" not in described):
+        is_scaled_fp8 = dtype is FP8 and f"{key}{SCALES_OF_FP8}" in described and block is not None
+        if dtype not in KEPT_DTYPES and not is_scaled_fp8:
             raise ValueError(
-                f"model.path={config.path!r}: {key} is quantized in a way that is not undone here ({dtype}), and transformers builds "
-                "no module for it; remove it from the folder, or bring the bf16 model"
+                f"model.path={config.path!r}: {key} is quantized in a way that is not undone here, and transformers builds no module "
+                "for it; remove it from the folder, or bring the bf16 model"
             )
         kept[key] = (str(SERVED_DTYPE if dtype is FP8 else dtype).removeprefix("torch."), shape)
     return NotBuilt(kept=kept, left_out=tuple(left_out), block=block)
@@ -138,20 +152,36 @@ def opened(file: str) -> Iterator[Any]:
         raise ValueError(f"{file} is no whole safetensors file: {error}") from error
 
 
+@dataclass(frozen=True)
+class _Described:
+    tensor: Tensor
+
+    def get_dtype(self) -> str | None:
+        return next((name for name, dtype in DTYPES.items() if dtype is self.tensor.dtype), None)
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+
 class _Pickled(dict[str, Tensor]):
+    """A file of an older kind, with the methods of safetensors."""
+
     def get_tensor(self, key: str) -> Tensor:
         return self[key]
 
+    def get_slice(self, key: str) -> _Described:
+        return _Described(self[key])
 
-def describe(file_of: Mapping[str, str], keys: list[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of some tensors by name, in the order of `keys`. Memory is mapped, not read."""
+
+def describe(file_of: Mapping[str, str], keys: Sequence[str]) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Dtype and shape of some tensors by name, in the order of `keys`; None for a dtype that is not in `DTYPES`. Reads no data."""
     found = {}
     for file in dict.fromkeys(file_of[key] for key in keys):
         with opened(file) as tensors:
             for key in keys:
                 if file_of[key] == file:
-                    tensor = tensors.get_tensor(key)
-                    found[key] = (tensor.dtype, tuple(tensor.shape))
+                    described = tensors.get_slice(key)
+                    found[key] = (DTYPES.get(described.get_dtype()), tuple(described.get_shape()))
     return {key: found[key] for key in keys}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from export.export_models import SMALL, read_tensors
-from running import ROOT, launch, train_environment
+from running import ROOT, forked_python, launch, train_environment
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -166,6 +165,21 @@ def test_a_folder_without_such_tensors_has_nothing_to_copy(tmp_path: Path) -> No
     assert build(tmp_path).not_built is None
 
 
+def test_packed_weights_that_no_class_builds_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, "qwen3_5", **{"mtp.packed.weight": torch.ones(4, 4, dtype=torch.int8)})
+    with pytest.raises(ValueError, match="mtp.packed.weight is quantized in a way that is not undone"):
+        build(tmp_path)
+
+
+def test_pickled_folders_are_copied_from_too(tmp_path: Path) -> None:
+    wanted = save(tmp_path / "safe", "qwen3_5")
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "config.json").write_bytes((tmp_path / "safe" / "config.json").read_bytes())
+    torch.save(read_tensors(tmp_path / "safe"), tmp_path / "original" / "pytorch_model.bin")
+    export(tmp_path / "export", tmp_path / "original")
+    assert torch.equal(read_tensors(tmp_path / "export")["mtp.eh_proj.weight"], wanted["mtp.eh_proj.weight"])
+
+
 def test_unknown_tensors_are_still_refused(tmp_path: Path) -> None:
     save(tmp_path, "qwen3_5", **{"model.unheard_of.weight": torch.ones(4)})
     with pytest.raises(ValueError, match="holds tensors that the model has not: model.unheard_of.weight"):
@@ -188,8 +202,9 @@ def test_the_block_of_a_tensor(name: str, prefix: str) -> None:
 
 
 def export_launcher(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "export.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=train_environment(), cwd=ROOT)
+    python, server = forked_python()
+    command = [python, str(ROOT / "launch" / "export.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=train_environment() | server, cwd=ROOT)
 
 
 def test_a_run_says_what_it_copies_and_its_checkpoint_finds_the_original_again(tmp_path: Path) -> None:
