@@ -154,6 +154,8 @@ def compute_in(config: PretrainedConfig, compute_dtype: torch.dtype) -> None:
 def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrainedModel:
     assert config.path is not None
     hf_config, quantization = read_original(config)
+    # A scale of FP8 that is rounded to bf16 beforehand gives other weights.
+    dtype, options = options["dtype"], options if quantization is None else {**options, "dtype": torch.float32}
     with dequantizing(hf_config, quantization) as arguments:
         # Tensors of another shape are refused with the others.
         loaded: Any = model_class(hf_config)[0].from_pretrained(
@@ -163,6 +165,10 @@ def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
     refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
     if quantization is not None:
         forget_quantization(model)
+    if dtype is not options["dtype"]:
+        dtypes = served_dtypes(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
     return model
 
 

@@ -93,7 +93,8 @@ def _any_number_of_rows(block: tuple[int, int]) -> Iterator[None]:
 
     def dequantize_one(self: Any, quantized: Tensor, scales: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rounded_up = tuple(-(-size // step) for size, step in zip(quantized.shape, block, strict=False))
-        if quantized.dtype is not torch.float8_e4m3fn or quantized.dim() != 2 or tuple(scales.shape) != rounded_up:
+        # 5.17 has cast them to the dtype of the model. Packed FP4 is in integers.
+        if not quantized.is_floating_point() or quantized.dim() != 2 or tuple(scales.shape) != rounded_up:
             return original(self, quantized, scales, *args, **kwargs)
         dtype = kwargs.get("output_dtype") or next(iter(args), None) or torch.float32
         return dequantize_blocks(quantized, scales, block).to(dtype)
