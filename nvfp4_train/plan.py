@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.losses.chunked import FUSED_BYTES
-from nvfp4_train.models.architecture import freeze_outside, model_class
+from nvfp4_train.models.architecture import freeze_outside
 from nvfp4_train.models.build import kept_in_fp32
-from nvfp4_train.models.causal_lm import ModelConfig, load_config
+from nvfp4_train.models.causal_lm import ModelConfig, from_config, load_config
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.local_weight import rows_per_rank
@@ -158,9 +158,8 @@ class _Units:
 
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model without storage; no weight is read."""
-    cls, hf_config = model_class(load_config(config))
     with torch.device("meta"):
-        model = cls._from_config(hf_config, dtype=torch.float32)
+        model = from_config(load_config(config), {"dtype": torch.float32})
     freeze_outside(model)
     return model
 

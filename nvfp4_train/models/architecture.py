@@ -6,6 +6,7 @@ as `model.config` makes it, is that of transformers' class for causal LMs, or fo
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ValueError(f"the code of model.path={path!r} does not load: {' '.join(str(error).split())}") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -140,6 +143,15 @@ def _no_language_model(cls: type[PreTrainedModel], config: PretrainedConfig) -> 
     if not is_remote and not (cls.can_generate() and "input_ids" in signature(cls.forward).parameters):
         return "it gives no logits of a next token"
     return None
+
+
+@contextmanager
+def naming_packages(cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Raise ValueError where a part of a model (a tower of timm, say) needs a package that is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{cls.__name__} needs a package that is not installed: {' '.join(str(error).split())}") from error
 
 
 def parameters_outside(model: PreTrainedModel) -> set[str]:

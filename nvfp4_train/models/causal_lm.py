@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from nvfp4_train.models.architecture import model_class, modules_outside, read_config
+from nvfp4_train.models.architecture import model_class, modules_outside, naming_packages, read_config
 from nvfp4_train.models.originals import dequantizing, forget_quantization, take_quantization
 from nvfp4_train.models.quirks import parameters_on_meta, take_rows_for_single_sequences
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
@@ -118,20 +118,22 @@ def load_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -
     if config.path is None:
         # Each kind of device draws other numbers, and some of Lightning's strategies build a model on the GPU.
         with torch.device("cpu"):
-            return _for_training(_from_config(load_config(config), options), config, compute_dtype)
+            return _for_training(from_config(load_config(config), options), config, compute_dtype)
     return _for_training(_load_exactly(config, options), config, compute_dtype)
 
 
 def load_frozen(config: ModelConfig) -> PreTrainedModel:
     """The model as it is served before any quantization, whole: in bf16 and in evaluation mode, without gradients."""
     options: dict[str, Any] = {"dtype": SERVED_DTYPE, "attn_implementation": config.attn_implementation}
-    model = _from_config(load_config(config), options) if config.path is None else _load_exactly(config, options)
+    model = from_config(load_config(config), options) if config.path is None else _load_exactly(config, options)
     return model.requires_grad_(False).eval()
 
 
-def _from_config(hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+def from_config(hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with random weights. Raises ValueError where it has no class, or needs a package that is not installed."""
     cls, hf_config = model_class(hf_config)
-    return cls._from_config(hf_config, **options)
+    with naming_packages(cls):
+        return cls._from_config(hf_config, **options)
 
 
 def hold_as_served(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
@@ -156,9 +158,10 @@ def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
     hf_config, quantization = read_original(config)
     # A scale of FP8 that is rounded to bf16 beforehand gives other weights.
     dtype, options = options["dtype"], options if quantization is None else {**options, "dtype": torch.float32}
-    with dequantizing(hf_config, quantization) as arguments:
+    cls, _ = model_class(hf_config)
+    with dequantizing(hf_config, quantization) as arguments, naming_packages(cls):
         # Tensors of another shape are refused with the others.
-        loaded: Any = model_class(hf_config)[0].from_pretrained(
+        loaded: Any = cls.from_pretrained(
             config.path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **options
         )
     model, info = loaded
@@ -192,7 +195,7 @@ def empty_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) 
     assert config.path is not None
     hf_config = load_config(config)
     with parameters_on_meta():
-        model = _from_config(hf_config, {"dtype": torch.float32, "attn_implementation": config.attn_implementation})
+        model = from_config(hf_config, {"dtype": torch.float32, "attn_implementation": config.attn_implementation})
     if model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(config.path)

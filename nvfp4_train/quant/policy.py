@@ -4,7 +4,7 @@ A policy is a list of name patterns over the model's `nn.Linear` modules. The ou
 embedding and layers whose input dimension is no multiple of 16 stay in bf16 and are reported with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -186,7 +186,9 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
     """
     linears = linears_of(model)
     if not linears:
-        raise ValueError(f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none")
+        raise ValueError(
+            f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none{_other_matrices(model)}"
+        )
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in linears):
@@ -211,11 +213,33 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
             chosen.append(name)
     if not chosen:
         raise ValueError(
-            f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
+            f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16: {_listed(kept)}"
+            f"{_other_matrices(model)}; see quant.include"
         )
     groups = tuple(tuple(f"{name}.weight".removeprefix(".") for name in group) for group in _groups(chosen, linears))
     manifest = QuantManifest(groups=groups, rule=config.scale_rule, activations=SERVINGS[config.serving])
     return Selection(manifest=manifest, kept=kept)
+
+
+def _listed(kept: Mapping[str, str]) -> str:
+    """Every reason with the names that it is about."""
+    lines = []
+    for reason in dict.fromkeys(kept.values()):
+        names = [name for name, own in kept.items() if own == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more} ({reason})")
+    return ", ".join(lines)
+
+
+def _other_matrices(model: nn.Module) -> str:
+    """What is said of the matrices of a model that are in no linear."""
+    transposed = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+    if not transposed:
+        return ""
+    return (
+        f"; {transposed[0]} and all {len(transposed)} layers of its kind are transformers.pytorch_utils.Conv1D, which keeps a weight "
+        "as [in, out], and no reader of packed folders loads it"
+    )
 
 
 def sibling_set(name: str) -> tuple[str, ...]:
