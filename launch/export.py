@@ -13,6 +13,7 @@ from nvfp4_train.export import export_model
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.folder import check_target
 from nvfp4_train.export.masters import FromMasters
+from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import known_formats
 from nvfp4_train.export.writer import MAX_SHARD_BYTES
 
@@ -29,20 +30,32 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", metavar="DIR_OR_NAME", help="default: the folder tokenizer/ beside the checkpoint, if there is one"
     )
+    parser.add_argument(
+        "--original",
+        metavar="DIR_OR_NAME",
+        help="where the model was trained from, if that has moved: tensors are copied from there",
+    )
+    parser.add_argument(
+        "--without-original", action="store_true", help="leave out tensors of the original that transformers does not build"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that came with the model, if any")
     args = parser.parse_args()
     try:
         # Reading the weights may take long, so the target is checked first.
         check_target(args.out, args.overwrite)
-        checkpoint = load_checkpoint(args.checkpoint)
+        checkpoint = load_checkpoint(args.checkpoint, trust_remote_code=args.trust_remote_code)
         tokenizer = args.tokenizer or checkpoint.tokenizer
+        is_copied = checkpoint.not_built is not None and checkpoint.not_built.kept and not args.without_original
         report = export_model(
             args.out,
             FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state),
             format=args.format,
-            tokenizer=AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None,
+            tokenizer=AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code) if tokenizer else None,
             generation_config=checkpoint.generation_config,
             max_shard_bytes=args.max_shard_bytes,
             overwrite=args.overwrite,
+            passed_through=PassedThrough(checkpoint.not_built, args.original or checkpoint.path) if is_copied else None,
+            files_from=checkpoint.tokenizer,
         )
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))

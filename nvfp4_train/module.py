@@ -21,6 +21,7 @@ from nvfp4_train.losses.base import Batch, Loss, num_positions
 from nvfp4_train.losses.next_token import NextTokenLoss
 from nvfp4_train.models.build import ModelBuilder, build_model
 from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
+from nvfp4_train.models.not_built import NotBuilt
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer
 from nvfp4_train.quant.inputs import InputQuantizers
@@ -72,6 +73,8 @@ class QATModule(L.LightningModule):
         self.store: WeightStore | None = None
         self.quant_state: QuantState | None = None
         self.inputs: InputQuantizers | None = None
+        self.not_built: NotBuilt | None = None
+        self.original_note: str | None = None
         self.compute_dtype = torch.bfloat16
         self.compute_dtype_reason = ""
         self.clock = TrainClock()
@@ -130,6 +133,7 @@ class QATModule(L.LightningModule):
             )
         )
         self.model, self.selection, self.store, self.inputs = built.model, built.selection, built.store, built.inputs
+        self.not_built, self.original_note = built.not_built, built.note
         # As a module of this one it is in every checkpoint.
         self.quant_state = built.store.state
         # DDP would broadcast it in every forward; all ranks have the same.
@@ -270,6 +274,8 @@ class QATModule(L.LightningModule):
                 "config": self.model.config.to_dict(),
                 "generation_config": None if generation_config is None else generation_config.to_dict(),
                 "manifest": self.selection.manifest.to_dict(),
+                "path": self.model_config.path,
+                "not_built": None if self.not_built is None else self.not_built.to_dict(),
             }
         }
 

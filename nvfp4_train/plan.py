@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.losses.chunked import FUSED_BYTES
+from nvfp4_train.models.architecture import freeze_outside
 from nvfp4_train.models.build import kept_in_fp32
-from nvfp4_train.models.causal_lm import ModelConfig, load_config
+from nvfp4_train.models.causal_lm import ModelConfig, from_config, load_config
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.local_weight import rows_per_rank
@@ -100,6 +101,7 @@ class _Unit:
         parameters = {id(p): p for module in unit.modules for p in module.parameters() if id(p) not in gathered}
         gathered.update(parameters)
         self.shard_size = shard_size
+        self.is_called = unit.is_called
         self.quantized_bytes = quantized_bytes
         """Bytes of a quantized element, gathered."""
         self.served_bytes = 4 if unit.in_fp32 else 2
@@ -111,11 +113,13 @@ class _Unit:
         """Elements of this rank, padded."""
         self.trained_shard = sum(size for p, size in shards if p.requires_grad)
         self.quantized_shard = sum(size for p, size in shards if id(p) in quantized)
-        self.unsharded = self.served_bytes * self.shard * shard_size
+        self.unsharded = self.served_bytes * self.shard * shard_size if unit.is_called else 0
         """Bytes of the gathered unit."""
 
     def sent(self, packed: bool) -> float:
         """Bytes that this rank contributes to one gathering."""
+        if not self.is_called:
+            return 0
         if not packed:
             return self.served_bytes * self.shard
         return self.quantized_bytes * self.quantized_shard + self.served_bytes * (self.shard - self.quantized_shard)
@@ -145,7 +149,7 @@ class _Units:
         self.all = [_Unit(unit, gathered, quantized, shard_size, quantized_bytes) for unit in units]
         self.head = self.all[-1]
         self.embeddings = [own for own, unit in zip(self.all, units, strict=True) if unit.modules == [embedding]]
-        self.layers = [unit for unit in self.all if unit is not self.head and unit not in self.embeddings]
+        self.layers = [unit for unit in self.all if unit.is_called and unit is not self.head and unit not in self.embeddings]
         self.largest_layer = max(self.layers, key=lambda unit: unit.unsharded)
         # A frozen embedding takes no part in the backward.
         self.trained_embeddings = [unit for unit in self.embeddings if unit.trained]
@@ -155,7 +159,9 @@ class _Units:
 def meta_model(config: ModelConfig) -> PreTrainedModel:
     """The model without storage; no weight is read."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32)
+        model = from_config(load_config(config), {"dtype": torch.float32})
+    freeze_outside(model)
+    return model
 
 
 def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module, *, packs_inputs: bool = False) -> float:
@@ -205,7 +211,7 @@ On top: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's buffers 
 
 def _logits(model: PreTrainedModel, shape: RunShape) -> tuple[float, str]:
     """Bytes of the logits and of what the loss makes of them, and their formula."""
-    config = model.config
+    config = model.config.get_text_config()
     if shape.logits_at_once is None:
         return 12 * config.vocab_size * shape.tokens, "12 V T"
     at_once = min(shape.logits_at_once, shape.tokens)
@@ -217,8 +223,8 @@ def _logits(model: PreTrainedModel, shape: RunShape) -> tuple[float, str]:
 
 def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teacher: PreTrainedModel | None = None) -> Plan:
     """Count memory and traffic. `model` and the teacher of its loss, if it has one, may lie on the meta device."""
-    config, width = model.config, shape.shard_size
-    manifest = select(model, quant, HubLayout(config)).manifest if quant.enabled else None
+    config, width = model.config.get_text_config(), shape.shard_size
+    manifest = select(model, quant, HubLayout(model.config)).manifest if quant.enabled else None
     names = [] if manifest is None else manifest.names
     parameters = dict(model.named_parameters(remove_duplicate=False))
     quantized = {id(parameters[name]) for name in names}

@@ -12,6 +12,7 @@ from lightning import Callback, Trainer
 from torch import distributed
 
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks
+from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import find_format
 from nvfp4_train.export.replicated import FromStore
 from nvfp4_train.export.writer import MAX_SHARD_BYTES, export_model
@@ -61,6 +62,7 @@ class Export(Callback):
             "max_shard_bytes": self.max_shard_bytes,
             "overwrite": self.overwrite,
             "inputs": self._record_inputs(trainer, pl_module),
+            "files_from": pl_module.model_config.path,
         }
         report = None
         with first_rank_awaited():
@@ -69,9 +71,10 @@ class Export(Callback):
                 ranks = FromRanks(model, store)
                 with ranks.answered() as is_writer:
                     if is_writer:
-                        report = export_model(self.folder, ranks, **options)
+                        report = export_model(self.folder, ranks, passed_through=_passed_through(pl_module), **options)
             elif trainer.is_global_zero:
-                report = export_model(self.folder, FromStore(model, store), **options)
+                served = FromStore(model, store)
+                report = export_model(self.folder, served, passed_through=_passed_through(pl_module), **options)
         if report is not None:
             print(report, flush=True)
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -94,6 +97,12 @@ class Export(Callback):
             return []
         batch = next(iter(trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         return record_inputs(model, inputs, lambda: pl_module(batch["input_ids"].to(pl_module.device)))
+
+
+def _passed_through(module: QATModule) -> PassedThrough | None:
+    if module.not_built is None or not module.not_built.kept:
+        return None
+    return PassedThrough(module.not_built, module.model_config.path)
 
 
 _waits = count()

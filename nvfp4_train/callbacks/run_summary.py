@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
+from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.metrics import (
     EXPORT_BITS_PER_WEIGHT,
     EXPORT_BYTES,
@@ -25,6 +26,7 @@ from nvfp4_train.metrics import (
     VAL_LOSS_QUANTIZED,
     evaluation_metric,
 )
+from nvfp4_train.models.architecture import has_own_code
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.policy import SERVINGS, selection_table
 
@@ -61,8 +63,15 @@ class RunSummary(Callback):
             f"NVFP4 policy\n{selection_table(pl_module.model, pl_module.selection)}",
             flush=True,
         )
-        # An export from a checkpoint finds the tokenizer here.
-        trainer.datamodule.tokenizer.save_pretrained(self.tokenizer_dir)  # type: ignore[attr-defined]
+        for lines in (pl_module.original_note, pl_module.not_built):
+            if lines:
+                print(lines, flush=True)
+        # An export from a checkpoint finds the tokenizer here, and what lies beside it in the folder of the model.
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        tokenizer.save_pretrained(self.tokenizer_dir)
+        if (path := pl_module.model_config.path) is not None:
+            code = has_own_code(pl_module.model.config)
+            copy_side_files(path, self.tokenizer_dir, tokenizer=tokenizer, code=code)
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # The model is loaded, a checkpoint restored, and the weights quantized if they are from the first step on.

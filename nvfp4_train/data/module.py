@@ -114,13 +114,16 @@ class TextDataModule(L.LightningDataModule):
     train_sequences: int
     val_sequences: int
 
-    def __init__(self, config: DataConfig, *, seed: int, model_path: str | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, *, seed: int, model_path: str | None = None, trust_remote_code: bool = False
+    ) -> None:
         super().__init__()
         if seed < 0:
             raise ValueError(f"seed must be at least 0; got {seed}")
         self.config = config
         self.seed = seed
         self.model_path = model_path
+        self.trust_remote_code = trust_remote_code
         self._train: Subset | None = None
         self._val: Subset | None = None
         self._resumed = {"step": 0, "position": 0}
@@ -129,7 +132,8 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         name = self.config.tokenizer
-        return load_tokenizer((self.model_path or "byte") if name == "auto" else name)
+        name = (self.model_path or "byte") if name == "auto" else name
+        return load_tokenizer(name, trust_remote_code=self.trust_remote_code)
 
     def check_model(self, vocab_size: int, max_position_embeddings: int | None) -> None:
         """Raises ValueError when the sequences are longer, or the ids larger, than the model takes. Needs no data."""

@@ -24,12 +24,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer called `name`: "byte" is the built-in one, anything else a local folder or a hub name."""
     if name == "byte":
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer must be 'byte', a folder with tokenizer files or a reachable hub name; got {name!r}. "

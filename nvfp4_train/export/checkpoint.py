@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
 from nvfp4_train.kernels.scale_rules import ScaleRule
+from nvfp4_train.models.architecture import config_of
+from nvfp4_train.models.not_built import NotBuilt
 from nvfp4_train.quant.manifest import QuantManifest
 
 STATE_PREFIX = "model."
@@ -27,11 +29,17 @@ class ExportableCheckpoint:
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     tokenizer: Path | None
-    """Folder of the tokenizer beside the checkpoint, if there is one."""
+    """Folder of the tokenizer beside the checkpoint, if there is one. It has the other files of the original, too."""
+    path: str | None
+    """Where the model came from, if that is known: a folder or hub name."""
+    not_built: NotBuilt | None
+    """What the original holds beside the model."""
 
 
-def load_checkpoint(path: Path) -> ExportableCheckpoint:
+def load_checkpoint(path: Path, *, trust_remote_code: bool = False) -> ExportableCheckpoint:
     """Read a checkpoint file or the folder of a sharded checkpoint, whose weights stay on disk until they are used.
+
+    With `trust_remote_code` the code that came with the model may run; it is read beside the tokenizer.
 
     Raises ValueError where the checkpoint cannot be exported. So do the weights of a folder, later, where they cannot be read.
     """
@@ -44,23 +52,30 @@ def load_checkpoint(path: Path) -> ExportableCheckpoint:
     try:
         saved = checkpoint["hyper_parameters"]["export"]
         settings, generation = saved["config"], saved["generation_config"]
-        model_type, manifest = settings["model_type"], _manifest(saved)
+        manifest = _manifest(saved)
+        settings["model_type"]  # noqa: B018 (raises)
+        # An older checkpoint does not say.
+        not_built = NotBuilt.from_dict(saved["not_built"]) if saved.get("not_built") else None
         weights, quant_state = (_tensors(path, checkpoint, prefix) for prefix in (STATE_PREFIX, QUANT_STATE_PREFIX))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must hold a state_dict and hyper_parameters['export'] with config, generation_config and manifest, as "
             f"training with a quantized model saves them; wrong or missing: {error}"
         ) from error
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"this version of transformers knows no model_type {model_type!r}, which {path} was trained with")
     tokenizer = path.parent / "tokenizer"
+    try:
+        config = config_of(settings, tokenizer, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     return ExportableCheckpoint(
         weights=weights,
         quant_state=quant_state,
         manifest=manifest,
-        config=CONFIG_MAPPING[model_type].from_dict(settings),
+        config=config,
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
         tokenizer=tokenizer if tokenizer.is_dir() else None,
+        path=saved.get("path"),
+        not_built=not_built,
     )
 
 

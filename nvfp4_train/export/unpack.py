@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.readers.base import Reader
@@ -22,6 +21,7 @@ from nvfp4_train.export.readers.disk import StoredTensor
 from nvfp4_train.export.registry import find_reader
 from nvfp4_train.export.shards import FileGroup, write_shards
 from nvfp4_train.export.verify import check_index, layout_on_disk
+from nvfp4_train.models.architecture import read_exported_config
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.quant.served import SERVED_DTYPE
 
@@ -49,7 +49,7 @@ def unpack_export(
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     reader.check_config(folder, config)
     stored = check_index(folder)
-    plain = HubLayout(AutoConfig.from_pretrained(folder, local_files_only=True))
+    plain = HubLayout(read_exported_config(folder))
     unpacked = _Unpacked(reader, stored, plain, layout_on_disk(reader, plain, stored))
     with replacing_folder(target, overwrite) as partial_folder:
         for path in sorted(folder.iterdir()):

@@ -10,6 +10,7 @@ The checks by name, in order; a failure is an ExportError whose message begins w
     inputs     input scales are there exactly where the config has inputs quantized: powers of two, one for siblings, and the
                expected ones; the codes that a reader makes of some inputs of the training forward are those of that forward
     scales     block scales are finite and at least E4M3's floor, global scales positive and finite, and their inverse too
+    passed     tensors that transformers does not build have the bytes of the original folder
     siblings   modules that serving engines fuse have one global scale, and are all quantized or none
     values     decoded and plain tensors equal the expected ones bit for bit
 
@@ -31,12 +32,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from nvfp4_train.export.passed_through import PassedThrough, passed_through_on_disk
 from nvfp4_train.export.readers.base import ExportError, Reader, require
 from nvfp4_train.export.readers.disk import E4M3_TABLE, StoredTensor, read_header, to_bf16_bits
 from nvfp4_train.export.registry import find_reader
 from nvfp4_train.kernels.reference import BLOCK_SIZE, E4M3_MIN
+from nvfp4_train.models.architecture import read_exported_config
 from nvfp4_train.models.layout import HubLayout, shown
 from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.policy import sibling_set
@@ -73,13 +75,16 @@ class VerifyReport:
     """Whether readers quantize the inputs of quantized modules (W4A4)."""
     input_codes: int = 0
     """Codes of inputs that were made anew and compared with those of the training forward."""
+    passed_through: int = 0
+    """Tensors that were compared with those of the original folder."""
 
     def __str__(self) -> str:
         values = f"{self.compared} compared with the model" if self.compared else "values not compared"
         codes = f"{self.input_codes:,} of their codes compared" if self.input_codes else "their codes not compared"
         inputs = f"; inputs in NVFP4, {codes}" if self.quantizes_inputs else ""
+        passed = f", {self.passed_through} with the original folder" if self.passed_through else ""
         return (
-            f"verified {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB, {values}; {self.quantized_parameters:,} parameters "
+            f"verified {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB, {values}{passed}; {self.quantized_parameters:,} parameters "
             f"at {self.bits_per_weight:.3f} bits{inputs}"
         )
 
@@ -91,6 +96,7 @@ def verify_export(
     format: str = "compressed_tensors",
     input_scales: Mapping[str, Tensor] | None = None,
     inputs: Sequence[InputSample] = (),
+    passed_through: PassedThrough | None = None,
 ) -> VerifyReport:
     """Check a folder, raising ExportError.
 
@@ -100,17 +106,21 @@ def verify_export(
         format: A name of `registry.known_formats`.
         input_scales: 1 / g of the input of every quantized weight, float32 [1], by `state_dict` name.
         inputs: Inputs of the training forward, with their codes.
+        passed_through: Tensors of the original folder that the model's class does not build. Without, those that the class knows of are
+            accepted as they are.
     """
     folder, reader = Path(folder), find_reader(format)
     is_selected, quantizes_inputs = _check_config(folder, reader)
     stored = check_index(folder)
-    layout = layout_on_disk(reader, HubLayout(AutoConfig.from_pretrained(folder, local_files_only=True)), stored)
+    layout = layout_on_disk(reader, HubLayout(read_exported_config(folder)), stored)
+    layout.not_built = passed_through_on_disk(layout, stored) if passed_through is None else passed_through.on_meta()
     exported = _Exported(reader, layout, stored, _check_keys(reader, layout, stored))
     _check_tensors(exported)
     _check_scheme(exported, is_selected)
     input_codes = _check_inputs(exported, quantizes_inputs, input_scales, inputs)
     _check_scales(exported)
     _check_siblings(exported)
+    passed = 0 if passed_through is None else passed_through.check(stored)
     compared = 0 if expected is None else _check_values(exported, expected)
 
     num_parameters = sum(2 * exported.part(module, reader.codes).num_bytes for module in exported.quantized)
@@ -123,6 +133,7 @@ def verify_export(
         compared=compared,
         quantizes_inputs=quantizes_inputs,
         input_codes=input_codes,
+        passed_through=passed,
     )
 
 
@@ -206,7 +217,7 @@ def _check_keys(reader: Reader, layout: HubLayout, stored: Mapping[str, StoredTe
     marker = f".{reader.marker}"
     quantized = frozenset(key.removesuffix(marker) for key in stored if key.endswith(marker))
     require("keys", bool(quantized), "nothing is quantized")
-    required = set(layout.hub_tensors)
+    required = layout.hub_tensors.keys() | layout.not_built.keys()
     for module in quantized:
         weight = f"{module}.weight"
         require("keys", weight in required, f"{module}{marker} belongs to no weight of {layout.architecture}")
@@ -222,7 +233,8 @@ def _check_keys(reader: Reader, layout: HubLayout, stored: Mapping[str, StoredTe
 
 
 def _check_tensors(exported: _Exported) -> None:
-    required = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in exported.layout.hub_tensors.items()}
+    tensors = exported.layout.hub_tensors | exported.layout.not_built
+    required = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     for module in exported.quantized:
         _, (_, columns) = required.pop(f"{module}.weight")
         require("tensors", columns % BLOCK_SIZE == 0, f"{module} has {columns} inputs, no multiple of {BLOCK_SIZE}")

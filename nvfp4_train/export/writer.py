@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.formats.base import Format, QuantizedTensor
 from nvfp4_train.export.masters import FromMasters
+from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import find_format
 from nvfp4_train.export.served import ServedWeights
 from nvfp4_train.export.shards import FileGroup, write_shards
+from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.reference import BLOCK_SIZE
+from nvfp4_train.models.architecture import has_own_code
 from nvfp4_train.models.layout import HubLayout, HubMatrix
 from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.manifest import QuantManifest
@@ -92,6 +95,8 @@ def export_model(
     overwrite: bool = False,
     expected: Mapping[str, Tensor] | None = None,
     inputs: Sequence[InputSample] = (),
+    passed_through: PassedThrough | None = None,
+    files_from: str | os.PathLike | None = None,
 ) -> ExportReport:
     """Write served weights as a folder, verify it from disk and give it its name. Asks `served` for one tensor at a time.
 
@@ -105,6 +110,8 @@ def export_model(
         overwrite: Replace an existing model folder, once the new one has been verified.
         expected: Compute weights by `state_dict` name, which the decoded folder must equal. By default those of `served`.
         inputs: Inputs of the training forward with their codes (`record_inputs`), which a reader must make of them, too (W4A4).
+        passed_through: Tensors of the original folder that the model's class does not build; they are copied.
+        files_from: A folder or hub name with the files that a reader needs beside weights and tokenizer: see `export.side_files`.
 
     Raises:
         FileExistsError: The folder exists and is not to be replaced.
@@ -114,6 +121,7 @@ def export_model(
     target = check_target(folder, overwrite)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    served.layout.not_built = {} if passed_through is None else passed_through.on_meta()
     writer = _Writer(served, find_format(format))
     with replacing_folder(target, overwrite) as partial:
         writer.write_configs(partial)
@@ -121,7 +129,10 @@ def export_model(
             generation_config.save_pretrained(partial)
         if tokenizer is not None:
             _write_tokenizer(partial, tokenizer)
-        shards = write_shards(partial, writer.file_groups(), max_shard_bytes)
+        if files_from is not None:
+            copy_side_files(files_from, partial, tokenizer=tokenizer, code=has_own_code(served.layout.served_config))
+        copied = () if passed_through is None else passed_through.file_groups()
+        shards = write_shards(partial, chain(writer.file_groups(), copied), max_shard_bytes)
         scales = ((name, served.input_scale(name)) for name in served.manifest.names)
         verified = verify_export(
             partial,
@@ -129,6 +140,7 @@ def export_model(
             format=format,
             input_scales={name: scale for name, scale in scales if scale is not None},
             inputs=inputs,
+            passed_through=passed_through,
         )
     return ExportReport(
         folder=target,
@@ -231,6 +243,13 @@ def _model_config(layout: HubLayout) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(layout.served_config.to_json_string(use_diff=True))
     # The path that the model was trained from is private.
     config.pop("_name_or_path", None)
+    for part in config.values():
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = "bfloat16"
+    # Code that is not in the folder cannot be loaded from there; on a hub its name begins with that of its repository.
+    auto_map = config.pop("auto_map", None)
+    if auto_map and has_own_code(layout.served_config):
+        config["auto_map"] = {name: code.rpartition("--")[2] for name, code in auto_map.items()}
     return config | {"architectures": [layout.architecture], "dtype": "bfloat16"}
 
 

@@ -2,14 +2,15 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
+from nvfp4_train.models.architecture import freeze_outside, model_class
 from nvfp4_train.models.causal_lm import (
     COMPUTE_DTYPES,
     ModelConfig,
@@ -17,10 +18,13 @@ from nvfp4_train.models.causal_lm import (
     hold_as_served,
     load_frozen,
     load_model,
+    read_original,
     serve_buffers,
 )
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.not_built import NotBuilt, find_not_built
+from nvfp4_train.models.originals import note
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.sharding import allocate, fsdp_units, gathered_as_served, local_rows, shard_frozen, shard_model
@@ -168,7 +172,10 @@ def make_trainable(
 
 def _is_causal_lm(model: nn.Module) -> bool:
     """Whether it is of a class that readers of an exported folder build."""
-    return isinstance(model, PreTrainedModel) and class_of(model) is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    try:
+        return isinstance(model, PreTrainedModel) and class_of(model) is model_class(model.config)[0]
+    except ValueError:
+        return False
 
 
 def kept_in_fp32(model: nn.Module) -> set[str]:
@@ -184,6 +191,10 @@ class BuiltModel(Trainable):
     """A model that is ready to train."""
 
     model: PreTrainedModel
+    not_built: NotBuilt | None
+    """What the folder holds beside the model; None where that is nothing."""
+    note: str | None
+    """A line for the user about the original."""
 
 
 def build_model(
@@ -204,6 +215,8 @@ def build_model(
     # Random initial weights may not depend on the number of ranks, so a model without a path is built whole on each.
     opened = None if mesh is None else open_folder(config, compute_dtype)
     model = load_model(config, compute_dtype) if opened is None else opened[0]
+    not_built = find_not_built(config, model)
+    freeze_outside(model)
     freeze(model, frozen)
 
     def read_rows() -> None:
@@ -220,7 +233,14 @@ def build_model(
         compile_layers=config.compile,
         fill=read_rows,
     )
-    return BuiltModel(model=model, selection=made.selection, store=made.store, inputs=made.inputs)
+    return BuiltModel(
+        model=model,
+        selection=made.selection,
+        store=made.store,
+        inputs=made.inputs,
+        not_built=not_built,
+        note=note(read_original(config)[1]),
+    )
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -253,6 +273,8 @@ class ModelBuilder:
 
     def __call__(self, config: ModelConfig | None = None) -> nn.Module:
         """The model of a config, in evaluation mode on the device; without one a copy of the student as it was loaded."""
+        if config is not None:
+            config = replace(config, trust_remote_code=config.trust_remote_code or self.config.trust_remote_code)
         # A model of random weights has no other original than the student itself.
         is_copy = config is None and self.config.path is None
         opened = None if self.mesh is None or is_copy else open_folder(config or self.config, self.compute_dtype)

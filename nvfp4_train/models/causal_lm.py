@@ -12,14 +12,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from nvfp4_train.models.architecture import model_class, modules_outside, naming_packages, read_config
+from nvfp4_train.models.originals import dequantizing, forget_quantization, take_quantization
 from nvfp4_train.models.quirks import parameters_on_meta, take_rows_for_single_sequences
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -35,6 +31,8 @@ class ModelConfig:
     """A local folder or a hub name of a Hugging Face causal LM; it wins over `config`."""
     config: Mapping[str, Any] | None = None
     """Fields of a Hugging Face config, `model_type` among them: a model with random weights."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the folder, if it has any. Read it first."""
     attn_implementation: str | None = None
     """Attention kernel, as transformers names it; None is the model's default."""
     gradient_checkpointing: bool = False
@@ -81,7 +79,15 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The Hugging Face config of the model. Raises ValueError where the path holds none, or an already quantized model."""
+    """The Hugging Face config of the model, without a trace of a quantization that is undone while loading.
+
+    Raises ValueError where the path holds none, or a model that cannot be trained.
+    """
+    return read_original(config)[0]
+
+
+def read_original(config: ModelConfig) -> tuple[PretrainedConfig, dict[str, Any] | None]:
+    """What `load_config` returns, and the quantization config of the folder, if it has one. Raises as `load_config` does."""
     if config.path is None:
         fields = dict(config.config or {})
         model_type = fields.pop("model_type")
@@ -90,40 +96,44 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         except (StrictDataclassError, ValueError) as error:
             raise ValueError(f"model.config: {error}") from error
         _refuse_misspelt(fields, AutoConfig.for_model(model_type))
-        return hf_config
+        return model_class(hf_config)[1], None
     if _looks_local(config.path) and not (Path(config.path) / "config.json").is_file():
         raise ValueError(f"model.path must be a folder with a config.json or a hub name, got {config.path!r}")
     try:
-        hf_config = AutoConfig.from_pretrained(config.path)
+        hf_config = read_config(config.path, trust_remote_code=config.trust_remote_code)
     except OSError as error:
         raise ValueError(
             f"model.path={config.path!r} could not be read as a local folder or reached as a hub name: {error}"
         ) from error
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise ValueError(f"model.path={config.path!r} is already quantized; training starts from the bf16 model")
-    return hf_config
+    quantization = take_quantization(hf_config, config.path)
+    try:
+        return model_class(hf_config)[1], quantization
+    except ValueError as error:
+        raise ValueError(f"model.path={config.path!r}: {error}") from error
 
 
 def load_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) -> PreTrainedModel:
     """The model in training mode with fp32 parameters, whole. Raises ValueError where the path does not hold exactly its tensors."""
-    hf_config = load_config(config)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is None:
         # Each kind of device draws other numbers, and some of Lightning's strategies build a model on the GPU.
         with torch.device("cpu"):
-            return _for_training(AutoModelForCausalLM.from_config(hf_config, **options), config, compute_dtype)
-    return _for_training(_load_exactly(config.path, hf_config, options), config, compute_dtype)
+            return _for_training(from_config(load_config(config), options), config, compute_dtype)
+    return _for_training(_load_exactly(config, options), config, compute_dtype)
 
 
 def load_frozen(config: ModelConfig) -> PreTrainedModel:
     """The model as it is served before any quantization, whole: in bf16 and in evaluation mode, without gradients."""
     options: dict[str, Any] = {"dtype": SERVED_DTYPE, "attn_implementation": config.attn_implementation}
-    hf_config = load_config(config)
-    if config.path is None:
-        model = AutoModelForCausalLM.from_config(hf_config, **options)
-    else:
-        model = _load_exactly(config.path, hf_config, options)
+    model = from_config(load_config(config), options) if config.path is None else _load_exactly(config, options)
     return model.requires_grad_(False).eval()
+
+
+def from_config(hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with random weights. Raises ValueError where it has no class, or needs a package that is not installed."""
+    cls, hf_config = model_class(hf_config)
+    with naming_packages(cls):
+        return cls._from_config(hf_config, **options)
 
 
 def hold_as_served(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
@@ -132,17 +142,36 @@ def hold_as_served(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(compute_dtype if dtypes[name] is SERVED_DTYPE else dtypes[name])
     serve_buffers(model, compute_dtype)
-    # Some classes take the dtype to compute in from here.
-    model.config.dtype = compute_dtype
+    compute_in(model.config, compute_dtype)
 
 
-def _load_exactly(path: str, hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
-    # Tensors of another shape are refused with the others.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=hf_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+def compute_in(config: PretrainedConfig, compute_dtype: torch.dtype) -> None:
+    """Some classes take the dtype to compute in from their config."""
+    config.dtype = compute_dtype
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            part.dtype = compute_dtype
+
+
+def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    assert config.path is not None
+    hf_config, quantization = read_original(config)
+    # A scale of FP8 that is rounded to bf16 beforehand gives other weights.
+    dtype, options = options["dtype"], options if quantization is None else {**options, "dtype": torch.float32}
+    cls, _ = model_class(hf_config)
+    with dequantizing(hf_config, quantization) as arguments, naming_packages(cls):
+        # Tensors of another shape are refused with the others.
+        loaded: Any = cls.from_pretrained(
+            config.path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **options
+        )
     model, info = loaded
-    refuse_other_tensors(path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
+    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
+    if quantization is not None:
+        forget_quantization(model)
+    if dtype is not options["dtype"]:
+        dtypes = served_dtypes(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
     return model
 
 
@@ -166,7 +195,7 @@ def empty_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) 
     assert config.path is not None
     hf_config = load_config(config)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attn_implementation)
+        model = from_config(hf_config, {"dtype": torch.float32, "attn_implementation": config.attn_implementation})
     if model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(config.path)
@@ -181,8 +210,11 @@ def empty_model(config: ModelConfig, compute_dtype: torch.dtype = SERVED_DTYPE) 
 def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> PreTrainedModel:
     """The transformers class as a reader builds it: in evaluation mode, its parameters on the meta device, its buffers on the CPU."""
     config = copy.deepcopy(model.config)
+    parts = {name: getattr(model.config, name, None) for name in config.sub_configs} | {"": model.config}
+    # A text model may compute attention in another way than the tower beside it.
+    attention = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
     with parameters_on_meta():
-        plain = class_of(model)._from_config(config, dtype=dtype, attn_implementation=model.config._attn_implementation)
+        plain = class_of(model)._from_config(config, dtype=dtype, attn_implementation=attention)
     return plain.eval()
 
 
@@ -192,16 +224,24 @@ def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the modules that transformers never splits over devices, or subclasses that FSDP2 made."""
+    """The repeated blocks of a language model: the modules that transformers never splits over devices, or subclasses that FSDP2 made.
+
+    Those of towers are not among them.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if names.intersection(cls.__name__ for cls in type(module).__mro__)]
+    towers = modules_outside(model) if isinstance(model, PreTrainedModel) else []
+    outside = {module for tower in towers for module in tower.modules()}
+    return [
+        module
+        for module in model.modules()
+        if module not in outside and names.intersection(cls.__name__ for cls in type(module).__mro__)
+    ]
 
 
 def _for_training(model: PreTrainedModel, config: ModelConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
     take_rows_for_single_sequences()
     serve_buffers(model, compute_dtype)
-    # Some classes take the dtype to compute in from here.
-    model.config.dtype = compute_dtype
+    compute_in(model.config, compute_dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained returns a model in evaluation mode.

@@ -3,7 +3,8 @@
 A model and its folder may differ in names (Mixtral's `mlp.gate` is `block_sparse_moe.gate` on disk) and in layout (a parameter with
 the experts of a layer, [E, ...], is several tensors per expert on disk). Transformers has the reverse of that map, with which it
 saves; it says where each row of a parameter is. `load_model`, which needs memory for the whole model, loads all else: tensors that
-are joined in yet other ways, weights in other files than safetensors, and folders with other names than transformers writes.
+are joined in yet other ways, weights that are quantized or in other files than safetensors, and folders with other names than
+transformers writes.
 """
 
 import math
@@ -20,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from nvfp4_train.models.causal_lm import ModelConfig, empty_model, load_config, refuse_other_tensors
+from nvfp4_train.models.causal_lm import ModelConfig, empty_model, read_original, refuse_other_tensors
 from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.quant.experts import held_rows_first
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -60,10 +61,10 @@ def open_folder(
     Returns None where the weights cannot be read by rows, see the module's docstring. Raises ValueError where a tensor is missing,
     unexpected or of another shape.
     """
-    hf_config = load_config(config)
+    hf_config, quantization = read_original(config)
     # Configs may name files of their own.
     names_files = getattr(type(hf_config), "extra_files", ()) or getattr(hf_config, "transformers_weights", None)
-    if config.path is None or names_files or not (files := _safetensors_files(config.path)):
+    if config.path is None or quantization or names_files or not (files := safetensors_files(config.path)):
         return None
     model = empty_model(config, compute_dtype)
     weights = FolderWeights(config.path, files)
@@ -108,9 +109,7 @@ class FolderWeights:
                 required[key] = required.pop(source)
                 self._key_of[name] = key
         missing = required.keys() - self._file_of.keys()
-        unexpected = {
-            key for key in self._file_of.keys() - required.keys() - self._copies.keys() if not _is_ignored(model, key)
-        }
+        unexpected = {key for key in self._file_of.keys() - required.keys() - self._copies.keys() if not is_ignored(model, key)}
         if missing and unexpected:
             # The names may be those of an older transformers, or of the authors. Transformers may know how to rename them.
             return False
@@ -177,7 +176,7 @@ def _read(opened: safe_open, piece: _Piece) -> Tensor:
     return opened.get_tensor(piece.key) if piece.rows is None else opened.get_slice(piece.key)[piece.rows]
 
 
-def _safetensors_files(path: str) -> list[str]:
+def safetensors_files(path: str) -> list[str]:
     """Paths on this machine, downloaded if need be; none if the weights are stored in another way."""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
@@ -203,7 +202,7 @@ def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[
     return parts if sum(math.prod(part.shape) for part in parts) == row_numel else []
 
 
-def _is_ignored(model: PreTrainedModel, key: str) -> bool:
+def is_ignored(model: PreTrainedModel, key: str) -> bool:
     """Whether transformers drops a tensor on disk: one of another part of a published model, or a buffer that once was saved."""
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     return any(re.search(pattern, key) for pattern in patterns)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from nvfp4_train.models.architecture import OUTSIDE, parameters_outside
 from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
 from nvfp4_train.quant.experts import ExpertWeight, find_experts
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -41,7 +42,7 @@ class HubMatrix:
 
 
 class HubLayout:
-    """The tensors of the causal LM that a config describes. Raises ValueError where transformers' map cannot be reversed."""
+    """The tensors of the model that a config describes. Raises ValueError where transformers' map cannot be reversed."""
 
     def __init__(self, config: PretrainedConfig):
         self.model = plain_model(config)
@@ -53,11 +54,15 @@ class HubLayout:
         }
         self.aliases: dict[str, str] = dict(self.model.all_tied_weights_keys)
         """Tied copies, which are not on disk: name -> name of the tensor that is."""
+        self.outside = parameters_outside(self.model)
+        """Parameters that are not the language model's."""
         self.buffers = state.keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
         self.tensors = {name: tensor for name, tensor in state.items() if name not in self.aliases}
         """Tensors by name in memory, on the meta device, in the dtype that is served."""
         self.hub_tensors: dict[str, Tensor] = self._revert(self.tensors)
         """The same by name on disk."""
+        self.not_built: dict[str, Tensor] = {}
+        """Tensors of the folder by name on disk, on the meta device, that no module here holds. Whoever knows of any sets them."""
         key_of = {id(tensor): key for key, tensor in self.hub_tensors.items()}
         self._renamed = {name: key_of[id(tensor)] for name, tensor in self.tensors.items() if id(tensor) in key_of}
         self._parts: dict[str, dict[str, HubMatrix]] = {}
@@ -99,6 +104,8 @@ class HubLayout:
 
     def reason_to_keep(self, name: str) -> str | None:
         """Why no folder can hold a parameter in NVFP4; None where one can."""
+        if name in self.outside:
+            return OUTSIDE
         if name in self.aliases or name in self.aliases.values():
             return "tied to another module"
         if name in self.experts:
@@ -184,6 +191,10 @@ class HubLayout:
             found[key] = slice(rows[0], rows[-1] + 1, step)
         return found
 
+    def hub_names(self) -> dict[str, str]:
+        """Names on disk of the tensors that are the same there, by name in memory."""
+        return dict(self._renamed)
+
     def linears(self) -> dict[str, str | None]:
         """Every nn.Linear by its module name in memory -> module name on disk, None where the two weights differ in layout."""
         keys = {name: self._renamed.get(f"{name}.weight", "") for name in self._modules(nn.Linear)}
@@ -205,7 +216,12 @@ class HubLayout:
                 is_matrix = len(shape) == 2 and name.endswith(".weight")
                 if name not in known and (is_experts or is_matrix):
                     keys += hub_names
+        keys += [key for key, tensor in self.not_built.items() if tensor.dim() > 1 and key.endswith(".weight")]
         return [key.removesuffix(".weight") for key in dict.fromkeys(keys)]
+
+    def blocks_not_built(self) -> list[str]:
+        """Names on disk of the blocks of modules that no class builds, such as `mtp`: whatever is in them stays unquantized."""
+        return prefixes(self.not_built)
 
     def _find_bundles(self) -> dict[tuple[str, ...], tuple[str, ...]]:
         keys_of = {
@@ -229,6 +245,23 @@ class HubLayout:
 
     def _revert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(revert_weight_conversion(self.model, tensors))
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """The blocks that tensors of no module belong to: names up to the number of a layer of the model, or their first parts.
+
+    `mtp.layers.0.mlp.up_proj.weight` is of `mtp`, `model.layers.61.eh_proj.weight` of `model.layers.61`, and `model.visual.norm.bias`
+    of `model.visual`.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")[:-1]
+        length = 0
+        while length < len(parts) and parts[length] in ("model", "language_model"):
+            length += 1
+        is_layer = parts[length : length + 1] == ["layers"]
+        found[".".join(parts[: length + (2 if is_layer else 1)])] = None
+    return list(found)
 
 
 def shown(names: Iterable[str], limit: int = 3) -> str:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import masking_utils
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 
 @contextmanager
@@ -31,3 +32,9 @@ def parameters_on_meta() -> Iterator[None]:
 def take_rows_for_single_sequences() -> None:
     """Switch off transformers' search for several sequences in one row. The host would wait for its result in every forward."""
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
+def give_text_outputs_images() -> None:
+    """Llama 4's multimodal forward reads `image_outputs` of the text model's output, which has no such field in 5.24."""
+    if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]

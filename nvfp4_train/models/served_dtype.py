@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from nvfp4_train.models.architecture import model_class
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit
 
 
 def plain_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal LM that a reader of a bf16 folder builds, on the meta device. It takes no memory; the config is copied."""
+    """The model that a reader of a bf16 folder builds, on the meta device. It takes no memory; the config is copied.
+
+    Raises ValueError as `model_class` does.
+    """
+    cls, config = model_class(copy.deepcopy(config))
     with torch.device("meta"):
         # Another attention implementation changes no tensor and may not be installed here.
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=SERVED_DTYPE, attn_implementation="eager")
+        return cls._from_config(config, dtype=SERVED_DTYPE, attn_implementation="eager")
 
 
 def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:

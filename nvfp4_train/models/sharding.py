@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
+from nvfp4_train.models.architecture import modules_outside
 from nvfp4_train.models.causal_lm import decoder_layers
 from nvfp4_train.quant.local_weight import rows_per_rank
 from nvfp4_train.quant.served import SERVED_DTYPE, ServedUnit
@@ -26,10 +28,12 @@ class FsdpUnit:
     """Parameters are gathered as they are held, and the forward rounds masters. Otherwise they are rounded to bf16 first."""
     is_layer: bool = False
     """With `reshard_after_forward`, freed after its forward and gathered again in the backward."""
+    is_called: bool = True
+    """False for towers: no forward of text calls them, so they are never gathered."""
 
 
 def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: torch.dtype = SERVED_DTYPE) -> list[FsdpUnit]:
-    """The decoder layers, the input embedding unless the head has the same weight, and the root with all the rest.
+    """The decoder layers, towers, the input embedding unless the head has the same weight, and the root with all the rest.
 
     `kept` are names of parameters that are served in fp32. A unit that holds one is gathered in fp32, because FSDP2 reduces the
     gradients of a unit in one dtype. Layers that share parameters are one unit.
@@ -51,6 +55,8 @@ def fsdp_units(model: nn.Module, *, kept: Collection[str] = (), compute_dtype: t
         )
         for together in _joined_by_parameters(layers)
     ]
+    towers = modules_outside(model) if isinstance(model, PreTrainedModel) else []
+    units += [FsdpUnit(modules=[tower], in_fp32=True, is_called=False) for tower in towers]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     is_tied = head is not None and head.weight is embedding.weight
     if not is_tied:

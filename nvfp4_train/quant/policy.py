@@ -218,7 +218,9 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
     """
     found = Quantizable.of(model)
     if not found.names:
-        raise ValueError(f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none")
+        raise ValueError(
+            f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none{_other_matrices(model)}"
+        )
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in found.names):
@@ -246,11 +248,24 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
         else:
             chosen.append(name)
     if not chosen:
-        reasons = "; ".join(f"{names}: {reason}" for reason, names in _by_reason(kept).items())
-        raise ValueError(f"the policy selects no weight of this model, all are kept in bf16: {reasons}; see quant.include")
+        reasons = ", ".join(f"{names} ({reason})" for reason, names in _by_reason(kept).items())
+        raise ValueError(
+            f"the policy selects no weight of this model, all are kept in bf16: {reasons}{_other_matrices(model)}; see quant.include"
+        )
     groups = tuple(tuple(found.parameter_name(name) for name in group) for group in _groups(chosen, found))
     manifest = QuantManifest(groups=groups, rule=config.scale_rule, activations=SERVINGS[config.serving])
     return Selection(manifest=manifest, kept=kept)
+
+
+def _other_matrices(model: nn.Module) -> str:
+    """What is said of the matrices of a model that are in no linear."""
+    transposed = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
+    if not transposed:
+        return ""
+    return (
+        f"; {transposed[0]} and all {len(transposed)} layers of its kind are transformers.pytorch_utils.Conv1D, which keeps a weight "
+        "as [in, out], and no reader of packed folders loads it"
+    )
 
 
 def sibling_set(name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
 from nvfp4_train.data.module import TextDataModule
+from nvfp4_train.models.architecture import positions
 from nvfp4_train.models.causal_lm import load_config
 from nvfp4_train.module import QATModule
 from nvfp4_train.run.compose import groups, make
@@ -38,9 +39,13 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
         nodes["quant"] |= {"start_step": 0}
 
     configs = {name: make(node, name) for name, node in nodes.items()}
-    data = TextDataModule(configs.pop("data"), seed=options["seed"], model_path=configs["model"].path)
-    hf_config = load_config(configs["model"])
-    data.check_model(hf_config.vocab_size, getattr(hf_config, "max_position_embeddings", None))
+    model = configs["model"]
+    # A folder that cannot be trained is refused before its tokenizer is.
+    hf_config = load_config(model)
+    data = TextDataModule(
+        configs.pop("data"), seed=options["seed"], model_path=model.path, trust_remote_code=model.trust_remote_code
+    )
+    data.check_model(hf_config.get_text_config().vocab_size, positions(hf_config))
     module = QATModule(**configs, seed=options["seed"])
 
     callbacks = [make(node, f"callbacks.{name}") for name, node in parts["callbacks"].items()]

@@ -11,6 +11,7 @@ from nvfp4_train.losses.base import Loss
 from nvfp4_train.losses.chunked import rows_at_once
 from nvfp4_train.losses.distillation import DistillationLoss, vocabulary_size
 from nvfp4_train.losses.hidden import num_compared
+from nvfp4_train.models.architecture import positions
 from nvfp4_train.models.build import freeze
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.plan import RunShape, make_plan, meta_model, plan_table
@@ -28,9 +29,9 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
     check_trainer(options["trainer"])
     model, quant, data, loss, optim = (make(options[name], name) for name in ("model", "quant", "data", "loss", "optim"))
     meta = meta_model(model)
-    data.check_positions(getattr(meta.config, "max_position_embeddings", None))
+    data.check_positions(positions(meta.config))
     freeze(meta, optim.frozen)
-    teacher, of_loss = plan_loss(loss, meta)
+    teacher, of_loss = plan_loss(loss, meta, trust_remote_code=model.trust_remote_code)
     strategy = options["trainer"]["strategy"]
     shape = RunShape(
         world_size=world_size,
@@ -45,7 +46,7 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
     return plan_table(make_plan(meta, quant, shape, teacher), shape)
 
 
-def plan_loss(loss: Loss, student: nn.Module) -> tuple[Any, dict[str, int]]:
+def plan_loss(loss: Loss, student: nn.Module, *, trust_remote_code: bool = False) -> tuple[Any, dict[str, int]]:
     """The teacher of a loss on the meta device, or None without one, and what the loss decides of a `RunShape`.
 
     Raises ValueError for a teacher that cannot be loaded, or compared with the student.
@@ -55,7 +56,7 @@ def plan_loss(loss: Loss, student: nn.Module) -> tuple[Any, dict[str, int]]:
     teacher: nn.Module = student
     if loss.teacher_path is not None:
         try:
-            teacher = meta_model(ModelConfig(path=loss.teacher_path))
+            teacher = meta_model(ModelConfig(path=loss.teacher_path, trust_remote_code=trust_remote_code))
         except ValueError as error:
             raise ValueError(f"loss.teacher_path={loss.teacher_path!r}: {error}") from error
     loss.check_teacher(student, teacher)

@@ -65,7 +65,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     config = AutoConfig.for_model("llama", **fields)
     config.quantization_config = {"quant_method": "compressed-tensors"}
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is already quantized; training starts from the bf16 model"):
+    with pytest.raises(ValueError, match="is quantized with compressed-tensors, which is not undone here"):
         load_config(ModelConfig(path=str(tmp_path)))
 
 

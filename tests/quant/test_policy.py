@@ -61,6 +61,36 @@ def test_a_selection_of_nothing_is_an_error() -> None:
         select(llama(), QuantConfig(include=["lm_head"]))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reasons"),
+    [
+        (
+            "gpt2",
+            {"n_embd": 32, "n_layer": 2, "n_head": 2},
+            [r"lm_head \(output embedding\)", r"h.0.attn.c_attn and all 8 .*Conv1D"],
+        ),
+        (
+            "falcon",
+            {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+            [r"self_attention.query_key_value and 7 more \(a FalconLinear computes in its own way\)"],
+        ),
+        (
+            "llama",
+            {"hidden_size": 72, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3},
+            [r"72 inputs are no multiple of 16", r"mlp.down_proj \(24 inputs are no multiple of 16\)"],
+        ),
+    ],
+)
+def test_a_model_of_which_nothing_can_be_quantized_is_refused_with_every_reason(
+    model_type: str, fields: dict, reasons: list[str]
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=64, **fields))
+    for reason in ("selects no weight of this model, all are kept in bf16", *reasons):
+        with pytest.raises(ValueError, match=reason):
+            select(model, QuantConfig())
+
+
 def test_siblings_are_quantized_all_or_none() -> None:
     with pytest.raises(ValueError, match="k_proj would be quantized but its sibling .*q_proj would not"):
         select(llama(), QuantConfig(exclude=["*.q_proj"]))

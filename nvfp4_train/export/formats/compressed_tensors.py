@@ -73,7 +73,8 @@ class CompressedTensors(Format):
 def _ignored(layout: HubLayout, quantized: Mapping[str, str]) -> list[str]:
     """`ignore` entries: `lm_head` always, and full names, in memory and on disk, of all that stays unquantized.
 
-    Experts are matched by one pattern, since serving engines ask for them under names of their own.
+    Experts, and blocks that transformers does not build, are matched by one pattern, since serving engines ask for them under names of
+    their own.
     """
     names = ["lm_head"]
     for name, hub_name in layout.linears().items():
@@ -82,6 +83,7 @@ def _ignored(layout: HubLayout, quantized: Mapping[str, str]) -> list[str]:
     for name in layout.matrices_outside_linears():
         before, experts, _ = name.rpartition(".experts.")
         names.append(f"re:.*{re.escape('.' + before.rpartition('.')[2] + experts)}.*" if experts else name)
+    names += [f"re:^{re.escape(block)}\\..*" for block in layout.blocks_not_built()]
     return list(dict.fromkeys(names))
 
 
