@@ -13,7 +13,7 @@ from nvfp4_train.export import export_model
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.folder import check_target
 from nvfp4_train.export.masters import FromMasters
-from nvfp4_train.export.registry import known_formats
+from nvfp4_train.export.registry import BOTH, folders_of, known_formats
 from nvfp4_train.export.writer import MAX_SHARD_BYTES
 
 
@@ -22,7 +22,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file that training wrote, or the folder of a sharded run")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is verified")
-    parser.add_argument("--format", choices=known_formats(), default="compressed_tensors", help="default: compressed_tensors")
+    parser.add_argument(
+        "--format",
+        choices=[*known_formats(), BOTH],
+        default="compressed_tensors",
+        help="default: compressed_tensors; both writes it to OUT, and modelopt to OUT_modelopt",
+    )
     parser.add_argument(
         "--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="split larger weights (default: 5 GB)"
     )
@@ -32,21 +37,25 @@ def main() -> None:
     args = parser.parse_args()
     try:
         # Reading the weights may take long, so the target is checked first.
-        check_target(args.out, args.overwrite)
+        folders = folders_of(args.format, args.out)
+        for folder in folders.values():
+            check_target(folder, args.overwrite)
         checkpoint = load_checkpoint(args.checkpoint)
         tokenizer = args.tokenizer or checkpoint.tokenizer
-        report = export_model(
-            args.out,
-            FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state),
-            format=args.format,
-            tokenizer=AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None,
-            generation_config=checkpoint.generation_config,
-            max_shard_bytes=args.max_shard_bytes,
-            overwrite=args.overwrite,
-        )
+        served = FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state)
+        for format, folder in folders.items():
+            report = export_model(
+                folder,
+                served,
+                format=format,
+                tokenizer=AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None,
+                generation_config=checkpoint.generation_config,
+                max_shard_bytes=args.max_shard_bytes,
+                overwrite=args.overwrite,
+            )
+            print(report, flush=True)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
-    print(report)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,8 @@ def _check_inputs(
     require("inputs", not (extra := present - required), f"unexpected {shown(extra)}")
     for key in required:
         got = exported.stored[key].dtype, exported.stored[key].shape
-        require("inputs", got == ("F32", (1,)), f"{key} must be F32 (1,), got {got[0]} {got[1]}")
+        wanted = exported.reader.input_scale_shape
+        require("inputs", got == ("F32", wanted), f"{key} must be F32 {wanted}, got {got[0]} {got[1]}")
     _check_input_scales(exported, expected or {})
     return sum(_compare_input(exported, sample) for sample in samples)
 

@@ -97,6 +97,11 @@ class HubLayout:
                     keys += hub_names
         return [key.removesuffix(".weight") for key in dict.fromkeys(keys)]
 
+    def embeddings(self) -> list[str]:
+        """Module names on disk of embeddings."""
+        keys = {name: self._renamed.get(f"{name}.weight", f"{name}.weight") for name in self._modules(nn.Embedding)}
+        return [key.removesuffix(".weight") for key in keys.values()]
+
     def _find_bundles(self) -> dict[tuple[str, ...], tuple[str, ...]]:
         keys_of = {
             name: (self._renamed[name],) if name in self._renamed else tuple(self._revert({name: tensor}))

@@ -22,6 +22,34 @@ class QuantizedTensor(NamedTuple):
     """1 / g of the input, float32 [S], on the CPU; None where inputs are not quantized (`manifest.activations`)."""
 
 
+class Unquantized(NamedTuple):
+    """What serving engines would take for quantized linears, unless a config tells them otherwise."""
+
+    modules: list[str]
+    """Full names, in memory and on disk; `lm_head` first, which always stays as it is."""
+    experts: list[str]
+    """Names on disk of modules that hold experts (`model.layers.0.mlp.experts`), none of which is quantized. Engines ask for experts
+    under names of their own, so a config has to match whatever lies below."""
+
+
+def unquantized(layout: HubLayout, quantized: Mapping[str, str]) -> Unquantized:
+    """What stays unquantized, where `quantized` is not. Every format says it in a config, each in a language of its own."""
+    on_disk = set(quantized.values())
+    modules, experts = ["lm_head"], []
+    for name, hub_name in layout.linears().items():
+        if name not in quantized:
+            modules += [name, hub_name or name]
+    for name in layout.matrices_outside_linears():
+        before, of_experts, _ = name.rpartition(".experts.")
+        if not of_experts:
+            modules.append(name)
+        elif not any(module.startswith(before + of_experts) for module in on_disk):
+            experts.append(f"{before}.experts")
+        elif name not in on_disk:
+            modules.append(name)
+    return Unquantized(list(dict.fromkeys(modules)), list(dict.fromkeys(experts)))
+
+
 class Format(Protocol):
     """A format of NVFP4 folders."""
 

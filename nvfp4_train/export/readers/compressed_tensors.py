@@ -68,6 +68,9 @@ class CompressedTensorsReader(Reader):
     def quantizes_inputs(self, config: Mapping[str, Any]) -> bool:
         return config["quantization_config"]["config_groups"]["group_0"]["input_activations"] is not None
 
+    def global_scale(self, stored_scale: np.float32) -> np.float32:
+        return np.float32(1) / stored_scale
+
     def input_scale(self, stored_input_scale: np.float32) -> np.float32:
         return np.float32(1) / stored_input_scale
 
