@@ -1,7 +1,7 @@
 """Writes the NVFP4 checkpoint when training has ended and its last checkpoint is saved."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import distributed
 
+from nvfp4_train.callbacks.run_facts import run_facts
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks
 from nvfp4_train.export.registry import folders_of
 from nvfp4_train.export.replicated import FromStore
@@ -25,6 +26,7 @@ class Export(Callback):
     """Exports to `folder`, and proves that the folder decodes to the weights that the last forward used.
 
     `format` is the name of a file in export/formats/, or `both` for compressed_tensors in `folder` and modelopt in `folder_modelopt`.
+    `command` is what started the run, for the model card. List it after the callbacks whose results the card reports.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Export(Callback):
         format: str = "compressed_tensors",
         overwrite: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        command: Sequence[str] | None = None,
     ) -> None:
         # An unknown name ends the run before it begins.
         self.folders = folders_of(format, Path(folder))
@@ -47,6 +50,7 @@ class Export(Callback):
                 )
         self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
+        self.command = command or ()
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -60,6 +64,7 @@ class Export(Callback):
             "max_shard_bytes": self.max_shard_bytes,
             "overwrite": self.overwrite,
             "inputs": self._record_inputs(trainer, pl_module),
+            "run": run_facts(trainer, pl_module, self.command),
         }
         reports: list[ExportReport] = []
         with first_rank_awaited():

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from nvfp4_train.export.card import FILE as CARD_FILE
+from nvfp4_train.export.card import adapted, format_section
 from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.formats.base import Format, QuantizedTensor
 from nvfp4_train.export.ignored import translate
@@ -100,6 +102,7 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, *, to: 
             _write_files(origin, find_format(to), partial)
             verified = verify_export(partial, format=to)
             _compare(origin, _Folder(partial, to))
+        _adapt_card(origin, to, verified, partial / CARD_FILE)
     scales = [origin.global_scale(module) for module in origin.quantized]
     return ConvertReport(
         folder=folder,
@@ -210,14 +213,39 @@ def _copy_other_files(origin: _Folder, target: Path) -> None:
             shutil.copyfile(entry, target / entry.name)
 
 
-def _configs(origin: _Folder, format: str) -> dict[str, dict[str, Any]]:
-    """What a format has to say about the folder, by file."""
+def _adapt_card(origin: _Folder, format: str, verified: VerifyReport | None, path: Path) -> None:
+    """Let a card that an export has written tell of the new format. Any other README.md stays as it is."""
+    if not path.exists():
+        return
+    if verified is None:
+        note, checked = None, [f"nvfp4_train's reader in NumPy: every value is that of the {origin.format} folder"]
+    else:
+        note = find_format(format).note(origin.layout, _quantized(origin))
+        checked = verified.readers()
+        checked[0] += f"; codes, block scales and all else compared with the {origin.format} folder, bit for bit"
+    section = format_section(format, _activations(origin), checked, note)
+    text = adapted(path.read_text(encoding="utf-8"), origin.format, format, section)
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+
+
+def _activations(origin: _Folder) -> str:
+    return "nvfp4" if origin.reader.quantizes_inputs(origin.config) else "none"
+
+
+def _quantized(origin: _Folder) -> dict[str, str]:
+    """Quantized modules: name in memory -> name on disk."""
     hub_names = {name: hub_name or name for name, hub_name in origin.layout.linears().items()}
     quantized = {name: hub_name for name, hub_name in hub_names.items() if hub_name in origin.quantized}
-    quantized |= {module: module for module in origin.quantized if module not in hub_names.values()}
+    return quantized | {module: module for module in origin.quantized if module not in hub_names.values()}
+
+
+def _configs(origin: _Folder, format: str) -> dict[str, dict[str, Any]]:
+    """What a format has to say about the folder, by file."""
+    quantized = _quantized(origin)
     # No config tells of groups or rules.
-    activations = "nvfp4" if origin.reader.quantizes_inputs(origin.config) else "none"
-    manifest = QuantManifest(groups=(tuple(f"{name}.weight" for name in quantized),), rule=ScaleRule(), activations=activations)
+    names = tuple(f"{name}.weight" for name in quantized)
+    manifest = QuantManifest(groups=(names,), rule=ScaleRule(), activations=_activations(origin))
     return find_format(format).configs(origin.layout, quantized, manifest)
 
 

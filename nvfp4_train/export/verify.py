@@ -73,6 +73,15 @@ class VerifyReport:
     """Whether readers quantize the inputs of quantized modules (W4A4)."""
     input_codes: int = 0
     """Codes of inputs that were made anew and compared with those of the training forward."""
+    packages: tuple[str, ...] = ()
+    """Packages of others, with their versions, that accept the config."""
+
+    def readers(self) -> list[str]:
+        """Which readers have checked the folder, and which have not."""
+        extent = f"all {self.compared} tensors of the model, bit for bit" if self.compared else "names, shapes and scales"
+        codes = f", and {self.input_codes:,} codes of inputs" if self.input_codes else ""
+        own = f"nvfp4_train's reader in NumPy: {extent}{codes}"
+        return [own, *(f"{package}: the config" for package in self.packages), "not run: transformers and serving engines"]
 
     def __str__(self) -> str:
         values = f"{self.compared} compared with the model" if self.compared else "values not compared"
@@ -123,6 +132,7 @@ def verify_export(
         compared=compared,
         quantizes_inputs=quantizes_inputs,
         input_codes=input_codes,
+        packages=tuple(reader.packages()),
     )
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from nvfp4_train.export.card import FILE as CARD_FILE
+from nvfp4_train.export.card import FolderFacts, RunFacts, card, installed_versions
 from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.formats.base import Format, QuantizedTensor
 from nvfp4_train.export.masters import FromMasters
@@ -41,13 +43,14 @@ class ExportReport:
     quantized: int
     """Modules on disk with a weight in NVFP4."""
     note: str | None
-    """What the format has to say about its readers."""
+    """What the format has to say about its readers; FOLDER stands for the folder."""
     verified: VerifyReport
 
     def __str__(self) -> str:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"{self.folder}: {self.quantized} linears in NVFP4, {files}", str(self.verified)]
-        return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
+        lines.append(f"readers: {'; '.join(self.verified.readers())}")
+        return "\n".join([*lines, *([f"note: {self.note.replace('FOLDER', str(self.folder))}"] if self.note else [])])
 
 
 def export_compressed_tensors(
@@ -91,6 +94,7 @@ def export_model(
     overwrite: bool = False,
     expected: Mapping[str, Tensor] | None = None,
     inputs: Sequence[InputSample] = (),
+    run: RunFacts | None = None,
 ) -> ExportReport:
     """Write served weights as a folder, verify it from disk and give it its name. Asks `served` for one tensor at a time.
 
@@ -104,6 +108,7 @@ def export_model(
         overwrite: Replace an existing model folder, once the new one has been verified.
         expected: Compute weights by `state_dict` name, which the decoded folder must equal. By default those of `served`.
         inputs: Inputs of the training forward with their codes (`record_inputs`), which a reader must make of them, too (W4A4).
+        run: What is known of the training, for the model card (README.md).
 
     Raises:
         FileExistsError: The folder exists and is not to be replaced.
@@ -113,7 +118,7 @@ def export_model(
     target = check_target(folder, overwrite)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    writer = _Writer(served, find_format(format))
+    writer, rule = _Writer(served, find_format(format)), served.manifest.rule
     with replacing_folder(target, overwrite) as partial:
         writer.write_configs(partial)
         if generation_config is not None:
@@ -129,13 +134,22 @@ def export_model(
             input_scales={name: scale for name, scale in scales if scale is not None},
             inputs=inputs,
         )
-    return ExportReport(
-        folder=target,
-        shards=shards,
-        quantized=len(writer.hub_modules),
-        note=writer.format.note(served.layout, writer.hub_modules),
-        verified=verified,
-    )
+        note = writer.format.note(served.layout, writer.hub_modules)
+        text = card(
+            run or RunFacts(base_model=getattr(served.layout.served_config, "name_or_path", None) or None),
+            FolderFacts(
+                format=format,
+                activations=served.manifest.activations,
+                checked=verified.readers(),
+                note=note,
+                scale_rule=f"{rule.block_scale}, global scales {rule.global_scale}",
+                size=f"{verified.quantized_parameters:,} parameters at {verified.bits_per_weight:.3f} bits, "
+                f"{verified.bytes / 1e6:,.1f} MB in all",
+                versions=installed_versions(),
+            ),
+        )
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
+    return ExportReport(folder=target, shards=shards, quantized=len(writer.hub_modules), note=note, verified=verified)
 
 
 class _Writer:

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,14 @@ def test_a_run_checks_both_folders_before_it_starts(tmp_path: Path):
     Export(folder=str(tmp_path / "export"), format="compressed_tensors")
 
 
-def test_what_transformers_cannot_load_is_said(cases: CaseOf, tmp_path: Path):
+def test_what_was_checked_and_what_transformers_cannot_load_is_said(cases: CaseOf, tmp_path: Path):
     report: ExportReport = cases("llama").export(tmp_path / "out", format="modelopt")
-    assert "launch/convert.py FOLDER OTHER --to compressed_tensors" in str(report)
+    own = "nvfp4_train's reader in NumPy: all 21 tensors of the model, bit for bit"
+    assert f"readers: {own}; not run: transformers and serving engines\n" in str(report)
+    assert f"launch/convert.py {tmp_path / 'out'} OTHER --to compressed_tensors" in str(report)
+    report = cases("llama").export(tmp_path / "other")
+    assert f"readers: {own}; compressed-tensors {metadata.version('compressed-tensors')}: the config; not run: " in str(report)
+    assert "note: " not in str(report)
+    # Of experts that are joined in memory.
+    report = cases("mixtral").export(tmp_path / "experts")
+    assert f"`python launch/convert.py {tmp_path / 'experts'} OTHER --to bf16`" in str(report)

@@ -69,5 +69,8 @@ class Format(Protocol):
         """
 
     def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
-        """A line for the user about what readers make of such a folder."""
+        """A line for the user about readers that do not load such a folder as it is, with the line that makes one that they load.
+
+        FOLDER stands for the folder.
+        """
         return None

@@ -66,7 +66,7 @@ class CompressedTensors(Format):
         # Seen in transformers 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
         return (
             "transformers joins or splits tensors of this model while it loads them, which it does not do beside packed ones; "
-            "compressed-tensors can unpack the folder"
+            "it loads the folder that `python launch/convert.py FOLDER OTHER --to bf16` decodes"
         )
 
 

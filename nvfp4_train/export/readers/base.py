@@ -40,6 +40,10 @@ class Reader(Protocol):
         Raises ExportError under `config` or `scheme`.
         """
 
+    def packages(self) -> list[str]:
+        """Packages of others, with their versions, that `check_config` has asked."""
+        return []
+
     def quantizes_inputs(self, config: Mapping[str, Any]) -> bool:
         """Whether a loader quantizes the inputs of quantized modules. `config` has been checked."""
         return False
