@@ -14,7 +14,7 @@ from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.folder import check_target
 from nvfp4_train.export.masters import FromMasters
 from nvfp4_train.export.passed_through import PassedThrough
-from nvfp4_train.export.registry import known_formats
+from nvfp4_train.export.registry import BOTH, folders_of, known_formats
 from nvfp4_train.export.writer import MAX_SHARD_BYTES
 
 
@@ -23,7 +23,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file that training wrote, or the folder of a sharded run")
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is verified")
-    parser.add_argument("--format", choices=known_formats(), default="compressed_tensors", help="default: compressed_tensors")
+    parser.add_argument(
+        "--format",
+        choices=[*known_formats(), BOTH],
+        default="compressed_tensors",
+        help="default: compressed_tensors; both writes it to OUT, and modelopt to OUT_modelopt",
+    )
     parser.add_argument(
         "--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N", help="split larger weights (default: 5 GB)"
     )
@@ -42,24 +47,31 @@ def main() -> None:
     args = parser.parse_args()
     try:
         # Reading the weights may take long, so the target is checked first.
-        check_target(args.out, args.overwrite)
+        folders = folders_of(args.format, args.out)
+        for folder in folders.values():
+            check_target(folder, args.overwrite)
         checkpoint = load_checkpoint(args.checkpoint, trust_remote_code=args.trust_remote_code)
         tokenizer = args.tokenizer or checkpoint.tokenizer
         is_copied = checkpoint.not_built is not None and checkpoint.not_built.kept and not args.without_original
-        report = export_model(
-            args.out,
-            FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state),
-            format=args.format,
-            tokenizer=AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code) if tokenizer else None,
-            generation_config=checkpoint.generation_config,
-            max_shard_bytes=args.max_shard_bytes,
-            overwrite=args.overwrite,
-            passed_through=PassedThrough(checkpoint.not_built, args.original or checkpoint.path) if is_copied else None,
-            files_from=checkpoint.tokenizer,
-        )
+        passed_through = PassedThrough(checkpoint.not_built, args.original or checkpoint.path) if is_copied else None
+        served = FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state)
+        for format, folder in folders.items():
+            report = export_model(
+                folder,
+                served,
+                format=format,
+                tokenizer=(
+                    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code) if tokenizer else None
+                ),
+                generation_config=checkpoint.generation_config,
+                max_shard_bytes=args.max_shard_bytes,
+                overwrite=args.overwrite,
+                passed_through=passed_through,
+                files_from=checkpoint.tokenizer,
+            )
+            print(report, flush=True)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
-    print(report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writes the NVFP4 checkpoint when training has ended and its last checkpoint is saved."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -11,11 +11,13 @@ import torch
 from lightning import Callback, Trainer
 from torch import distributed
 
+from nvfp4_train.callbacks.run_facts import run_facts
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks
 from nvfp4_train.export.passed_through import PassedThrough
-from nvfp4_train.export.registry import find_format
+from nvfp4_train.export.registry import folders_of
 from nvfp4_train.export.replicated import FromStore
-from nvfp4_train.export.writer import MAX_SHARD_BYTES, export_model
+from nvfp4_train.export.served import ServedWeights
+from nvfp4_train.export.writer import MAX_SHARD_BYTES, ExportReport, export_model
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.inputs import InputSample, record_inputs
 from nvfp4_train.quant.sharded import ShardedWeightStore
@@ -24,7 +26,8 @@ from nvfp4_train.quant.sharded import ShardedWeightStore
 class Export(Callback):
     """Exports to `folder`, and proves that the folder decodes to the weights that the last forward used.
 
-    `format` is the name of a file in export/formats/.
+    `format` is the name of a file in export/formats/, or `both` for compressed_tensors in `folder` and modelopt in `folder_modelopt`.
+    `command` is what started the run, for the model card. List it after the callbacks whose results the card reports.
     """
 
     def __init__(
@@ -34,20 +37,21 @@ class Export(Callback):
         format: str = "compressed_tensors",
         overwrite: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        command: Sequence[str] | None = None,
     ) -> None:
         # An unknown name ends the run before it begins.
-        find_format(format)
+        self.folders = folders_of(format, Path(folder))
         if max_shard_bytes < 1:
             raise ValueError(f"callbacks.export.max_shard_bytes must be at least 1, got {max_shard_bytes}")
-        if Path(folder).exists() and not overwrite:
-            raise ValueError(
-                f"callbacks.export.folder must not exist yet, got {folder}; choose another run_dir, or set "
-                "callbacks.export.overwrite=true"
-            )
-        self.folder = Path(folder)
-        self.format = format
+        for target in self.folders.values():
+            if target.exists() and not overwrite:
+                raise ValueError(
+                    f"callbacks.export.folder must not exist yet, got {target}; choose another run_dir, or set "
+                    "callbacks.export.overwrite=true"
+                )
         self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
+        self.command = command or ()
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -56,27 +60,26 @@ class Export(Callback):
         if not store.is_enabled:
             store.update()
         options: dict[str, Any] = {
-            "format": self.format,
             "tokenizer": trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
             "generation_config": model.generation_config,
             "max_shard_bytes": self.max_shard_bytes,
             "overwrite": self.overwrite,
             "inputs": self._record_inputs(trainer, pl_module),
             "files_from": pl_module.model_config.path,
+            "run": run_facts(trainer, pl_module, self.command),
         }
-        report = None
+        reports: list[ExportReport] = []
         with first_rank_awaited():
             if isinstance(store, ShardedWeightStore):
                 # What the last forward decoded is decoded again, to be compared with the folder.
                 ranks = FromRanks(model, store)
                 with ranks.answered() as is_writer:
                     if is_writer:
-                        report = export_model(self.folder, ranks, passed_through=_passed_through(pl_module), **options)
+                        reports = self._write(ranks, pl_module, options)
             elif trainer.is_global_zero:
-                served = FromStore(model, store)
-                report = export_model(self.folder, served, passed_through=_passed_through(pl_module), **options)
-        if report is not None:
-            print(report, flush=True)
+                reports = self._write(FromStore(model, store), pl_module, options)
+        if reports:
+            report = reports[0]
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
                 {
@@ -87,6 +90,14 @@ class Export(Callback):
             )
         # Rank 0's process may host the TCP store that the other ranks poll, so it must not exit before they are done.
         trainer.strategy.barrier("export")
+
+    def _write(self, served: ServedWeights, pl_module: QATModule, options: dict[str, Any]) -> list[ExportReport]:
+        """A folder of each format. The first stays if a later one fails."""
+        reports, passed_through = [], _passed_through(pl_module)
+        for format, folder in self.folders.items():
+            reports.append(export_model(folder, served, format=format, passed_through=passed_through, **options))
+            print(reports[-1], flush=True)
+        return reports
 
     @staticmethod
     def _record_inputs(trainer: Trainer, pl_module: QATModule) -> list[InputSample]:

@@ -96,7 +96,9 @@ class RunSummary(Callback):
             return f"  {label:<16}{', '.join(known)}\n" if known else ""
 
         folders = [
-            name for name in ("export", "checkpoints", "metrics.csv", "metrics.json", "wandb") if (self.run_dir / name).exists()
+            name
+            for name in ("export", "export_modelopt", "checkpoints", "metrics.csv", "metrics.json", "wandb")
+            if (self.run_dir / name).exists()
         ]
         print(
             "\nRun summary\n"

@@ -77,6 +77,15 @@ class VerifyReport:
     """Codes of inputs that were made anew and compared with those of the training forward."""
     passed_through: int = 0
     """Tensors that were compared with those of the original folder."""
+    packages: tuple[str, ...] = ()
+    """Packages of others, with their versions, that accept the config."""
+
+    def readers(self) -> list[str]:
+        """Which readers have checked the folder, and which have not."""
+        extent = f"all {self.compared} tensors of the model, bit for bit" if self.compared else "names, shapes and scales"
+        codes = f", and {self.input_codes:,} codes of inputs" if self.input_codes else ""
+        own = f"nvfp4_train's reader in NumPy: {extent}{codes}"
+        return [own, *(f"{package}: the config" for package in self.packages), "not run: transformers and serving engines"]
 
     def __str__(self) -> str:
         values = f"{self.compared} compared with the model" if self.compared else "values not compared"
@@ -134,6 +143,7 @@ def verify_export(
         quantizes_inputs=quantizes_inputs,
         input_codes=input_codes,
         passed_through=passed,
+        packages=tuple(reader.packages()),
     )
 
 
@@ -245,7 +255,7 @@ def _check_tensors(exported: _Exported) -> None:
 
 
 def _check_scheme(exported: _Exported, is_selected: Callable[[str], bool]) -> None:
-    linears, of_experts = exported.layout.linears(), _matrices_of_experts(exported.layout)
+    linears, of_experts = exported.layout.linears(), exported.layout.quantized_modules()
     unknown = exported.quantized - set(linears.values()) - of_experts
     require("scheme", not unknown, f"{shown(unknown)} is quantized but no linear layer")
     for name in of_experts:
@@ -263,11 +273,6 @@ def _check_scheme(exported: _Exported, is_selected: Callable[[str], bool]) -> No
         require("scheme", not is_selected(name), message)
 
 
-def _matrices_of_experts(layout: HubLayout) -> set[str]:
-    """Modules on disk that are matrices of quantized experts."""
-    return {matrix.module for name in layout.quantized_experts for matrix in layout.matrices(name)}
-
-
 def _check_inputs(
     exported: _Exported, is_quantized: bool, expected: Mapping[str, Tensor] | None, samples: Sequence[InputSample]
 ) -> int:
@@ -282,7 +287,8 @@ def _check_inputs(
     require("inputs", not (extra := present - required), f"unexpected {shown(extra)}")
     for key in required:
         got = exported.stored[key].dtype, exported.stored[key].shape
-        require("inputs", got == ("F32", (1,)), f"{key} must be F32 (1,), got {got[0]} {got[1]}")
+        wanted = exported.reader.input_scale_shape
+        require("inputs", got == ("F32", wanted), f"{key} must be F32 {wanted}, got {got[0]} {got[1]}")
     _check_input_scales(exported, expected or {})
     return sum(_compare_input(exported, sample) for sample in samples)
 
@@ -336,7 +342,7 @@ def _check_scales(exported: _Exported) -> None:
 
 
 def _check_siblings(exported: _Exported) -> None:
-    linears = set(exported.layout.linears().values()) | _matrices_of_experts(exported.layout)
+    linears = set(exported.layout.linears().values()) | exported.layout.quantized_modules()
     for module in exported.quantized:
         for sibling in sibling_set(module):
             if sibling in linears:

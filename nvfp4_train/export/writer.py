@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from nvfp4_train.export.card import FILE as CARD_FILE
+from nvfp4_train.export.card import FolderFacts, RunFacts, card, installed_versions
 from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.formats.base import Format, QuantizedTensor
 from nvfp4_train.export.masters import FromMasters
@@ -45,13 +47,14 @@ class ExportReport:
     quantized: int
     """Modules on disk with a weight in NVFP4."""
     note: str | None
-    """What the format has to say about its readers."""
+    """What the format has to say about its readers; FOLDER stands for the folder."""
     verified: VerifyReport
 
     def __str__(self) -> str:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"{self.folder}: {self.quantized} matrices in NVFP4, {files}", str(self.verified)]
-        return "\n".join([*lines, *([f"note: {self.note}"] if self.note else [])])
+        lines.append(f"readers: {'; '.join(self.verified.readers())}")
+        return "\n".join([*lines, *([f"note: {self.note.replace('FOLDER', str(self.folder))}"] if self.note else [])])
 
 
 def export_compressed_tensors(
@@ -97,6 +100,7 @@ def export_model(
     inputs: Sequence[InputSample] = (),
     passed_through: PassedThrough | None = None,
     files_from: str | os.PathLike | None = None,
+    run: RunFacts | None = None,
 ) -> ExportReport:
     """Write served weights as a folder, verify it from disk and give it its name. Asks `served` for one tensor at a time.
 
@@ -112,6 +116,7 @@ def export_model(
         inputs: Inputs of the training forward with their codes (`record_inputs`), which a reader must make of them, too (W4A4).
         passed_through: Tensors of the original folder that the model's class does not build; they are copied.
         files_from: A folder or hub name with the files that a reader needs beside weights and tokenizer: see `export.side_files`.
+        run: What is known of the training, for the model card (README.md).
 
     Raises:
         FileExistsError: The folder exists and is not to be replaced.
@@ -122,7 +127,7 @@ def export_model(
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     served.layout.not_built = {} if passed_through is None else passed_through.on_meta()
-    writer = _Writer(served, find_format(format))
+    writer, rule = _Writer(served, find_format(format)), served.manifest.rule
     with replacing_folder(target, overwrite) as partial:
         writer.write_configs(partial)
         if generation_config is not None:
@@ -142,12 +147,23 @@ def export_model(
             inputs=inputs,
             passed_through=passed_through,
         )
+        note = writer.format.note(served.layout, writer.hub_modules)
+        text = card(
+            run or RunFacts(base_model=getattr(served.layout.served_config, "name_or_path", None) or None),
+            FolderFacts(
+                format=format,
+                activations=served.manifest.activations,
+                checked=verified.readers(),
+                note=note,
+                scale_rule=f"{rule.block_scale}, global scales {rule.global_scale}",
+                size=f"{verified.quantized_parameters:,} parameters at {verified.bits_per_weight:.3f} bits, "
+                f"{verified.bytes / 1e6:,.1f} MB in all",
+                versions=installed_versions(),
+            ),
+        )
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
     return ExportReport(
-        folder=target,
-        shards=shards,
-        quantized=sum(map(len, writer.matrices.values())),
-        note=writer.format.note(served.layout, writer.hub_modules),
-        verified=verified,
+        folder=target, shards=shards, quantized=sum(map(len, writer.matrices.values())), note=note, verified=verified
     )
 
 

@@ -219,9 +219,27 @@ class HubLayout:
         keys += [key for key, tensor in self.not_built.items() if tensor.dim() > 1 and key.endswith(".weight")]
         return [key.removesuffix(".weight") for key in dict.fromkeys(keys)]
 
+    def unquantized_experts(self) -> list[str]:
+        """Module names on disk of the experts that stay as they are, as serving engines ask for them."""
+        found: dict[str, None] = {}
+        for name, weight in self.experts.items():
+            if name not in self.quantized_experts:
+                matrices = self.matrices(name)
+                found[matrices[0].module.rsplit(".", 2)[0] if matrices else weight.module_name] = None
+        return list(found)
+
+    def quantized_modules(self) -> set[str]:
+        """Module names on disk of the matrices of quantized experts."""
+        return {matrix.module for name in self.quantized_experts for matrix in self.matrices(name)}
+
     def blocks_not_built(self) -> list[str]:
         """Names on disk of the blocks of modules that no class builds, such as `mtp`: whatever is in them stays unquantized."""
         return prefixes(self.not_built)
+
+    def embeddings(self) -> list[str]:
+        """Module names on disk of embeddings."""
+        keys = {name: self._renamed.get(f"{name}.weight", f"{name}.weight") for name in self._modules(nn.Embedding)}
+        return [key.removesuffix(".weight") for key in keys.values()]
 
     def _find_bundles(self) -> dict[tuple[str, ...], tuple[str, ...]]:
         keys_of = {

@@ -45,10 +45,19 @@ def register_configs(root: Path) -> None:
         "basename": lambda path: Path(path).name,
         "wandb_id": wandb_id,
         "recipe_list": lambda: "\n".join(_summary(file) for file in recipes),
+        "command": _command,
         "is_auto": lambda ckpt_path: ckpt_path == "auto",
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def _command() -> list[str] | None:
+    """What started the job that Hydra runs; None where it runs none."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    return ["python", f"launch/{hydra.job.name}.py", *hydra.overrides.task]
 
 
 def _groups(root: Path) -> list[str]:

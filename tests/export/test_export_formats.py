@@ -96,9 +96,11 @@ def test_a_folder_of_one_format_is_none_of_another(toy_format: str, cases: Calla
 
 
 def test_an_unknown_format_is_refused_before_the_run(tmp_path: Path):
-    with pytest.raises(ValueError, match="callbacks.export.format must be one of compressed_tensors, got 'gguf'"):
+    with pytest.raises(
+        ValueError, match="callbacks.export.format must be one of compressed_tensors, modelopt, both, got 'gguf'"
+    ):
         Export(folder=str(tmp_path / "out"), format="gguf")
-    assert known_formats() == ["compressed_tensors"]
+    assert known_formats() == ["compressed_tensors", "modelopt"]
 
 
 @pytest.mark.parametrize("name", known_formats())

@@ -22,6 +22,32 @@ class QuantizedTensor(NamedTuple):
     """1 / g of the input, float32 [1], on the CPU; None where inputs are not quantized (`manifest.activations`)."""
 
 
+class Unquantized(NamedTuple):
+    """What serving engines would take for quantized linears, unless a config tells them otherwise."""
+
+    modules: list[str]
+    """Full names, in memory and on disk; `lm_head` first, which always stays as it is."""
+    experts: list[str]
+    """Names on disk of modules that hold experts (`model.layers.0.mlp.experts`), none of which is quantized. Engines ask for experts
+    under names of their own, so a config has to match whatever lies below."""
+    blocks: list[str]
+    """Names on disk of blocks that transformers does not build (`mtp`), none of which is quantized."""
+
+
+def unquantized(layout: HubLayout, quantized: Mapping[str, str]) -> Unquantized:
+    """What stays unquantized, where `quantized` is not. Every format says it in a config, each in a language of its own."""
+    modules, experts, blocks = ["lm_head"], layout.unquantized_experts(), layout.blocks_not_built()
+    for name, hub_name in layout.linears().items():
+        if name not in quantized:
+            modules += [name, hub_name or name]
+    of_experts = tuple(f"{name}." for name in experts)
+    for name in layout.matrices_outside_linears():
+        is_expert_of_block = ".experts." in name and name.startswith(tuple(f"{block}." for block in blocks))
+        if not name.startswith(of_experts) and not is_expert_of_block:
+            modules.append(name)
+    return Unquantized(list(dict.fromkeys(modules)), experts, blocks)
+
+
 class Format(Protocol):
     """A format of NVFP4 folders."""
 
@@ -42,5 +68,8 @@ class Format(Protocol):
         """
 
     def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
-        """A line for the user about what readers make of such a folder."""
+        """A line for the user about readers that do not load such a folder as it is, with the line that makes one that they load.
+
+        FOLDER stands for the folder.
+        """
         return None

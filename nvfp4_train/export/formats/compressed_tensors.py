@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nvfp4_train.export.formats.base import Format, QuantizedTensor
+from nvfp4_train.export.formats.base import Format, QuantizedTensor, unquantized
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.quant.manifest import QuantManifest
 
@@ -66,25 +66,22 @@ class CompressedTensors(Format):
         # Seen in transformers 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
         return (
             "transformers joins or splits tensors of this model while it loads them, which it does not do beside packed ones; "
-            "compressed-tensors can unpack the folder"
+            "it loads the folder that `python launch/convert.py FOLDER OTHER --to bf16` decodes"
         )
 
 
 def _ignored(layout: HubLayout, quantized: Mapping[str, str]) -> list[str]:
-    """`ignore` entries: `lm_head` always, and full names, in memory and on disk, of all that stays unquantized.
-
-    Experts, and blocks that transformers does not build, are matched by one pattern, since serving engines ask for them under names of
-    their own.
-    """
-    names = ["lm_head"]
-    for name, hub_name in layout.linears().items():
-        if name not in quantized:
-            names += [name, hub_name or name]
-    for name in layout.matrices_outside_linears():
-        before, experts, _ = name.rpartition(".experts.")
-        names.append(f"re:.*{re.escape('.' + before.rpartition('.')[2] + experts)}.*" if experts else name)
-    names += [f"re:^{re.escape(block)}\\..*" for block in layout.blocks_not_built()]
-    return list(dict.fromkeys(names))
+    """`ignore` entries: full names, and a regular expression for all experts of a module, or all of a block."""
+    modules, experts, blocks = unquantized(layout, quantized)
+    on_disk = layout.quantized_modules()
+    patterns = []
+    for name in experts:
+        # The end of the name, since engines have other prefixes; all of it where experts of another layer are quantized.
+        end = "." + ".".join(name.split(".")[-2:]) + "."
+        is_shared = any(end in module for module in on_disk)
+        patterns.append(f"re:.*{re.escape(f'{name}.' if is_shared else end)}.*")
+    patterns += [f"re:^{re.escape(block)}\\..*" for block in blocks]
+    return list(dict.fromkeys([*modules, *patterns]))
 
 
 FORMAT = CompressedTensors()

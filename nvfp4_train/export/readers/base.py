@@ -27,7 +27,8 @@ class Reader(Protocol):
     stored_scale: str
     """The global scale, in whatever way the format stores it."""
     stored_input_scale: str | None = None
-    """The global scale of a linear's input, float32 [1] in whatever way the format stores it. None where it knows of none."""
+    """The global scale of a linear's input, float32 in whatever way the format stores it. None where it knows of none."""
+    input_scale_shape: tuple[int, ...] = (1,)
 
     def parts(self, num_rows: int, num_columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """safetensors dtype and shape of every part of a weight."""
@@ -39,9 +40,17 @@ class Reader(Protocol):
         Raises ExportError under `config` or `scheme`.
         """
 
+    def packages(self) -> list[str]:
+        """Packages of others, with their versions, that `check_config` has asked."""
+        return []
+
     def quantizes_inputs(self, config: Mapping[str, Any]) -> bool:
         """Whether a loader quantizes the inputs of quantized modules. `config` has been checked."""
         return False
+
+    def global_scale(self, stored_scale: np.float32) -> np.float32:
+        """s2, of the global scale as the format stores it. A format from which folders are converted defines it."""
+        raise NotImplementedError
 
     def input_scale(self, stored_input_scale: np.float32) -> np.float32:
         """1 / g, of the global scale of an input as the format stores it. A format that quantizes inputs defines it."""

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,14 @@ class CompressedTensorsReader(Reader):
         require("scheme", "lm_head" in ignore, "ignore must hold lm_head")
         return lambda name: ("Linear" in targets or _matches(name, targets)) and not _matches(name, ignore)
 
+    def packages(self) -> list[str]:
+        return [f"compressed-tensors {version}"] if (version := _package_version()) else []
+
     def quantizes_inputs(self, config: Mapping[str, Any]) -> bool:
         return config["quantization_config"]["config_groups"]["group_0"]["input_activations"] is not None
+
+    def global_scale(self, stored_scale: np.float32) -> np.float32:
+        return np.float32(1) / stored_scale
 
     def input_scale(self, stored_input_scale: np.float32) -> np.float32:
         return np.float32(1) / stored_input_scale
@@ -82,8 +89,12 @@ def _matches(name: str, entries: list[str]) -> bool:
     return any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in entries)
 
 
+def _package_version() -> str | None:
+    return metadata.version("compressed-tensors") if importlib.util.find_spec("compressed_tensors") else None
+
+
 def _check_with_package(quantization: dict[str, Any]) -> None:
-    if importlib.util.find_spec("compressed_tensors"):
+    if _package_version():
         from compressed_tensors.quantization import QuantizationConfig
 
         try:
