@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nvfp4_train.models.quirks import parameters_on_meta, take_rows_for_single_sequences
+from nvfp4_train.models.quirks import compute_buffers_as_loaded, parameters_on_meta, take_rows_for_single_sequences
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.quant.served import SERVED_DTYPE
 
@@ -183,6 +183,7 @@ def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> Pr
     config = copy.deepcopy(model.config)
     with parameters_on_meta():
         plain = class_of(model)._from_config(config, dtype=dtype, attn_implementation=model.config._attn_implementation)
+    compute_buffers_as_loaded(plain)
     return plain.eval()
 
 

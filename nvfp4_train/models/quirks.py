@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 
 @contextmanager
@@ -31,3 +31,14 @@ def parameters_on_meta() -> Iterator[None]:
 def take_rows_for_single_sequences() -> None:
     """Switch off transformers' search for several sequences in one row. The host would wait for its result in every forward."""
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
+def compute_buffers_as_loaded(model: PreTrainedModel) -> None:
+    """Compute the buffers of a model with parameters on the meta device as `from_pretrained` does, in place.
+
+    It builds a model first, with bf16 as the default dtype, and once the weights are read computes unsaved buffers anew, without it:
+    GPT-J's sines differ.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()
