@@ -210,12 +210,25 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
         else:
             chosen.append(name)
     if not chosen:
-        raise ValueError(
-            f"the policy selects no weight of this model: {len(linears)} linears, all kept in bf16; see quant.include"
-        )
+        raise ValueError(f"the policy selects no weight of this model, {_why_none(model, kept)}; see quant.include")
     groups = tuple(tuple(f"{name}.weight".removeprefix(".") for name in group) for group in _groups(chosen, linears))
     manifest = QuantManifest(groups=groups, rule=config.scale_rule, activations=SERVINGS[config.serving])
     return Selection(manifest=manifest, kept=kept)
+
+
+def _why_none(model: nn.Module, kept: dict[str, str]) -> str:
+    """The reasons why all linears stay in bf16, and the classes that hold other matrices."""
+    reasons = []
+    for reason in dict.fromkeys(kept.values()):
+        first, *others_kept = [name for name, why in kept.items() if why == reason]
+        reasons.append(f"{reason} ({first}{f' and {len(others_kept)} more' if others_kept else ''})")
+    others: dict[str, int] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, nn.Linear | nn.Embedding):
+            others[type(module).__name__] = others.get(type(module).__name__, 0) + 1
+    matrices = [f"{count} modules with a matrix are a {name}, which is no nn.Linear" for name, count in others.items()]
+    return "; ".join(reasons + matrices)
 
 
 def sibling_set(name: str) -> tuple[str, ...]:
