@@ -49,6 +49,15 @@ LINEAR_ATTENTION: Fields = {
     "linear_value_head_dim": 16,
 }
 MROPE: Fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+HYBRID_SLIDING: Fields = {
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "sliding_window_size": 16,
+    "head_dim": 16,
+    "swa_head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+}
+SPARSE: Fields = {"mlp_layer_types": ["dense", "sparse"]}
 SLIDING: Fields = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 
 DENSE: dict[str, Fields] = {
@@ -134,8 +143,7 @@ EXPERT: dict[str, Fields] = {
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "axk1": GROUPED | MLA,
     "axk2": GROUPED | MLA | INDEXER,
-    "bailing_hybrid": GROUPED | MLA,
-    "beam": EXPERTS,
+    "beam": EXPERTS | SPARSE | HEAD_DIM | SLIDING | {"n_group": 2, "topk_group": 1, "num_shared_experts": 1},
     "cohere2_moe": EXPERTS | HEAD_DIM,
     "dbrx": {
         "d_model": 64,
@@ -148,11 +156,17 @@ EXPERT: dict[str, Fields] = {
     "deepseek_v3": GROUPED | MLA,
     "deepseek_v32": GROUPED | MLA | INDEXER,
     "dots1": GROUPED | HEAD_DIM,
-    "dots3_note_text": GROUPED | MLA,
+    "dots3_note_text": GROUPED
+    | MLA
+    | INDEXER
+    | SPARSE
+    | {"head_dim": 16, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16}
+    | {"shared_experts_intermediate_size": 48, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4}
+    | {"swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
     "ernie4_5_moe": EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     "exaone_moe": GROUPED | HEAD_DIM | {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"]},
     "flex_olmo": EXPERTS,
-    "flint": EXPERTS,
+    "flint": EXPERTS | SPARSE | HEAD_DIM | SLIDING | {"mlp_only_layers": [0]},
     "glm4_moe": GROUPED | HEAD_DIM | {"use_qk_norm": True},
     "glm4_moe_lite": GROUPED | MLA,
     "glm_moe_dsa": GROUPED | MLA | INDEXER,
@@ -162,12 +176,12 @@ EXPERT: dict[str, Fields] = {
     "granitemoeshared": EXPERTS | {"shared_intermediate_size": 48},
     "hunyuan_v1_moe": EXPERTS | HEAD_DIM | {"moe_topk": 2, "num_shared_expert": 1},
     "hy_v3": EXPERTS | HEAD_DIM | {"num_shared_experts": 1, "first_k_dense_replace": 1},
-    "hy_v4": GROUPED | MLA | INDEXER,
-    "inkling_text": EXPERTS | {"n_shared_experts": 1},
-    "inkling2_text": EXPERTS | {"unpadded_vocab_size": 90},
-    "inkling2_loop_text": EXPERTS | {"unpadded_vocab_size": 90},
+    "hy_v4": GROUPED | MLA | INDEXER | SPARSE | {"head_dim": 16},
+    "inkling_text": EXPERTS | HYBRID_SLIDING | SPARSE | {"n_shared_experts": 1},
+    "inkling2_text": EXPERTS | HYBRID_SLIDING | {"unpadded_vocab_size": 90},
+    "inkling2_loop_text": EXPERTS | HYBRID_SLIDING | {"unpadded_vocab_size": 90},
     "jetmoe": EXPERTS | {"kv_channels": 16, "num_attention_heads": 8, "num_key_value_heads": 4},
-    "kolibri1": EXPERTS,
+    "kolibri1": EXPERTS | HEAD_DIM | SLIDING,
     "laguna": EXPERTS | {"shared_expert_intermediate_size": 48, "head_dim": 16},
     "llama4_text": EXPERTS
     | {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 96, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -176,9 +190,9 @@ EXPERT: dict[str, Fields] = {
     | {"num_layers": 1, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "n_routed_experts": 4}
     | {"zero_expert_num": 2, "moe_topk": 2, "head_dim": 8},
     "mellum": EXPERTS,
-    "mimo_v2_flash": GROUPED,
+    "mimo_v2_flash": GROUPED | SPARSE | SLIDING | {"head_dim": 16, "v_head_dim": 32},
     "minimax_m2": EXPERTS | HEAD_DIM,
-    "minimax_m3_vl_text": EXPERTS,
+    "minimax_m3_vl_text": EXPERTS | SPARSE | HEAD_DIM | {"dense_intermediate_size": 96, "shared_intermediate_size": 48},
     "mixtral": EXPERTS,
     "olmoe": EXPERTS,
     "phimoe": EXPERTS,
@@ -186,10 +200,11 @@ EXPERT: dict[str, Fields] = {
     "qwen3_moe": EXPERTS | HEAD_DIM | {"mlp_only_layers": [1]},
     "sarvam_mla": GROUPED | MLA,
     "sarvam_moe": GROUPED | HEAD_DIM,
-    "solar_open": GROUPED,
+    "solar_open": GROUPED | HEAD_DIM,
     "zaya": EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 HYBRID: dict[str, Fields] = {
+    "bailing_hybrid": GROUPED | MLA | SPARSE | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
     "bamba": {"mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "attn_layer_indices": [1]},
     "deepseek_v4": {
         "num_hidden_layers": 4,
@@ -218,8 +233,12 @@ HYBRID: dict[str, Fields] = {
         "expert_layer_offset": 1,
     }
     | {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "use_mamba_kernels": False},
-    "kimi_linear": GROUPED | MLA,
-    "lara_mini": EXPERTS | LINEAR_ATTENTION,
+    "kimi_linear": GROUPED
+    | MLA
+    | SPARSE
+    | {"layer_types": ["linear_attention", "full_attention"]}
+    | {"linear_head_dim": 16, "linear_num_heads": 4},
+    "lara_mini": EXPERTS | LINEAR_ATTENTION | HEAD_DIM,
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba": {"state_size": 16, "time_step_rank": 16},

@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from cases import CASES, IN_EVERY_RUN, KINDS, fields_of
 from expectations import README, measured_with, read_outcomes, readme_with, table
-from family import require_same_tensors, run_family
+from family import logits_of, random_ids, require_same_tensors, run_family
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 OUTCOMES = read_outcomes()
@@ -39,11 +41,18 @@ def test_every_case_has_an_outcome_and_the_readme_shows_it() -> None:
     assert all(name in rows for name in CASES)
 
 
-def test_a_lost_tensor_is_noticed(tmp_path: Path) -> None:
-    outcome = run_family("llama", fields_of("llama"), tmp_path)
-    assert not outcome.failed
-    tensors = load_file(tmp_path / "decoded" / "model.safetensors")
+@torch.no_grad()
+def test_a_lost_or_changed_tensor_is_noticed(tmp_path: Path) -> None:
+    assert run_family("llama", fields_of("llama"), tmp_path).difference == 0
+    decoded, ids = tmp_path / "decoded", random_ids(seed=1)
+    tensors = load_file(decoded / "model.safetensors")
+    before = logits_of(LlamaForCausalLM, decoded, ids)
+    tensors["model.layers.1.mlp.down_proj.weight"][0] *= 1.01
+    save_file(tensors, decoded / "model.safetensors", {"format": "pt"})
+    assert not torch.equal(logits_of(LlamaForCausalLM, decoded, ids), before)
     tensors.pop("model.norm.weight")
-    save_file(tensors, tmp_path / "decoded" / "model.safetensors", {"format": "pt"})
+    save_file(tensors, decoded / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lost 1 tensors of the original \(model\.norm\.weight"):
-        require_same_tensors(tmp_path / "bf16", tmp_path / "decoded")
+        require_same_tensors(tmp_path / "bf16", decoded)
+    with pytest.raises(ValueError, match=r"missing_keys.*model\.norm\.weight"):
+        logits_of(LlamaForCausalLM, decoded, ids)
