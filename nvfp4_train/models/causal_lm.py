@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from nvfp4_train.models.architecture import model_class, modules_outside, naming_packages, read_config
 from nvfp4_train.models.originals import dequantizing, forget_quantization, take_quantization
-from nvfp4_train.models.quirks import parameters_on_meta, take_rows_for_single_sequences
+from nvfp4_train.models.quirks import compute_buffers_as_loaded, parameters_on_meta, take_rows_for_single_sequences
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.quant.served import SERVED_DTYPE
 
@@ -215,6 +215,7 @@ def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> Pr
     attention = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
     with parameters_on_meta():
         plain = class_of(model)._from_config(config, dtype=dtype, attn_implementation=attention)
+    compute_buffers_as_loaded(plain)
     return plain.eval()
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 
@@ -38,3 +38,14 @@ def give_text_outputs_images() -> None:
     """Llama 4's multimodal forward reads `image_outputs` of the text model's output, which has no such field in 5.24."""
     if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
         MoeCausalLMOutputWithPast.image_outputs = None  # type: ignore[attr-defined]
+
+
+def compute_buffers_as_loaded(model: PreTrainedModel) -> None:
+    """Compute the buffers of a model with parameters on the meta device as `from_pretrained` does, in place.
+
+    It builds a model first, with bf16 as the default dtype, and once the weights are read computes unsaved buffers anew, without it:
+    GPT-J's sines differ.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()

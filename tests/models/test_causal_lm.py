@@ -114,3 +114,16 @@ class ReadsOfValues(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "llama"])
+def test_buffers_are_those_that_a_reader_computes(model_type: str, tmp_path: Path) -> None:
+    """GPT-J's sines were computed in bf16, as its class makes them, where from_pretrained computes them in float32."""
+    fields = {"gptj": {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}, "llama": TINY}[model_type]
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).save_pretrained(tmp_path)
+    read = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).named_buffers())
+    trained = dict(load_model(ModelConfig(path=str(tmp_path))).named_buffers())
+    assert trained.keys() == read.keys()
+    for name, buffer in read.items():
+        assert trained[name].dtype is buffer.dtype
+        assert torch.equal(trained[name], buffer), name
