@@ -140,7 +140,7 @@ class _Folder:
         marker = f".{self.reader.marker}"
         self.quantized = {key.removesuffix(marker): None for key in sorted(self.stored) if key.endswith(marker)}
         """Modules with a weight in NVFP4, by name on disk."""
-        self._opened: dict[Path, Any] = {}
+        self._opened: tuple[Path, Any] | None = None
 
     @cached_property
     def layout(self) -> HubLayout:
@@ -169,10 +169,11 @@ class _Folder:
         return self.reader.input_scale(self._number(module, part))
 
     def tensor(self, key: str) -> Tensor:
+        # One file is open at a time, so that no more is mapped.
         file = self.stored[key].path
-        if file not in self._opened:
-            self._opened[file] = safe_open(file, "pt")
-        return self._opened[file].get_tensor(key)
+        if self._opened is None or self._opened[0] != file:
+            self._opened = file, safe_open(file, "pt")
+        return self._opened[1].get_tensor(key)
 
     def weight(self, module: str) -> QuantizedTensor:
         input_scale = self.input_scale(module)

@@ -141,6 +141,18 @@ def test_a_run_of_distillation_reports_how_far_it_is_from_its_teacher(tmp_path: 
         assert validation["val/kl"] > 0
         assert validation["val/loss"] > validation["val/kl"], "it adds cross-entropy"
         assert 0 <= validation["val/top1_agreement"] <= 1
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "| method | QAD" in card
+    assert "| training | 4 optimizer steps, 1,024 tokens, quantized from step 1 on |" in card
+    assert "`python launch/train.py " in card
+    assert str(tmp_path) not in card
+    for label, state in (("masters in bf16, at the switch", "master_at_switch"), ("masters in bf16, at the end", "master")):
+        numbers = " | ".join(f"{found[f'val/{name}_{state}']:.5g}" for name in ("loss", "kl", "top1_agreement"))
+        assert f"| {label} | {numbers} |" in card
+    for label, state in (("PTQ, at the switch", "ptq"), ("trained, at the end", "quantized")):
+        for serving in ("w4a16", "w4a4"):
+            numbers = " | ".join(f"{found[f'val/{name}_{state}_{serving}']:.5g}" for name in ("loss", "kl", "top1_agreement"))
+            assert f"| {label}, {serving.upper()} | {numbers} |" in card
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "train/divergence", "train/cross_entropy", "val/loss", "val/kl", "val/top1_agreement"} <= set(header)
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")

@@ -8,6 +8,7 @@ import torch
 from running import ROOT, SMALL, launch, metrics
 from safetensors.torch import load_file
 
+from nvfp4_train.export import verify_export
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 from nvfp4_train.quant.policy import SERVINGS
 from nvfp4_train.run.build import build
@@ -65,12 +66,25 @@ def test_rules_differ_and_servings_have_the_same_weights(runs: Path) -> None:
 
 
 def test_the_launcher_writes_the_same_bytes_on_one_device_and_sharded_over_two(tmp_path: Path) -> None:
+    """In both formats, whose weights are gathered once each."""
     # Seven sequences are no multiple of two ranks.
-    options = ("quant.rule=hessian", "quant.serve=w4a4", "quant.calibration.sequences=7")
+    options = ("quant.rule=hessian", "quant.serve=w4a4", "quant.calibration.sequences=7", "callbacks.export.format=both")
     for name, ranks, how in (("one", 0, ()), ("two", 2, ("trainer=fsdp2", "trainer.accelerator=cpu"))):
         output = launch(tmp_path / name, *options, *how, ranks=ranks, script="ptq.py").stdout
         assert "inputs in NVFP4, " in output
-        assert "codes compared" in output
+        assert output.count("codes compared") == 2
+        assert ",export_modelopt," in output
         assert not list(tmp_path.glob(f"{name}/checkpoints/*.ckpt"))
         assert metrics(tmp_path / name)["step"] == 0
-    assert exported(tmp_path / "one") == exported(tmp_path / "two")
+        card = (tmp_path / name / "export_modelopt" / "README.md").read_text()
+        assert "| method | PTQ" in card
+        assert "`python launch/ptq.py " in card
+        assert "PTQ, at the switch, W4A4" in card
+        assert "at the end" not in card
+    for folder in ("export", "export_modelopt"):
+        one, two = (tmp_path / name / folder for name in ("one", "two"))
+        assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+        # The cards differ in the options of the trainer.
+        for file in one.iterdir():
+            assert file.name == "README.md" or file.read_bytes() == (two / file.name).read_bytes(), file.name
+    assert verify_export(tmp_path / "one" / "export_modelopt", format="modelopt").quantizes_inputs
