@@ -55,7 +55,7 @@ def main() -> None:
             max_shard_bytes=args.max_shard_bytes,
             overwrite=args.overwrite,
             passed_through=PassedThrough(checkpoint.not_built, args.original or checkpoint.path) if is_copied else None,
-            files_from=checkpoint.tokenizer,
+            files_from=args.original or checkpoint.tokenizer,
         )
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
