@@ -89,6 +89,21 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5ForConditionalGeneration",
         {"text_config": TEXT | LINEAR_ATTENTION, "vision_config": QWEN_VISION, **QWEN_TOKENS},
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "text_config": TEXT
+            | LINEAR_ATTENTION
+            | {
+                "moe_intermediate_size": 32,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "shared_expert_intermediate_size": 32,
+            },
+            "vision_config": QWEN_VISION,
+            **QWEN_TOKENS,
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {
