@@ -67,7 +67,7 @@ def main() -> None:
                 max_shard_bytes=args.max_shard_bytes,
                 overwrite=args.overwrite,
                 passed_through=passed_through,
-                files_from=checkpoint.tokenizer,
+                files_from=args.original or checkpoint.tokenizer,
             )
             print(report, flush=True)
     except (ValueError, OSError) as error:

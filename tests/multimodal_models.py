@@ -89,6 +89,21 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5ForConditionalGeneration",
         {"text_config": TEXT | LINEAR_ATTENTION, "vision_config": QWEN_VISION, **QWEN_TOKENS},
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "text_config": TEXT
+            | LINEAR_ATTENTION
+            | {
+                "moe_intermediate_size": 32,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "shared_expert_intermediate_size": 32,
+            },
+            "vision_config": QWEN_VISION,
+            **QWEN_TOKENS,
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {
@@ -149,6 +164,24 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
             "image_token_index": 260,
         },
     ),
+    # Its towers are inside the text model, and its config has no text config.
+    "phi4_multimodal": (
+        "Phi4MultimodalForCausalLM",
+        TEXT
+        | {
+            "vision_config": VISION | {"num_hidden_layers": 2, "crop_size": 28, "image_token_id": 260},
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_blocks": 1,
+                "num_attention_heads": 2,
+                "ext_pw_out_channel": 32,
+                "nemo_conv_channels": 32,
+                "depthwise_separable_out_channel": 32,
+                "audio_token_id": 261,
+            },
+        },
+    ),
 }
 """Model type -> class of the folder, and fields of its config. Token ids of images lie above those of the byte tokenizer."""
 
@@ -159,6 +192,10 @@ def save_multimodal(folder: Path, model_type: str, **fields: Any) -> PreTrainedM
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     model = cls._from_config(AutoConfig.for_model(model_type, **config_fields | fields), dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        # A projector of zeros would hide images.
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}\n')

@@ -5,7 +5,7 @@ as `model.config` makes it, is that of transformers' class for causal LMs, or fo
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -123,7 +123,8 @@ def model_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], Pretra
         )
     if reason := _no_language_model(cls, config):
         raise ValueError(f"the model must be a causal language model, got {cls.__name__}: {reason}")
-    give_text_outputs_images()
+    if config.model_type == "llama4":
+        give_text_outputs_images()
     # A text model may be built of the config of a multimodal one.
     is_text_alone = cls.config_class is not None and cls.config_class is config.sub_configs.get("text_config")
     return cls, config.get_text_config() if is_text_alone else config
@@ -137,12 +138,19 @@ def _named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def _no_language_model(cls: type[PreTrainedModel], config: PretrainedConfig) -> str | None:
-    if getattr(config, "is_encoder_decoder", False):
+    is_decoder_alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] is cls
+    if getattr(config, "is_encoder_decoder", False) and not is_decoder_alone:
         return "it has an encoder, whose input is not the text that the decoder continues"
     is_remote = cls in _remote_classes.values()
     if not is_remote and not (cls.can_generate() and "input_ids" in signature(cls.forward).parameters):
         return "it gives no logits of a next token"
     return None
+
+
+def name_class(model: nn.Module) -> None:
+    """Let the config of a model of transformers name its class, where it names none: one config may stand for several classes."""
+    if isinstance(model, PreTrainedModel) and not model.config.architectures and hasattr(transformers, type(model).__name__):
+        model.config.architectures = [type(model).__name__]
 
 
 @contextmanager
@@ -155,16 +163,31 @@ def naming_packages(cls: type[PreTrainedModel]) -> Iterator[None]:
 
 
 def parameters_outside(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that are not the language model's: towers and projectors of a model whose config has a text config.
+    """Names of the parameters that are not the language model's: those of towers and projectors.
 
-    The language model is the decoder, the embedding of tokens and the output embedding. Of other models it is all.
+    Where the config has a text config, the language model is the decoder, the embedding of tokens and the output embedding. Otherwise
+    it is all but the towers, each with what lies around it.
     """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     if model.config.get_text_config() is model.config:
-        return set()
-    decoder = model.get_decoder()
-    parts: list[Any] = [decoder, model.get_input_embeddings(), model.get_output_embeddings()]
+        return {f"{prefix}.{name}" for prefix, tower in _towers(model, ends) for name, _ in tower.named_parameters()}
+    parts: list[Any] = [model.get_decoder(), *ends]
     inside = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in inside}
+
+
+def _towers(model: PreTrainedModel, ends: Sequence[nn.Module | None]) -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules around models of another part of the config, that hold neither embedding."""
+    parts = [getattr(model.config, name, None) for name in model.config.sub_configs]
+    types = tuple(type(part) for part in parts if isinstance(part, PretrainedConfig))
+    for name, module in model.named_modules() if types else ():
+        if isinstance(module, PreTrainedModel) and module is not model and isinstance(module.config, types):
+            pieces = name.split(".")
+            for length in range(1, len(pieces) + 1):
+                around = model.get_submodule(".".join(pieces[:length]))
+                if not set(around.modules()) & set(ends):
+                    yield ".".join(pieces[:length]), around
+                    break
 
 
 def modules_outside(model: PreTrainedModel) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from nvfp4_train.models.architecture import freeze_outside, model_class
+from nvfp4_train.models.architecture import freeze_outside, model_class, name_class
 from nvfp4_train.models.causal_lm import (
     COMPUTE_DTYPES,
     ModelConfig,
@@ -131,6 +131,7 @@ def make_trainable(
 
     `fill` is called once the model is sharded, and gives it its weights. The caller does the store's first update.
     """
+    name_class(model)
     layout = HubLayout(model.config) if _is_causal_lm(model) else None  # type: ignore[arg-type]
     selection = select(model, quant, layout)
     hold_rows_first(model, selection.manifest.names)

@@ -21,7 +21,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from nvfp4_train.models.causal_lm import ModelConfig, read_original
 from nvfp4_train.models.folder import is_ignored, safetensors_files
 from nvfp4_train.models.layout import prefixes, shown
-from nvfp4_train.models.originals import SCALES_OF_FP8, block_of, dequantize_blocks
+from nvfp4_train.models.originals import SCALES_OF_FP8, SCALES_OF_INPUTS, block_of, dequantize_blocks
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
@@ -105,6 +105,8 @@ def find_not_built(config: ModelConfig, model: PreTrainedModel) -> NotBuilt | No
     described = describe(file_of, [key for key in missing if key not in left_out])
     for key, (dtype, shape) in described.items():
         if key.endswith(SCALES_OF_FP8) and key.removesuffix(SCALES_OF_FP8) in described:
+            continue
+        if block is not None and key.endswith(SCALES_OF_INPUTS):
             continue
         is_scaled_fp8 = dtype is FP8 and f"{key}{SCALES_OF_FP8}" in described and block is not None
         if dtype not in KEPT_DTYPES and not is_scaled_fp8:

@@ -20,6 +20,8 @@ DEQUANTIZED: dict[str, Any] = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config
 
 SCALES_OF_FP8 = "_scale_inv"
 """What the name of a weight in FP8 ends with in the name of its scales, float32 or bf16 [rows / 128, columns / 128]."""
+SCALES_OF_INPUTS = ".activation_scale"
+"""What the name of a module in FP8 ends with in the name of the scale of its input, which is of no use to other formats."""
 
 
 def take_quantization(config: PretrainedConfig, path: str) -> dict[str, Any] | None:
@@ -52,7 +54,9 @@ def note(settings: Mapping[str, Any] | None) -> str | None:
 
 
 def dequantize_blocks(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """A weight [N, K] in FP8 times the scale of each of its blocks, [N / rows, K / columns] rounded up, in float32."""
+    """A weight [N, K] in FP8 times the scale of each of its blocks, [N / rows, K / columns] rounded up, or its only one, in float32."""
+    if scales.numel() == 1:
+        return weight.float() * scales.float().view(())
     rows, columns = block
     wide = scales.float().repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
     return weight.float() * wide

@@ -10,6 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from export.export_models import SMALL, read_tensors
+from multimodal_models import save_multimodal
 from running import ROOT, forked_python, launch, train_environment
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -117,6 +118,19 @@ def test_blocks_that_no_class_builds_are_copied_byte_for_byte_and_ignored(case: 
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info.values())
     assert type(model).__name__ == type(built.model).__name__
+
+
+def test_a_multimodal_folder_keeps_its_tower_and_what_predicts_further_tokens(tmp_path: Path) -> None:
+    original = save_multimodal(tmp_path / "original", "qwen3_5")
+    wanted = block("mtp")
+    tensors = load_file(tmp_path / "original" / "model.safetensors") | wanted
+    save_file(tensors, tmp_path / "original" / "model.safetensors", metadata={"format": "pt"})
+    built = export(tmp_path / "export", tmp_path / "original")
+    assert type(built.model).__name__ == type(original).__name__
+    written = read_tensors(tmp_path / "export")
+    for name, tensor in tensors.items():
+        if name in wanted or name.startswith("model.visual."):
+            assert torch.equal(written[name], tensor), name
 
 
 def test_an_export_is_verified_without_the_original_too(tmp_path: Path) -> None:

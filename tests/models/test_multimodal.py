@@ -1,10 +1,12 @@
 """Folders of multimodal models: the language model trains on text, the rest is frozen and exported as it was."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from export.export_models import read_tensors
 from multimodal_models import MULTIMODAL, TEXT, save_multimodal
 from torch import Tensor
@@ -14,19 +16,20 @@ from transformers import AutoConfig, CompressedTensorsConfig, PreTrainedModel
 from nvfp4_train.export.replicated import FromStore
 from nvfp4_train.export.writer import export_model
 from nvfp4_train.models.architecture import OUTSIDE, model_class, modules_outside, parameters_outside
-from nvfp4_train.models.build import BuiltModel, build_model
+from nvfp4_train.models.build import BuiltModel, build_model, quantize
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, decoder_layers, load_config
 from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.prepare import first_sequences, prepare
 from nvfp4_train.models.served_check import check_served
 from nvfp4_train.models.sharding import fsdp_units
 from nvfp4_train.optim import parameter_groups
+from nvfp4_train.plan import RunShape, make_plan, meta_model
 from nvfp4_train.quant.policy import QuantConfig, select
 
 IDS = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
 QUANT = QuantConfig(rule="hessian", include=["*"])
-PACKED_IN_TRANSFORMERS = [name for name in MULTIMODAL if name != "llama4"]
-"""Transformers 5.24 looks for Llama 4's experts under other names where the folder is packed."""
+WITH_EXPERTS = ("llama4", "qwen3_5_moe")
+"""Transformers 5.24 does not find the experts of these where the folder is packed."""
 
 
 def train(built: BuiltModel, steps: int = 2) -> Tensor:
@@ -70,7 +73,7 @@ def test_a_folder_is_trained_on_text_and_exported_as_its_own_class(model_type: s
     assert not outside & set(built.selection.manifest.names)
     trained = train(built)
     export_model(tmp_path / "export", FromStore(built.model, built.store))
-    if model_type in PACKED_IN_TRANSFORMERS:
+    if model_type not in WITH_EXPERTS:
         assert torch.equal(load(type(original), tmp_path / "export"), trained)
         dequantize = CompressedTensorsConfig(dequantize=True)
         assert torch.equal(load(type(original), tmp_path / "export", quantization_config=dequantize), trained)
@@ -78,12 +81,14 @@ def test_a_folder_is_trained_on_text_and_exported_as_its_own_class(model_type: s
     key_of = HubLayout(original.config).hub_names()
     for name in outside:
         assert torch.equal(before[key_of[name]], after[key_of[name]]), name
-    moved = {name for name, p in original.named_parameters() if name not in outside}
-    assert any(not torch.equal(before[key_of[n]], after[key_of[n]]) for n in moved if key_of[n] in after)
+    trained_keys = {key for name, key in key_of.items() if name not in outside and key in after}
+    assert any(not torch.equal(before[key], after[key]) for key in trained_keys & before.keys())
 
 
-def test_the_experts_of_llama4_decode_to_what_was_trained(tmp_path: Path) -> None:
-    original = save_multimodal(tmp_path / "original", "llama4")
+@pytest.mark.parametrize("model_type", WITH_EXPERTS)
+def test_a_folder_with_experts_decodes_to_what_was_trained(model_type: str, tmp_path: Path) -> None:
+    """The export is verified against the served weights, and those are what was trained."""
+    original = save_multimodal(tmp_path / "original", model_type)
     built = build(tmp_path / "original")
     trained = train(built)
     served = FromStore(built.model, built.store)
@@ -111,6 +116,71 @@ def test_layers_and_units_are_those_of_the_language_model(model_type: str) -> No
     of_towers = {id(p) for tower in towers for p in tower.parameters()}
     outside = parameters_outside(model)
     assert {id(p) for name, p in model.named_parameters() if name in outside} == of_towers
+
+
+IMAGES: dict[str, dict[str, Any]] = {
+    "gemma3": {"pixel_values": [1, 3, 28, 28], "image_token": 260, "num": 1},
+    "llava": {"pixel_values": [1, 3, 28, 28], "image_token": 260, "num": 4},
+    "internvl": {"pixel_values": [1, 3, 28, 28], "image_token": 260, "num": 1},
+}
+
+
+@pytest.mark.parametrize("model_type", IMAGES)
+def test_an_export_sees_images_as_the_trained_model_does(model_type: str, tmp_path: Path) -> None:
+    case = IMAGES[model_type]
+    original = save_multimodal(tmp_path / "original", model_type)
+    built = build(tmp_path / "original")
+    train(built)
+    export_model(tmp_path / "export", FromStore(built.model, built.store))
+    ids = IDS[:1].clone()
+    ids[0, 2 : 2 + case["num"]] = case["image_token"]
+    generator = torch.Generator().manual_seed(5)
+    pixels, others = (torch.randn(case["pixel_values"], generator=generator).bfloat16() for _ in range(2))
+    exported = type(original).from_pretrained(tmp_path / "export", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        seen = built.model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+        assert torch.equal(exported(input_ids=ids, pixel_values=pixels, use_cache=False).logits, seen)
+        assert not torch.equal(exported(input_ids=ids, pixel_values=others, use_cache=False).logits, seen)
+
+
+def test_a_plan_holds_towers_and_never_gathers_them() -> None:
+    name, fields = MULTIMODAL["qwen3_vl"]
+    model_config = ModelConfig(config={"model_type": "qwen3_vl", "architectures": [name], **fields})
+    shape = RunShape(world_size=2, seq_len=64)
+    model = meta_model(model_config)
+    plan = make_plan(model, QuantConfig(), shape)
+    deeper = fields | {"vision_config": fields["vision_config"] | {"depth": 5}}
+    larger = meta_model(ModelConfig(config={"model_type": "qwen3_vl", "architectures": [name], **deeper}))
+    plan_of_larger = make_plan(larger, QuantConfig(), shape)
+    rows, rows_of_larger = ({row.name: row.packed for row in p.memory} for p in (plan, plan_of_larger))
+    assert rows_of_larger["masters"] - rows["masters"] == 2 * (plan_of_larger.num_parameters - plan.num_parameters)
+    for row in ("optimizer (AdamW)", "gradients", "quantized shards"):
+        assert rows_of_larger[row] == rows[row]
+    assert plan_of_larger.wire_total == plan.wire_total
+    assert plan_of_larger.num_quantized == plan.num_quantized
+
+
+def test_a_multimodal_model_in_a_repl_keeps_its_tower_in_bf16() -> None:
+    name, fields = MULTIMODAL["qwen3_5"]
+    torch.manual_seed(0)
+    # The config names no class, and stands for a text model as well.
+    model = getattr(transformers, name)(AutoConfig.for_model("qwen3_5", **fields))
+    store = quantize(model, calibration=[torch.randint(0, 256, (1, 64)) for _ in range(4)])
+    assert len(store.names) == 15
+    assert not any("visual" in parameter for parameter in store.names)
+
+
+def test_weights_that_layers_of_gemma4_share_are_left_out(tmp_path: Path) -> None:
+    """Published folders hold keys and values of layers that take those of another."""
+    save_multimodal(tmp_path, "gemma4")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["full_attention", "full_attention"]
+    config["text_config"]["num_kv_shared_layers"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    not_built = build(tmp_path).not_built
+    assert not_built is not None
+    assert not not_built.kept
+    assert "model.language_model.layers.1.self_attn.k_proj.weight" in not_built.left_out
 
 
 def test_the_policy_says_why_a_tower_stays_in_bf16(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from export.export_models import SMALL, read_tensors
+from multimodal_models import save_multimodal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,6 +18,7 @@ from nvfp4_train.export.writer import export_model
 from nvfp4_train.models.build import BuiltModel, build_model
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_config, load_frozen, load_model
 from nvfp4_train.models.folder import open_folder
+from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.plan import RunShape, make_plan, meta_model
 from nvfp4_train.quant.policy import QuantConfig
 
@@ -102,6 +104,36 @@ def test_fp8_experts_are_joined_after_they_were_dequantized(tmp_path: Path) -> N
         parts = {name: values[f"model.layers.1.mlp.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")}
         assert torch.equal(layer.gate_up_proj[expert], torch.cat((parts["gate"], parts["up"])))
         assert torch.equal(layer.down_proj[expert], parts["down"])
+
+
+def test_a_multimodal_folder_with_one_scale_for_a_weight_is_dequantized(tmp_path: Path) -> None:
+    """As Ministral 3 is published: also scales of inputs, and its tower is not quantized."""
+    original = save_multimodal(tmp_path, "mistral3")
+    tensors, values = {}, {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if not (name.startswith("language_model.model.layers.") and "_proj" in name):
+            tensors[name], values[name] = tensor, tensor.float()
+            continue
+        scale = tensor.float().abs().max() / 448
+        codes = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        tensors |= {name: codes, f"{name}_scale_inv": scale, f"{name.removesuffix('.weight')}.activation_scale": torch.ones(())}
+        values[name] = codes.float() * scale
+    ignored = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    rewrite(
+        tmp_path,
+        tensors,
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "static",
+            "weight_block_size": None,
+            "modules_to_not_convert": ignored,
+        },
+    )
+    key_of = HubLayout(original.config).hub_names()
+    model = load_model(ModelConfig(path=str(tmp_path)))
+    assert type(model) is type(original)
+    for name, master in model.named_parameters():
+        assert torch.equal(master, values[key_of[name]]), name
 
 
 def test_mxfp4_masters_are_the_dequantized_experts(tmp_path: Path) -> None:
