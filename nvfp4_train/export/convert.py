@@ -7,38 +7,32 @@ back is what it was. One file at a time is in memory. Source and result are veri
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from nvfp4_train.export.card import FILE as CARD_FILE
 from nvfp4_train.export.card import adapted, format_section
 from nvfp4_train.export.folder import check_target, replacing_folder
-from nvfp4_train.export.formats.base import Format, QuantizedTensor
+from nvfp4_train.export.formats.base import Format
 from nvfp4_train.export.ignored import translate
-from nvfp4_train.export.masters import rows_at_once
+from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD, PackedFolder, format_of
 from nvfp4_train.export.readers.base import require
-from nvfp4_train.export.readers.disk import StoredTensor, read_header, to_bf16_bits
-from nvfp4_train.export.registry import find_format, find_reader
-from nvfp4_train.export.shards import FileGroup, write_shards
+from nvfp4_train.export.readers.disk import StoredTensor, read_header
+from nvfp4_train.export.registry import find_format
+from nvfp4_train.export.shards import write_shards
+from nvfp4_train.export.unpack import Unpacked, decode, decode_by_reader
 from nvfp4_train.export.verify import VerifyReport, verify_export
-from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
 from nvfp4_train.kernels.scale_rules import ScaleRule
-from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.stored_dtypes import STORED_NAMES
 from nvfp4_train.quant.manifest import QuantManifest
-from nvfp4_train.quant.served import SERVED_DTYPE
 
-FORMAT_OF_METHOD = {"compressed-tensors": "compressed_tensors", "modelopt": "modelopt"}
-"""`quant_method` in config.json -> the format that has it."""
 PLAIN = "bf16"
 """The target with decoded weights, for readers that know no NVFP4. Inputs are not quantized there."""
 TARGETS = (*FORMAT_OF_METHOD.values(), PLAIN)
@@ -89,19 +83,19 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, *, to: 
     if folder == path or folder in path.parents or path in folder.parents:
         raise ValueError(f"source and target must be two folders beside each other, got {path} and {folder}")
     verify_export(path, format=name)
-    origin = _Folder(path, name)
+    origin = PackedFolder(path, name)
     with replacing_folder(folder, overwrite) as partial:
         _copy_other_files(origin, partial)
         if to == PLAIN:
             _write_json(partial / "config.json", {key: v for key, v in origin.config.items() if key != "quantization_config"})
-            write_shards(partial, origin.decoded(), MAX_SHARD_BYTES)
+            write_shards(partial, Unpacked(origin, decode).file_groups(), MAX_SHARD_BYTES)
             verified = None
             _compare_plain(origin, partial)
         else:
             _write_configs(origin, to, partial)
             _write_files(origin, find_format(to), partial)
             verified = verify_export(partial, format=to)
-            _compare(origin, _Folder(partial, to))
+            _compare(origin, PackedFolder(partial, to))
         _adapt_card(origin, to, verified, partial / CARD_FILE)
     scales = [origin.global_scale(module) for module in origin.quantized]
     return ConvertReport(
@@ -114,97 +108,7 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, *, to: 
     )
 
 
-def format_of(folder: Path) -> str:
-    """The format of an NVFP4 folder by its config. Raises ValueError where it has none that is known."""
-    try:
-        quantization = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-        method = quantization.get("quant_method")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder} must be an NVFP4 folder, but its config.json does not load: {error}") from error
-    if method not in FORMAT_OF_METHOD:
-        known = " or ".join(FORMAT_OF_METHOD)
-        raise ValueError(f"{folder} must be an NVFP4 folder, with quant_method {known} in its config.json, got {method!r}")
-    return FORMAT_OF_METHOD[method]
-
-
-class _Folder:
-    """A verified folder."""
-
-    def __init__(self, path: Path, format: str) -> None:
-        self.path = path
-        self.format = format
-        self.reader = find_reader(format)
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_text())
-        self.files = sorted(path.glob("*.safetensors"))
-        self.stored: dict[str, StoredTensor] = {key: t for file in self.files for key, t in read_header(file).items()}
-        marker = f".{self.reader.marker}"
-        self.quantized = {key.removesuffix(marker): None for key in sorted(self.stored) if key.endswith(marker)}
-        """Modules with a weight in NVFP4, by name on disk."""
-        self._opened: tuple[Path, Any] | None = None
-
-    @cached_property
-    def layout(self) -> HubLayout:
-        return HubLayout(AutoConfig.from_pretrained(self.path, local_files_only=True))
-
-    def part(self, module: str, part: str) -> StoredTensor:
-        return self.stored[f"{module}.{part}"]
-
-    def parts_of(self, key: str) -> tuple[str, str] | None:
-        """Module and part of a tensor of a quantized weight, or None."""
-        module, _, part = key.rpartition(".")
-        of_weight = {*self.reader.parts(1, 16), self.reader.stored_input_scale}
-        return (module, part) if module in self.quantized and part in of_weight else None
-
-    def plain_keys(self) -> set[str]:
-        """Tensors that are no part of a quantized weight."""
-        return {key for key in self.stored if self.parts_of(key) is None}
-
-    def global_scale(self, module: str) -> np.float32:
-        return self.reader.global_scale(self._number(module, self.reader.stored_scale))
-
-    def input_scale(self, module: str) -> np.float32 | None:
-        part = self.reader.stored_input_scale
-        if part is None or f"{module}.{part}" not in self.stored:
-            return None
-        return self.reader.input_scale(self._number(module, part))
-
-    def tensor(self, key: str) -> Tensor:
-        # One file is open at a time, so that no more is mapped.
-        file = self.stored[key].path
-        if self._opened is None or self._opened[0] != file:
-            self._opened = file, safe_open(file, "pt")
-        return self._opened[1].get_tensor(key)
-
-    def weight(self, module: str) -> QuantizedTensor:
-        input_scale = self.input_scale(module)
-        return QuantizedTensor(
-            self.tensor(f"{module}.{self.reader.codes}")[None],
-            self.tensor(f"{module}.{self.reader.block_scales}")[None],
-            torch.tensor([self.global_scale(module).item()]),
-            None if input_scale is None else torch.tensor([input_scale.item()]),
-        )
-
-    def decoded(self) -> Iterator[FileGroup]:
-        """Every tensor, with decoded weights."""
-        for key, stored in self.stored.items():
-            found = self.parts_of(key)
-            if found is None:
-                yield FileGroup(stored.num_bytes, partial(lambda key: {key: self.tensor(key)}, key))
-            elif found[1] == self.reader.codes:
-                # Two codes a byte become two bf16.
-                yield FileGroup(4 * stored.num_bytes, partial(self._decode, found[0]))
-
-    def _decode(self, module: str) -> dict[str, Tensor]:
-        (codes,), (block_scales,), (s2,), _ = self.weight(module)
-        num_rows = rows_at_once(2 * codes.shape[1])
-        pieces = zip(codes.split(num_rows), block_scales.split(num_rows), strict=True)
-        return {f"{module}.weight": torch.cat([fp4_dequantize(*piece, s2, dtype=SERVED_DTYPE) for piece in pieces])}
-
-    def _number(self, module: str, part: str) -> np.float32:
-        return self.part(module, part).bytes().view(np.float32)[0]
-
-
-def _copy_other_files(origin: _Folder, target: Path) -> None:
+def _copy_other_files(origin: PackedFolder, target: Path) -> None:
     """Everything but weights and configs, through links."""
     own = {INDEX, "config.json", *_configs(origin, origin.format)}
     for entry in sorted(origin.path.iterdir()):
@@ -214,7 +118,7 @@ def _copy_other_files(origin: _Folder, target: Path) -> None:
             shutil.copyfile(entry, target / entry.name)
 
 
-def _adapt_card(origin: _Folder, format: str, verified: VerifyReport | None, path: Path) -> None:
+def _adapt_card(origin: PackedFolder, format: str, verified: VerifyReport | None, path: Path) -> None:
     """Let a card that an export has written tell of the new format. Any other README.md stays as it is."""
     if not path.exists():
         return
@@ -230,18 +134,17 @@ def _adapt_card(origin: _Folder, format: str, verified: VerifyReport | None, pat
         path.write_text(text, encoding="utf-8")
 
 
-def _activations(origin: _Folder) -> str:
+def _activations(origin: PackedFolder) -> str:
     return "nvfp4" if origin.reader.quantizes_inputs(origin.config) else "none"
 
 
-def _quantized(origin: _Folder) -> dict[str, str]:
-    """Quantized modules: name in memory -> name on disk."""
+def _quantized(origin: PackedFolder) -> dict[str, str]:
+    """Quantized linears: name in memory -> name on disk."""
     hub_names = {name: hub_name or name for name, hub_name in origin.layout.linears().items()}
-    quantized = {name: hub_name for name, hub_name in hub_names.items() if hub_name in origin.quantized}
-    return quantized | {module: module for module in origin.quantized if module not in hub_names.values()}
+    return {name: hub_name for name, hub_name in hub_names.items() if hub_name in origin.quantized}
 
 
-def _configs(origin: _Folder, format: str) -> dict[str, dict[str, Any]]:
+def _configs(origin: PackedFolder, format: str) -> dict[str, dict[str, Any]]:
     """What a format has to say about the folder, by file."""
     quantized = _quantized(origin)
     # No config tells of groups or rules.
@@ -250,7 +153,7 @@ def _configs(origin: _Folder, format: str) -> dict[str, dict[str, Any]]:
     return find_format(format).configs(origin.layout, quantized, manifest)
 
 
-def _write_configs(origin: _Folder, format: str, target: Path) -> None:
+def _write_configs(origin: PackedFolder, format: str, target: Path) -> None:
     usual = _configs(origin, origin.format)["config.json"]["quantization_config"]["ignore"]
     more = [name for name in origin.config["quantization_config"]["ignore"] if name not in usual]
     for file, content in _configs(origin, format).items():
@@ -265,7 +168,7 @@ def _add_ignored(content: dict[str, Any], names: list[str]) -> None:
                 part[key] = list(dict.fromkeys([*part[key], *names]))
 
 
-def _write_files(origin: _Folder, format: Format, target: Path) -> None:
+def _write_files(origin: PackedFolder, format: Format, target: Path) -> None:
     """Every file with the tensors of its modules in another format."""
     weight_map: dict[str, str] = {}
     num_bytes = 0
@@ -286,7 +189,7 @@ def _write_files(origin: _Folder, format: Format, target: Path) -> None:
         _write_json(target / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
 
 
-def _compare(origin: _Folder, written: _Folder) -> None:
+def _compare(origin: PackedFolder, written: PackedFolder) -> None:
     """Both readers find the same bytes and the same scales."""
     require("convert", written.quantized == origin.quantized, "the quantized modules are not those of the source")
     for module in origin.quantized:
@@ -305,29 +208,28 @@ def _compare(origin: _Folder, written: _Folder) -> None:
     _compare_others(origin, written.stored, written.plain_keys())
 
 
-def _compare_plain(origin: _Folder, target: Path) -> None:
+def _compare_plain(origin: PackedFolder, target: Path) -> None:
     """The source, decoded by its reader, is the plain folder."""
     stored = {key: tensor for file in target.glob("*.safetensors") for key, tensor in read_header(file).items()}
-    weights = {f"{module}.weight" for module in origin.quantized}
-    require("convert", weights <= stored.keys(), "weights are missing")
-    for module in origin.quantized:
-        codes, scales = (origin.part(module, part) for part in (origin.reader.codes, origin.reader.block_scales))
-        scale, written = origin.part(module, origin.reader.stored_scale), stored[f"{module}.weight"]
-        num_rows, num_columns = codes.shape[0], 2 * codes.shape[1]
-        require("convert", written.shape == (num_rows, num_columns), f"{module} has the shape {written.shape}")
-        step = rows_at_once(num_columns)
-        for row in range(0, num_rows, step):
-            count = min(step, num_rows - row)
-            of_source = codes.bytes(row, count), scales.bytes(row, count), scale.bytes().view(np.float32)[0]
-            got = written.bytes(row, count).view(np.uint16)
-            # Of a global scale that is no power of two, the inverse is rounded: the value beside is as right.
-            distance = np.abs(to_bf16_bits(origin.reader.decode(*of_source)).astype(np.int32) - got.astype(np.int32))
-            limit = 0 if np.frexp(of_source[2])[0] == 0.5 else 1
-            require("convert", int(distance.max(initial=0)) <= limit, f"{module} has other values than the source")
-    _compare_others(origin, stored, stored.keys() - weights)
+    expected = Unpacked(origin, decode_by_reader)
+    require("convert", stored.keys() == expected.keys(), "the tensors are not those of the source")
+    scales = [origin.global_scale(module) for module in origin.quantized]
+    # Of a global scale that is no power of two, the inverse is rounded: the value beside is as right.
+    limit = 0 if all(np.frexp(scale)[0] == 0.5 for scale in scales) else 1
+    for group in expected.file_groups():
+        for key, tensor in group.load().items():
+            name = STORED_NAMES[tensor.dtype]
+            require(
+                "convert", (stored[key].dtype, stored[key].shape) == (name, tuple(tensor.shape)), f"{key} has another shape"
+            )
+            got, wanted = stored[key].bytes(), tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            is_equal = np.array_equal(got, wanted)
+            if not is_equal and limit and tensor.dtype is torch.bfloat16:
+                is_equal = int(np.abs(got.view(np.int16).astype(np.int32) - wanted.view(np.int16)).max(initial=0)) <= limit
+            require("convert", is_equal, f"{key} has other values than the source")
 
 
-def _compare_others(origin: _Folder, stored: Mapping[str, StoredTensor], keys: set[str]) -> None:
+def _compare_others(origin: PackedFolder, stored: Mapping[str, StoredTensor], keys: set[str]) -> None:
     require("convert", keys == origin.plain_keys(), "the unquantized tensors are not those of the source")
     for key in keys:
         require("convert", _is_same(origin.stored[key], stored[key]), f"{key} differs from the source")

@@ -12,7 +12,8 @@ from nvfp4_train.export.readers.disk import StoredTensor
 from nvfp4_train.export.shards import FileGroup
 from nvfp4_train.models.folder import is_ignored
 from nvfp4_train.models.layout import HubLayout, prefixes, shown
-from nvfp4_train.models.not_built import DTYPES, KEPT_DTYPES, NotBuilt, describe, original_files, read_kept
+from nvfp4_train.models.not_built import KEPT_DTYPES, NotBuilt, describe, original_files, read_kept
+from nvfp4_train.models.stored_dtypes import STORED_DTYPES
 
 PIECE_BYTES = 1 << 24
 
@@ -72,7 +73,7 @@ class PassedThrough:
 def passed_through_on_disk(layout: HubLayout, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """The tensors of an exported folder that its class does not build, on the meta device, where the original is not known."""
     return {
-        key: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
+        key: torch.empty(tensor.shape, dtype=STORED_DTYPES[tensor.dtype], device="meta")
         for key, tensor in stored.items()
-        if key not in layout.hub_tensors and DTYPES.get(tensor.dtype) in KEPT_DTYPES and is_ignored(layout.model, key)
+        if key not in layout.hub_tensors and STORED_DTYPES.get(tensor.dtype) in KEPT_DTYPES and is_ignored(layout.model, key)
     }

@@ -40,21 +40,12 @@ from nvfp4_train.export.registry import find_reader
 from nvfp4_train.kernels.reference import BLOCK_SIZE, E4M3_MIN
 from nvfp4_train.models.architecture import read_exported_config
 from nvfp4_train.models.layout import HubLayout, shown
+from nvfp4_train.models.stored_dtypes import STORED_NAMES
 from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.policy import sibling_set
 
 FORBIDDEN_IN_KEYS = ("base_layer", "_orig_mod", "_fsdp", "quantizer", "amax", "zero_point", "weight_shape")
 SCALES_OF_ACTIVATIONS = (".input_scale", ".input_global_scale")
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 ELEMENTS_AT_ONCE = 1 << 22
 """Elements of a piece. Reading in pieces keeps the check's memory small next to the largest matrix."""
 
@@ -244,7 +235,7 @@ def _check_keys(reader: Reader, layout: HubLayout, stored: Mapping[str, StoredTe
 
 def _check_tensors(exported: _Exported) -> None:
     tensors = exported.layout.hub_tensors | exported.layout.not_built
-    required = {key: (DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    required = {key: (STORED_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
     for module in exported.quantized:
         _, (_, columns) = required.pop(f"{module}.weight")
         require("tensors", columns % BLOCK_SIZE == 0, f"{module} has {columns} inputs, no multiple of {BLOCK_SIZE}")

@@ -22,23 +22,13 @@ from nvfp4_train.models.causal_lm import ModelConfig, read_original
 from nvfp4_train.models.folder import is_ignored, safetensors_files
 from nvfp4_train.models.layout import prefixes, shown
 from nvfp4_train.models.originals import SCALES_OF_FP8, SCALES_OF_INPUTS, block_of, dequantize_blocks
+from nvfp4_train.models.stored_dtypes import STORED_DTYPES
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 """Buffers that every reader computes."""
 
 FP8 = torch.float8_e4m3fn
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
-"""Dtypes by their names in safetensors."""
 KEPT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 """Dtypes that are copied as they are."""
 
@@ -159,7 +149,7 @@ class _Described:
     tensor: Tensor
 
     def get_dtype(self) -> str | None:
-        return next((name for name, dtype in DTYPES.items() if dtype is self.tensor.dtype), None)
+        return next((name for name, dtype in STORED_DTYPES.items() if dtype is self.tensor.dtype), None)
 
     def get_shape(self) -> list[int]:
         return list(self.tensor.shape)
@@ -176,14 +166,14 @@ class _Pickled(dict[str, Tensor]):
 
 
 def describe(file_of: Mapping[str, str], keys: Sequence[str]) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-    """Dtype and shape of some tensors by name, in the order of `keys`; None for a dtype that is not in `DTYPES`. Reads no data."""
+    """Dtype and shape of some tensors by name, in the order of `keys`; None for a dtype that is not known. Reads no data."""
     found = {}
     for file in dict.fromkeys(file_of[key] for key in keys):
         with opened(file) as tensors:
             for key in keys:
                 if file_of[key] == file:
                     described = tensors.get_slice(key)
-                    found[key] = (DTYPES.get(described.get_dtype()), tuple(described.get_shape()))
+                    found[key] = (STORED_DTYPES.get(described.get_dtype()), tuple(described.get_shape()))
     return {key: found[key] for key in keys}
 
 

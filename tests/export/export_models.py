@@ -127,6 +127,11 @@ class Trained:
                 served[name] = torch.stack(matrices).view(self.weights[name].shape)
         return served
 
+    def num_matrices(self) -> int:
+        """Quantized matrices on disk."""
+        layout = HubLayout(self.config)
+        return sum(len(layout.matrices(name)) for name in self.manifest.names)
+
     def in_class(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors as the transformers class has them: experts with inputs first are held with outputs first."""
         shapes = {name: tensor.shape for name, tensor in plain_model(self.config).state_dict().items()}

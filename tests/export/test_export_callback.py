@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nvfp4_train.callbacks.export import Export
 from nvfp4_train.callbacks.requantize import Requantize
-from nvfp4_train.export.unpack import unpack_export
+from nvfp4_train.export.convert import convert_folder
 from nvfp4_train.models.causal_lm import ModelConfig
 from nvfp4_train.module import QATModule
 from nvfp4_train.optim import OptimConfig
@@ -63,7 +63,7 @@ def test_a_run_exports_the_model_that_it_trained(name: str, compute_dtype: str, 
         callbacks=[Requantize(), Export(folder=str(tmp_path / "export"))],
     )
     trainer.fit(module, Tokens())
-    unpack_export(tmp_path / "export", tmp_path / "plain")
+    convert_folder(tmp_path / "export", tmp_path / "plain", to="bf16")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from nvfp4_train.export import verify_export
+from nvfp4_train.export.convert import convert_folder
 from nvfp4_train.export.formats.compressed_tensors import FORMAT
 from nvfp4_train.export.readers import disk
 from nvfp4_train.export.readers.compressed_tensors import READER
-from nvfp4_train.export.unpack import unpack_export
 from nvfp4_train.kernels import reference
 from nvfp4_train.models.layout import HubLayout
 
@@ -102,7 +102,7 @@ def test_unpacked_folder_of_joined_or_split_tensors_loads_and_computes_the_logit
 
 @pytest.mark.parametrize("name", CASES)
 def test_unpacked_folder_is_that_of_the_authors(name: str, cases: CaseOf, exported: FolderOf, tmp_path: Path):
-    unpack_export(exported(name), tmp_path / "plain", max_shard_bytes=50_000)
+    convert_folder(exported(name), tmp_path / "plain", to="bf16")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16, output_loading_info=True)
     assert_is_the_dense_model(loaded, info, cases(name))
     loaded.save_pretrained(tmp_path / "again")

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_bytes_are_those_of_the_other_format_and_global_scales_are_inverses(
     served(cases(name), serving).export(tmp_path / "other")
     tensors, other = read_tensors(written(name, serving)), read_tensors(tmp_path / "other")
     modules = quantized_modules(tensors)
-    assert len(modules) == len(cases(name).manifest.names)
+    assert len(modules) == cases(name).num_matrices()
     for module in modules:
         codes, scale, multiplier = (tensors.pop(f"{module}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
         assert codes.equal(other.pop(f"{module}.weight_packed"))
@@ -99,11 +100,11 @@ def test_model_optimizer_decodes_every_weight_to_that_of_the_forward(
     model = cases(name)
     tensors = read_tensors(written(name, "w4a16"))
     expected = model.compute_weights()
-    hub_names = HubLayout(model.config).linears()
+    layout = HubLayout(model.config)
     for weight in model.manifest.names:
-        module = hub_names[weight.removesuffix(".weight")] or ""
-        decoded = model_optimizer(*parts_of(tensors, module))
-        assert torch.equal(decoded, expected[weight].float()), weight
+        for matrix in layout.matrices(weight):
+            decoded = model_optimizer(*parts_of(tensors, matrix.module))
+            assert torch.equal(decoded, matrix.of(expected[weight]).float()), matrix
 
 
 @pytest.mark.parametrize("spoil", ["nibbles", "one code", "block scale", "global scale"])
@@ -143,17 +144,25 @@ def test_the_two_configs_say_the_same_as_model_optimizer_relates_them(name: str,
 @pytest.mark.parametrize(
     ("name", "entries"),
     [
-        ("mixtral", ["model.layers.1.block_sparse_moe.gate", "model.layers.1.block_sparse_moe.experts*"]),
-        ("deepseek_v3", ["model.layers.1.mlp.gate", "model.layers.1.mlp.experts*"]),
+        ("mixtral", ["model.layers.1.block_sparse_moe.gate"]),
+        ("deepseek_v3", ["model.layers.1.mlp.gate"]),
         ("llama_odd", ["model.layers.1.mlp.down_proj"]),
     ],
 )
-def test_routers_experts_and_unfit_linears_are_excluded(name: str, entries: list[str], written: Callable[[str, str], Path]):
+def test_routers_and_unfit_linears_are_excluded(name: str, entries: list[str], written: Callable[[str, str], Path]):
     excluded = json.loads((written(name, "w4a16") / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     assert set(entries) <= set(excluded)
     # vLLM excludes each module that an entry is a part of.
     modules = quantized_modules(read_tensors(written(name, "w4a16")))
     assert not [(entry, module) for entry in excluded for module in modules if entry in module]
+
+
+def test_unquantized_experts_are_excluded_with_all_that_lies_below(cases: CaseOf, tmp_path: Path):
+    manifest = cases("mixtral").manifest
+    without = replace(manifest, groups=tuple(group for group in manifest.groups if "experts" not in group[0]))
+    cases("mixtral").export(tmp_path / "out", manifest=without, format="modelopt")
+    excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert "model.layers.1.block_sparse_moe.experts*" in excluded
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -261,18 +270,18 @@ CONFIG_CONTROLS: dict[str, tuple[str, str, Callable[[dict, dict], Any]]] = {
     "router not excluded": (
         "scheme",
         "block_sparse_moe.gate is selected",
-        both("ignore", ["lm_head", "*.block_sparse_moe.experts*"], "exclude_modules"),
+        both("ignore", ["lm_head"], "exclude_modules"),
     ),
-    "experts not excluded": (
+    "quantized experts excluded": (
         "scheme",
-        "experts.0.w1 is selected",
-        both("ignore", ["lm_head", "*.block_sparse_moe.gate"], "exclude_modules"),
+        "is not selected by the config",
+        both("ignore", ["lm_head", "*.block_sparse_moe.gate", "*.block_sparse_moe.experts*"], "exclude_modules"),
     ),
     # As a name it matches nothing, as a part of names it does in vLLM.
     "a short stem": (
         "scheme",
         "not selected by the config",
-        both("ignore", ["lm_head", "*.block_sparse_moe.*", "k_proj"], "exclude_modules"),
+        both("ignore", ["lm_head", "*.block_sparse_moe.gate", "k_proj"], "exclude_modules"),
     ),
 }
 
@@ -306,7 +315,7 @@ def test_both_formats_are_two_folders_of_a_checkpoint(
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     assert verify_export(tmp_path / "out", model.compute_weights()).compared
     assert verify_export(tmp_path / "out_modelopt", model.compute_weights(), format="modelopt").compared
-    assert capsys.readouterr().out.count("linears in NVFP4") == 2
+    assert capsys.readouterr().out.count("matrices in NVFP4") == 2
     # The second name is checked before anything is written.
     (tmp_path / "other_modelopt").mkdir()
     (tmp_path / "other_modelopt" / "notes.txt").write_text("mine")
