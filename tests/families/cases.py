@@ -298,7 +298,7 @@ MULTIMODAL: dict[str, Fields] = {
     "gemma3": {"text_config": DENSE["gemma3_text"], "mm_tokens_per_image": 4},
     "gemma4": {"text_config": DENSE["gemma4_text"]},
     "glm4v": {"text_config": MROPE},
-    "glm4v_moe": {"text_config": GROUPED | MROPE},
+    "glm4v_moe": {"text_config": GROUPED | MROPE | HEAD_DIM},
     "idefics3": {"text_config": {"model_type": "llama"}},
     "internvl": {"text_config": {"model_type": "qwen2"}},
     "lfm2_vl": {"text_config": HYBRID["lfm2"] | {"model_type": "lfm2"}},

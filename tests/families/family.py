@@ -38,6 +38,7 @@ from nvfp4_train.quant.policy import QuantConfig
 STEPS = 2
 SEQUENCES, TOKENS = 2, 32
 MESSAGE_LENGTH = 200
+EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 STANDARD_DEVIATION = 0.1
 """Of matrices, before their rows are scaled."""
 
@@ -55,7 +56,7 @@ class Outcome:
     packed: bool = False
     """Whether transformers loads the packed folder as it is, with no tensor missing or left over, and with the logits of training."""
     share: float = 0.0
-    """Share of the weights outside embeddings and head that is in NVFP4, rounded to four digits."""
+    """Share of the trained weights outside embeddings and head that is in NVFP4, rounded to four digits."""
     tensors: int = 0
     """Tensors in the folder."""
 
@@ -95,7 +96,7 @@ def _train_and_read(built: BuiltModel, original: type[PreTrainedModel], folder: 
     with torch.enable_grad():
         train(built)
     export_model(folder / "nvfp4", FromStore(built.model, built.store))
-    tensors = decode(folder / "nvfp4", folder / "decoded")
+    tensors = decode(folder / "nvfp4", folder / "bf16", folder / "decoded")
     require_same_tensors(folder / "bf16", folder / "decoded")
     ids = random_ids(seed=1)
     expected = compute_logits(built.model.eval(), ids)
@@ -111,16 +112,15 @@ def _train_and_read(built: BuiltModel, original: type[PreTrainedModel], folder: 
 
 @torch.no_grad()
 def save_random(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
-    """Save a random bf16 model of the config's class, with rows of many sizes and no constant norm. Returns the class."""
+    """Save a random bf16 model of the config's class, with rows of many sizes and no constant norm or bias. Returns the class."""
     cls = class_of_folder(config)
     torch.manual_seed(0)
     model = cls._from_config(config, dtype=torch.float32)
     saved = model.state_dict()
     # Tied tensors are one and are scaled once.
     for tensor in {id(parameter): parameter for parameter in model.parameters()}.values():
-        if tensor.dim() > 1:
-            if 0 < tensor.std() < STANDARD_DEVIATION:
-                tensor.mul_(STANDARD_DEVIATION / tensor.std())
+        if tensor.dim() > 1 and (deviation := tensor.std()) > 0:
+            tensor.mul_(max(1.0, STANDARD_DEVIATION / deviation.item()))
             tensor.mul_(torch.randn(tensor.shape[:-1] + (1,)).mul_(0.5).exp_())
         else:
             tensor.add_(torch.randn(tensor.shape), alpha=0.05)
@@ -151,16 +151,50 @@ def train(built: BuiltModel) -> None:
     built.store.check_finite()
 
 
-def decode(folder: Path, target: Path) -> dict[str, Tensor]:
-    """Write a plain bf16 folder with the weights that compressed-tensors decodes. Returns the tensors of the packed folder."""
+def decode(folder: Path, original: Path, target: Path) -> dict[str, Tensor]:
+    """Write a plain bf16 folder, laid out as the original is, with the weights that compressed-tensors decodes.
+
+    Returns the tensors of the packed folder.
+    """
     tensors = load_file(folder / "model.safetensors")
     decoded = CompressedTensorsDequantizer(folder).process(dict(tensors))
+    decoded = join_experts(decoded, load_file(original / "model.safetensors"))
     target.mkdir()
     save_file({key: tensor.contiguous() for key, tensor in decoded.items()}, target / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config))
     return tensors
+
+
+def join_experts(decoded: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the matrices of single experts where the original folder has one tensor for all experts of a layer.
+
+    Transposed or not, gate and up one after the other or row by row: what is nearest to the original is taken, of which the decoded
+    weights are some optimizer steps and a rounding away.
+    """
+    joined, parts = dict(decoded), set()
+    for key, tensor in original.items():
+        if key in decoded or tensor.dim() < 2:
+            continue
+        kind = "bias" if key.endswith("_bias") else "weight"
+        block = key.removesuffix(".weight").rpartition(".")[0]
+        experts = f"{block.removesuffix('.experts')}.experts"
+        names = [[f"{experts}.{expert}.{leaf}.{kind}" for expert in range(len(tensor))] for leaf in EXPERT_LINEARS]
+        found = [torch.stack([decoded[name] for name in of_all]) for of_all in names if of_all[0] in decoded]
+        if candidates := [candidate for candidate in _arrangements(found) if candidate.shape == tensor.shape]:
+            joined[key] = min(candidates, key=lambda candidate: (candidate.float() - tensor.float()).square().sum().item())
+            parts |= {name for of_all in names for name in of_all}
+    return {key: tensor for key, tensor in joined.items() if key not in parts}
+
+
+def _arrangements(parts: list[Tensor]) -> Iterator[Tensor]:
+    """Every way to hold some of the weights [E, N, K] or biases [E, N] of experts in one tensor."""
+    together = [torch.cat(parts[:2], 1), torch.stack(parts[:2], 2).flatten(1, 2)] if len(parts) > 2 else []
+    for tensor in [*parts, *together]:
+        yield tensor
+        if tensor.dim() > 2:
+            yield tensor.mT
 
 
 def require_same_tensors(original: Path, decoded: Path) -> None:
@@ -191,13 +225,13 @@ def loads_packed(cls: type[PreTrainedModel], folder: Path, ids: Tensor, expected
 
 
 def share_in_nvfp4(model: nn.Module, manifest: QuantManifest) -> float:
-    """Share of the elements of matrices and vectors outside embeddings and head."""
+    """Share of the elements that are trained, outside embeddings and head: towers for images are not trained."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) or module is head}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    body = {id(p): p.numel() for p in parameters.values() if id(p) not in outside}
+    trained = {id(p): p.numel() for p in parameters.values() if id(p) not in outside and p.requires_grad}
     quantized = {id(parameters[name]): parameters[name].numel() for name in manifest.names}
-    return sum(quantized.values()) / sum(body.values())
+    return sum(quantized.values()) / sum(trained.values())
 
 
 def _first_line(error: Exception, folder: Path) -> str:
