@@ -179,7 +179,7 @@ def layer_activation_bytes(config: PretrainedConfig, layer: nn.Module, *, packs_
     names = [name for name, _ in layer.named_modules()]
     if any(name.endswith("q_norm") for name in names):
         num_bytes += 8 * (queries + keys)
-    experts = {name: p for name, p in layer.named_parameters() if "experts" in name.split(".")}
+    experts = {n: p for n, p in layer.named_parameters() if "experts" in n.split(".") and not n.endswith("_bias")}
     if not experts:
         mlp_inputs = (PACKED_BYTES - 2) * (hidden + config.intermediate_size) if packs_inputs else 0
         return num_bytes + mlp_inputs + 8 * config.intermediate_size

@@ -188,13 +188,13 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 def save_multimodal(folder: Path, model_type: str, **fields: Any) -> PreTrainedModel:
     """Write a folder as a user downloads it: bf16 weights, a tokenizer and processor files. Returns the model."""
-    name, config_fields = MULTIMODAL[model_type]
+    class_name, config_fields = MULTIMODAL[model_type]
     torch.manual_seed(0)
-    cls = getattr(transformers, name)
+    cls = getattr(transformers, class_name)
     model = cls._from_config(AutoConfig.for_model(model_type, **config_fields | fields), dtype=torch.bfloat16)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         # A projector of zeros would hide images.
-        if parameter.dim() > 1 and not parameter.any():
+        if not name.endswith("bias") and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -131,7 +131,10 @@ class _Search:
     def _trials(self, kind: str) -> Iterator[dict[nn.Module, slice]]:
         """Linears that may feed those of a kind: called before one in the same layer, the last one first; and others of their kind."""
         called = list(self.recorded)
-        reader = next(module for module in self._unfed() if kind_of(self.names[module]) == kind)
+        reader = next((module for module in self._unfed() if kind_of(self.names[module]) == kind), None)
+        # An experiment for another kind may have found what feeds this one.
+        if reader is None:
+            return
         for module in reversed(called[: called.index(reader)]):
             if not isinstance(module, nn.Linear) or _numbers(self.names[module]) != _numbers(self.names[reader]):
                 continue

@@ -9,11 +9,12 @@ import torch
 from tiny_models import FAMILIES, MLA, SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nvfp4_train.models.build import build_model, make_trainable
 from nvfp4_train.models.causal_lm import ModelConfig, compute_logits, load_model
 from nvfp4_train.models.equalize import Equalized, equalize
-from nvfp4_train.models.fold_sites import kind_of
+from nvfp4_train.models.fold_sites import find_sites, kind_of
 from nvfp4_train.quant.calibration import InputStatistics, calibrate
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.policy import QuantConfig, select
@@ -478,3 +479,26 @@ def test_a_quantized_model_is_equalized_by_its_masters() -> None:
         equalized, before, after = fold(model, store.manifest)
     assert {in_layer(name) for name in equalized.folded} == FOLDED["llama"]
     assert torch.equal(after, before)
+
+
+def test_an_experiment_for_one_kind_of_linears_may_find_the_feeders_of_another() -> None:
+    """Gemma 3n's linears between the streams of its residual do, once its scales of outputs are not 0."""
+    fields = SMALL | {
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 16,
+        "altup_num_inputs": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "intermediate_size": [64, 64],
+        "sliding_window": 32,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **fields)).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    sites, skipped = find_sites(model, select(model, QuantConfig()).manifest, IDS)
+    assert sites
+    assert "model.altup_projections.0" in skipped

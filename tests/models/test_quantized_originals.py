@@ -189,8 +189,7 @@ def test_quantized_folders_are_not_read_by_rows_but_planned(save: Any, tmp_path:
     save(tmp_path)
     config = ModelConfig(path=str(tmp_path))
     assert open_folder(config) is None
-    if save is save_fp8:
-        assert make_plan(meta_model(config), QuantConfig(), RunShape(world_size=2)).num_quantized > 0
+    assert make_plan(meta_model(config), QuantConfig(), RunShape(world_size=2)).num_quantized > 0
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "awq", "gptq", "modelopt"])
