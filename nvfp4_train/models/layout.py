@@ -65,6 +65,7 @@ class HubLayout:
         """Tensors of the folder by name on disk, on the meta device, that no module here holds. Whoever knows of any sets them."""
         key_of = {id(tensor): key for key, tensor in self.hub_tensors.items()}
         self._renamed = {name: key_of[id(tensor)] for name, tensor in self.tensors.items() if id(tensor) in key_of}
+        self._matrices: dict[str, list[HubMatrix]] = {}
         self._parts: dict[str, dict[str, HubMatrix]] = {}
         """Of quantized experts and their biases: the matrices and vectors on disk, by name there."""
         self._renamed |= {alias: next(iter(self._revert({alias: state[alias]}))) for alias in self.aliases}
@@ -144,6 +145,11 @@ class HubLayout:
 
     def matrices(self, name: str) -> list[HubMatrix]:
         """The matrices on disk of a parameter that can be quantized; none where the hub stores it in a way that is not known."""
+        if name not in self._matrices:
+            self._matrices[name] = self._find_matrices(name)
+        return self._matrices[name]
+
+    def _find_matrices(self, name: str) -> list[HubMatrix]:
         if name not in self.experts:
             key = self._renamed.get(name, "")
             return [HubMatrix(module=key.removesuffix(".weight"))] if key.endswith(".weight") else []
@@ -177,16 +183,16 @@ class HubLayout:
     def _rows_of_keys(self, name: str) -> dict[str, slice]:
         """The rows of the matrices of expert 0, by name on disk; none where there are no such matrices, or they have other rows."""
         weight = self.experts[name]
-        # Transformers rearranges the numbers of rows as it would the rows.
-        numbers = torch.arange(weight.num_outputs, dtype=torch.int32)[:, None].expand(1, -1, weight.num_inputs)
+        # Transformers rearranges the numbers of rows as it would the rows, of one column here.
+        numbers = torch.arange(weight.num_outputs, dtype=torch.int32).view(1, -1, 1)
         numbers = numbers.mT if weight.is_transposed else numbers
         found = {}
         for key, part in self._revert({name: numbers}).items():
-            if ".0." not in key or not key.endswith(".weight") or part.dim() != 2 or part.shape[1] != weight.num_inputs:
+            if ".0." not in key or not key.endswith(".weight") or part.dim() != 2 or part.shape[1] != 1:
                 return {}
             rows = part[:, 0].tolist()
             step = rows[1] - rows[0] if len(rows) > 1 else 1
-            if rows != list(range(rows[0], rows[-1] + 1, step)) or not part.equal(part[:, :1].expand_as(part)):
+            if rows != list(range(rows[0], rows[-1] + 1, step)):
                 return {}
             found[key] = slice(rows[0], rows[-1] + 1, step)
         return found
