@@ -8,7 +8,7 @@ import torch
 import transformers
 from cases import CASES, IN_EVERY_RUN, KINDS, fields_of
 from expectations import README, measured_with, read_outcomes, readme_with, table
-from family import logits_of, random_ids, require_same_tensors, run_family
+from family import class_of_folder, config_of, logits_of, random_ids, require_same_tensors, run_family
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -24,7 +24,18 @@ def test_what_is_trained_is_what_others_read(model_type: str, tmp_path: Path) ->
     outcome, expected = run_family(model_type, fields_of(model_type), tmp_path), OUTCOMES[model_type]
     if transformers.__version__ != measured_with():
         expected = replace(expected, packed=outcome.packed)
+        if outcome.failed and not computes_its_original(model_type, tmp_path):
+            pytest.skip(f"needs a transformers that computes {model_type} in bf16, this is {transformers.__version__}")
     assert outcome == expected, "python benchmarks/families.py --write takes over a change that is meant"
+
+
+def computes_its_original(model_type: str, folder: Path) -> bool:
+    """Whether transformers can compute the bf16 model at all, before anything of ours touches it."""
+    cls = class_of_folder(config_of(model_type, fields_of(model_type)))
+    try:
+        return bool(logits_of(cls, folder / "bf16", random_ids(seed=1)).isfinite().all())
+    except Exception:  # whatever a reader raises
+        return False
 
 
 def test_no_type_that_trains_is_read_with_other_logits() -> None:
