@@ -15,12 +15,14 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 # A run of a second or two: few documents, short sequences, one narrow model.
-SMALL = (
-    "model.config.hidden_size=64",
-    "model.config.intermediate_size=96",
-    "model.config.num_hidden_layers=2",
-    "model.config.num_attention_heads=4",
-    "model.config.num_key_value_heads=2",
+SMALL_MODEL = (
+    "hidden_size=64",
+    "intermediate_size=96",
+    "num_hidden_layers=2",
+    "num_attention_heads=4",
+    "num_key_value_heads=2",
+)
+SMALL_RUN = (
     "data.seq_len=64",
     "data.batch_size=4",
     "data.max_documents=20",
@@ -28,18 +30,19 @@ SMALL = (
     "quant.calibration.sequences=8",
     "logger=csv",
 )
+SMALL = (*(f"model.config.{field}" for field in SMALL_MODEL), *SMALL_RUN)
 
 
 def train_command(
     run_dir: Path,
     *overrides: str,
     torchrun: tuple[str, ...] = (),
-    small: bool = True,
+    small: bool | tuple[str, ...] = True,
     python: str = sys.executable,
     script: str = "train.py",
 ) -> list[str]:
     """The launcher's command line; under torchrun, if there are options of it."""
-    command = [str(ROOT / "launch" / script), f"run_dir={run_dir}", *(SMALL if small else ()), *overrides]
+    command = [str(ROOT / "launch" / script), f"run_dir={run_dir}", *(SMALL if small is True else small or ()), *overrides]
     return [python, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *command]
 
 
@@ -53,7 +56,7 @@ def launch(
     run_dir: Path,
     *overrides: str,
     ranks: int = 0,
-    small: bool = True,
+    small: bool | tuple[str, ...] = True,
     check: bool = True,
     threads: int = 1,
     forked: bool = True,
@@ -61,7 +64,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False.
 
-    `script` is another launcher with the same options.
+    `script` is another launcher with the same options. `small` are options that make a run small, by default those of `SMALL`.
 
     Processes of a small run are forked from one that has imported everything, since to import takes longer than the run.
     They hash strings alike, which ranks that are started one by one (forked=False) do not.

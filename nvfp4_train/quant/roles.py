@@ -13,7 +13,7 @@ ROUTER_PARTS = re.compile(r"gate|.*router.*")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Last parts of names of linears that make hidden values, however few."""
 
-ROUTER_CLASSES = re.compile(r".*(Router|Gate|Gating)")
+ROUTER_CLASSES = re.compile(r".*(Router|Gating)")
 
 
 class Roles:

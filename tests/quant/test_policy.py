@@ -72,7 +72,7 @@ def test_a_selection_of_nothing_is_an_error() -> None:
         (
             "falcon",
             {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-            [r"self_attention.query_key_value and 7 more \(a FalconLinear computes in its own way\)"],
+            [r"self_attention.query_key_value.* and 5 more \(a FalconLinear computes in its own way\)"],
         ),
         (
             "llama",
@@ -199,16 +199,3 @@ def test_selection_does_not_depend_on_the_device() -> None:
     with torch.device("meta"):
         on_meta = select(llama(), QuantConfig())
     assert on_meta == select(llama(), QuantConfig())
-
-
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("gpt2", r"output embedding \(lm_head\); 4 modules with a matrix are a Conv1D, which is no nn\.Linear"),
-        ("falcon", r"a FalconLinear computes in its own way \(transformer\.h\.0\.self_attention\.query_key_value and 3 more\)"),
-    ],
-)
-def test_a_model_without_a_weight_to_quantize_is_refused_with_the_reasons(model_type: str, reason: str) -> None:
-    config = AutoConfig.for_model(model_type, vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(ValueError, match=f"selects no weight of this model, .*{reason}.*; see quant.include"):
-        select(AutoModelForCausalLM.from_config(config), QuantConfig())

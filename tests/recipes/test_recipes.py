@@ -4,19 +4,35 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import ROOT, launch, metrics
+from running import ROOT, SMALL_MODEL, SMALL_RUN, launch, metrics
 
 from nvfp4_train.checkpoints import saved_step
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
+SHRUNK = {
+    "gemma3_12b": [
+        *(f"text_config.{field}" for field in (*SMALL_MODEL, "head_dim=16", "vocab_size=272", "sliding_window=32")),
+        *(f"vision_config.{field}" for field in SMALL_MODEL[:-1]),
+        "vision_config.image_size=32",
+        "vision_config.patch_size=8",
+        "mm_tokens_per_image=4",
+    ],
+    "qwen3_30b_a3b": [*SMALL_MODEL, "vocab_size=272", "num_experts=8", "moe_intermediate_size=32"],
+    "gpt_oss_20b": [*SMALL_MODEL, "vocab_size=272", "pad_token_id=0", "num_local_experts=8", "head_dim=16"],
+}
+"""Fields of the models that need others than most."""
+
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_two_steps(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    chosen = next((e["override /model"] for e in yaml.safe_load(recipe.read_text())["defaults"] if "override /model" in e), "")
+    fields = SHRUNK.get(chosen, [*SMALL_MODEL, "vocab_size=272"])
     launch(
         run_dir, f"+recipe={recipe.stem}", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1",
-        "quant.start_step=1", "model.path=null", "model.config.vocab_size=272",
+        "quant.start_step=1", "model.path=null",
+        small=(*(f"model.config.{field}" for field in fields), *SMALL_RUN),
     )  # fmt: skip
     found = metrics(run_dir)
     assert found["step"] == saved_step(run_dir / "checkpoints" / "last.ckpt") == 2
