@@ -43,11 +43,12 @@ from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
 CASES = {
-    # Model, sequences and tokens of a micro-batch, gradient checkpointing.
-    "1b_1x2048": ("llama_1b", 1, 2048, False),
-    "8b_1x2048": ("llama3_8b", 1, 2048, False),
-    "8b_4x2048_checkpointed": ("llama3_8b", 4, 2048, True),
-    "tiny": ("tiny", 1, 128, False),
+    # Model, its layers, sequences and tokens of a micro-batch, gradient checkpointing.
+    "1b_1x2048": ("llama_1b", 16, 1, 2048, False),
+    "8b_1x2048": ("llama3_8b", 32, 1, 2048, False),
+    "8b_4x2048_checkpointed": ("llama3_8b", 32, 4, 2048, True),
+    "30b_a3b_6_layers_1x4096": ("qwen3_30b_a3b", 6, 1, 4096, False),
+    "tiny": ("tiny", 4, 1, 128, False),
 }
 MICRO_BATCHES = 2
 SIDES = ("off", "packed", "documented", "bf16")
@@ -55,10 +56,10 @@ SIDES = ("off", "packed", "documented", "bf16")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build_model(name: str) -> tuple[PreTrainedModel, QuantManifest]:
+def build_model(name: str, num_layers: int) -> tuple[PreTrainedModel, QuantManifest]:
     """A sharded model with random weights; no rank ever holds all of it."""
     with parameters_on_meta():
-        model = load_model(ModelConfig(config=random_models.config_of(name)))
+        model = load_model(ModelConfig(config=random_models.config_of(name) | {"num_hidden_layers": num_layers}))
     mesh = init_device_mesh(DEVICE, (distributed.get_world_size(),))
 
     def fill() -> None:
@@ -154,8 +155,8 @@ def slowest(values: list[float]) -> list[float]:
 
 
 def measure(case: str, sides: list[str], steps: int, rounds: int, show_profile: bool) -> None:
-    name, batch, tokens, checkpointed = CASES[case]
-    model, manifest = build_model(name)
+    name, num_layers, batch, tokens, checkpointed = CASES[case]
+    model, manifest = build_model(name, num_layers)
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer, _ = build_optimizer(model, OptimConfig(), total_steps=10_000)
