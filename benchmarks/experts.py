@@ -3,9 +3,10 @@
     python benchmarks/experts.py [--model qwen3_30b_a3b] [--layers 4] [--tokens 4096] [--steps 20] [--compile] [--profile]
 
 The model has the shape of `configs/model/NAME.yaml` with fewer layers, as many as one GPU holds with masters, gradients and AdamW. A
-step is forward, loss, backward, clipping, fused AdamW and, with quantization on, the store's update. All sides are the same model, which
-is switched between steps, so they run side by side in the memory of one. Times are device-synchronised medians. Before that the
-weights of every expert are compared with the reference, and the whole model with the plain transformers class, module by module.
+step is forward, loss, backward, clipping, fused AdamW and, with quantization on, the store's update. All sides are the same model,
+which is switched between steps, so they run side by side in the memory of one. Times are device-synchronised medians. Before that the
+weights of some experts of every layer are compared with the reference, and the whole model with the plain transformers class, module
+by module.
 """
 
 import argparse

@@ -37,7 +37,7 @@ from nvfp4_train.quant.policy import QuantConfig
 
 STEPS = 2
 SEQUENCES, TOKENS = 2, 32
-MESSAGE_LENGTH = 200
+MESSAGE_LENGTH = 400
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 STANDARD_DEVIATION = 0.1
 """Of matrices, before their rows are scaled."""
