@@ -35,7 +35,7 @@ def test_towers_keep_their_bytes_and_the_rest_trains(way: str, tmp_path: Path) -
     model = save_multimodal(original, model_type)
     output = launch(run, f"model.path={original}", f"trainer={trainer}", *options, ranks=2).stdout
     assert f"the training forward is that of the plain {type(model).__name__}" in output
-    assert "linears in bf16: not part of the language model" in output
+    assert "in bf16: not part of the language model" in output
     before, after = read_tensors(original), read_tensors(run / "export")
     key_of, outside = HubLayout(model.config).hub_names(), parameters_outside(model)
     for name in outside:
@@ -48,5 +48,6 @@ def test_towers_keep_their_bytes_and_the_rest_trains(way: str, tmp_path: Path) -
     python, server = forked_python()
     command = [python, str(ROOT / "launch" / "export.py"), str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "again")]
     subprocess.run(command, env=train_environment() | server, cwd=ROOT, check=True)
-    for path in (run / "export").iterdir():
+    # The card of a run tells of the run.
+    for path in (path for path in (run / "export").iterdir() if path.name != "README.md"):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
