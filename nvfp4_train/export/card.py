@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from nvfp4_train.quant import policy
+
 FILE = "README.md"
 BEGIN, END = "<!-- nvfp4_train: format -->", "<!-- nvfp4_train: end of format -->"
 PACKAGES = ("nvfp4_train", "torch", "transformers", "compressed-tensors")
-SERVINGS = {"none": "W4A16", "nvfp4": "W4A4"}
+SERVINGS = {activations: name.upper() for name, activations in policy.SERVINGS.items()}
 """What is done to inputs -> the name of the serving."""
 
 

@@ -36,6 +36,8 @@ from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.manifest import QuantManifest
 
 MAX_SHARD_BYTES = 5_000_000_000
+UNTRIED = "where transformers does not load it as it is, it loads what `python launch/convert.py FOLDER OTHER --to bf16` decodes"
+"""Of a folder with a tensor for each of the class: some classes read weights in ways that no packed folder allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class ExportReport:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"{self.folder}: {self.quantized} matrices in NVFP4, {files}", str(self.verified)]
         lines.append(f"readers: {'; '.join(self.verified.readers())}")
-        return "\n".join([*lines, *([f"note: {self.note.replace('FOLDER', str(self.folder))}"] if self.note else [])])
+        return "\n".join([*lines, f"note: {(self.note or UNTRIED).replace('FOLDER', str(self.folder))}"])
 
 
 def export_compressed_tensors(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from nvfp4_train.models.architecture import OUTSIDE, parameters_outside
 from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
@@ -224,6 +225,13 @@ class HubLayout:
                     keys += hub_names
         keys += [key for key, tensor in self.not_built.items() if tensor.dim() > 1 and key.endswith(".weight")]
         return [key.removesuffix(".weight") for key in dict.fromkeys(keys)]
+
+    def has_names_of_transformers(self) -> bool:
+        """Whether transformers looks for the tensors of this folder one by one, and joins or splits none of them."""
+        # Of some experts it makes matrices where a folder is quantized.
+        classes = {type(weight.module).__name__ for weight in self.experts.values()}
+        known = self.quantized_experts if classes <= MODULES_TO_PATCH_FOR_QUANTIZATION.keys() else frozenset()
+        return all(len(names) == len(keys) == 1 or known.issuperset(names) for names, keys in self.bundles.items())
 
     def unquantized_experts(self) -> list[str]:
         """Module names on disk of the experts that stay as they are, as serving engines ask for them."""

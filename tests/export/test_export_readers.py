@@ -73,8 +73,8 @@ def test_compressed_tensors_decodes_every_weight_to_the_compute_weight(name: str
 @pytest.mark.parametrize("name", CASES)
 def test_note_tells_of_models_that_transformers_cannot_load_packed(name: str, cases: CaseOf):
     note = FORMAT.note(HubLayout(cases(name).config).with_quantized(cases(name).manifest.names), {})
-    assert ("joins or splits" in note) == (name in CONVERTED and name != "llama4")
-    assert "python launch/convert.py FOLDER OTHER --to bf16" in note
+    assert (note is not None) == (name in CONVERTED and name != "llama4")
+    assert note is None or "python launch/convert.py FOLDER OTHER --to bf16" in note
 
 
 # The loader says that `dequantize` overrides the folder's config: that is what is asked for.

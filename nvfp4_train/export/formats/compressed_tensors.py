@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from nvfp4_train.export.formats.base import Format, QuantizedTensor, unquantized
 from nvfp4_train.models.layout import HubLayout
@@ -62,16 +61,8 @@ class CompressedTensors(Format):
         return {"config.json": {"quantization_config": quantization}}
 
     def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
-        # Of some experts transformers makes matrices of its own where a folder is quantized.
-        is_known = {
-            type(weight.module).__name__ for weight in layout.experts.values()
-        } <= MODULES_TO_PATCH_FOR_QUANTIZATION.keys()
-        bundles = [(n, k) for n, k in layout.bundles.items() if not (is_known and layout.quantized_experts.issuperset(n))]
-        if all(len(names) == len(keys) == 1 for names, keys in bundles):
-            return (
-                "transformers was not tried on this folder; where it does not load it, it loads the one that "
-                "`python launch/convert.py FOLDER OTHER --to bf16` decodes"
-            )
+        if layout.has_names_of_transformers():
+            return None
         # Seen in transformers 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
         return (
             "transformers joins or splits tensors of this model while it loads them, which it does not do beside packed ones; "
