@@ -36,7 +36,9 @@ from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.manifest import QuantManifest
 
 MAX_SHARD_BYTES = 5_000_000_000
-UNTRIED = "where transformers does not load it as it is, it loads what `python launch/convert.py FOLDER OTHER --to bf16` decodes"
+UNTRIED = (
+    "where transformers does not load it as it is, it loads what `python launch/convert.py FOLDER OTHER --to bf16` decodes"
+)
 """Of a folder with a tensor for each of the class: some classes read weights in ways that no packed folder allows."""
 
 
