@@ -22,7 +22,7 @@ def run_facts(trainer: Trainer, pl_module: QATModule, command: Sequence[str] = (
     tokens = None
     if data is not None:
         tokens = steps * trainer.accumulate_grad_batches * trainer.world_size * data.batch_size * data.seq_len
-    is_equalized = quant.alpha is not None and quant.calibration.sequences
+    is_equalized = quant.enabled and quant.alpha is not None and quant.calibration.sequences
     return RunFacts(
         base_model=getattr(model.config, "name_or_path", None) or None,
         command=command,

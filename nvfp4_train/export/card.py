@@ -53,6 +53,8 @@ class FolderFacts:
     """What an export knows of the folder that it wrote."""
 
     format: str
+    architecture: str
+    """The class of transformers that loads it."""
     activations: str
     """`none` or `nvfp4`."""
     checked: Sequence[str]
@@ -94,18 +96,18 @@ def card(run: RunFacts, folder: FolderFacts) -> str:
     ]
     if run.stages:
         parts.append("## What was measured\n\n" + _measured(run.stages))
-    parts.append(format_section(folder.format, folder.activations, folder.checked, folder.note))
+    parts.append(format_section(folder.format, folder.architecture, folder.activations, folder.checked, folder.note))
     return "\n\n".join(parts) + "\n"
 
 
-def format_section(format: str, activations: str, checked: Sequence[str], note: str | None) -> str:
+def format_section(format: str, architecture: str, activations: str, checked: Sequence[str], note: str | None) -> str:
     """The part of a card that a conversion replaces, with its marks."""
     known = _FORMATS.get(format)
     parts = []
     if known is not None:
         lines = list(known.commands)
         if known.transformers and note is None:
-            lines.append(("transformers", known.transformers))
+            lines.append(("transformers", known.transformers.format(architecture=architecture)))
         parts.append("## How to serve it\n\n" + "\n".join(f"- {reader}: `{line}`" for reader, line in lines))
     if note is not None:
         parts.append(note[0].upper() + note[1:] + ".")
@@ -184,7 +186,7 @@ _FORMATS = {
         library="transformers",
         tag="compressed-tensors",
         commands=(("vLLM", "vllm serve FOLDER"), ("SGLang", "python -m sglang.launch_server --model-path FOLDER")),
-        transformers='AutoModelForCausalLM.from_pretrained("FOLDER", dtype="bfloat16")',
+        transformers='{architecture}.from_pretrained("FOLDER", dtype="bfloat16")',
         kernels={
             name: (_VLLM[name], _SGLANG[name], f"transformers: bf16 on every device, of decoded weights{inputs}")
             for name, inputs in (("none", ""), ("nvfp4", "; inputs are rounded to NVFP4 before each product"))
@@ -208,7 +210,7 @@ _FORMATS = {
         library="transformers",
         tag="bf16",
         commands=(("vLLM", "vllm serve FOLDER"),),
-        transformers='AutoModelForCausalLM.from_pretrained("FOLDER", dtype="bfloat16")',
+        transformers='{architecture}.from_pretrained("FOLDER", dtype="bfloat16")',
         kernels={
             name: (f"every reader: bf16 products of the decoded weights{inputs}",)
             for name, inputs in (("none", ""), ("nvfp4", ", whose inputs are not quantized here"))

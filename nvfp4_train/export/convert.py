@@ -24,9 +24,9 @@ from nvfp4_train.export.formats.base import Format
 from nvfp4_train.export.ignored import translate
 from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD, PackedFolder, format_of
 from nvfp4_train.export.readers.base import require
-from nvfp4_train.export.readers.disk import StoredTensor, read_header
+from nvfp4_train.export.readers.disk import PIECE_BYTES, StoredTensor, read_header
 from nvfp4_train.export.registry import find_format
-from nvfp4_train.export.shards import write_shards
+from nvfp4_train.export.shards import MAX_SHARD_BYTES, write_shards
 from nvfp4_train.export.unpack import Unpacked, decode, decode_by_reader
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.scale_rules import ScaleRule
@@ -37,9 +37,6 @@ PLAIN = "bf16"
 """The target with decoded weights, for readers that know no NVFP4. Inputs are not quantized there."""
 TARGETS = (*FORMAT_OF_METHOD.values(), PLAIN)
 INDEX = "model.safetensors.index.json"
-PIECE_BYTES = 1 << 24
-MAX_SHARD_BYTES = 5_000_000_000
-"""Of a plain folder, whose files cannot be those of its source: they would be 3.6 times as large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ class ConvertReport:
 
     def __str__(self) -> str:
         done = "decoded to bf16" if self.verified is None else "with the same codes and block scales, bit for bit"
-        lines = [f"{self.folder}: {self.quantized} linears {done}, from {self.source_format} to {self.target_format}"]
+        lines = [f"{self.folder}: {self.quantized} matrices {done}, from {self.source_format} to {self.target_format}"]
         if self.verified is not None:
             lines.append(str(self.verified))
         if self.rounded and self.verified is not None:
@@ -88,6 +85,7 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, *, to: 
         _copy_other_files(origin, partial)
         if to == PLAIN:
             _write_json(partial / "config.json", {key: v for key, v in origin.config.items() if key != "quantization_config"})
+            # Files cannot be those of the source: they would be 3.6 times as large.
             write_shards(partial, Unpacked(origin, decode).file_groups(), MAX_SHARD_BYTES)
             verified = None
             _compare_plain(origin, partial)
@@ -128,7 +126,7 @@ def _adapt_card(origin: PackedFolder, format: str, verified: VerifyReport | None
         note = find_format(format).note(origin.layout, _quantized(origin))
         checked = verified.readers()
         checked[0] += f"; codes, block scales and all else compared with the {origin.format} folder, bit for bit"
-    section = format_section(format, _activations(origin), checked, note)
+    section = format_section(format, origin.layout.architecture, _activations(origin), checked, note)
     text = adapted(path.read_text(encoding="utf-8"), origin.format, format, section)
     if text is not None:
         path.write_text(text, encoding="utf-8")

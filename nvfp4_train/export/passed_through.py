@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.export.readers.base import require
-from nvfp4_train.export.readers.disk import StoredTensor
+from nvfp4_train.export.readers.disk import PIECE_BYTES, StoredTensor
 from nvfp4_train.export.shards import FileGroup
 from nvfp4_train.models.folder import is_ignored
 from nvfp4_train.models.layout import HubLayout, prefixes, shown
 from nvfp4_train.models.not_built import KEPT_DTYPES, NotBuilt, describe, original_files, read_kept
 from nvfp4_train.models.stored_dtypes import STORED_DTYPES
-
-PIECE_BYTES = 1 << 24
 
 
 class PassedThrough:

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+MAX_SHARD_BYTES = 5_000_000_000
+
 
 @dataclass(frozen=True)
 class FileGroup:

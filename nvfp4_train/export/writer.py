@@ -26,7 +26,7 @@ from nvfp4_train.export.masters import FromMasters
 from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import find_format
 from nvfp4_train.export.served import ServedWeights
-from nvfp4_train.export.shards import FileGroup, write_shards
+from nvfp4_train.export.shards import MAX_SHARD_BYTES, FileGroup, write_shards
 from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.reference import BLOCK_SIZE
@@ -35,7 +35,6 @@ from nvfp4_train.models.layout import HubLayout, HubMatrix
 from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.manifest import QuantManifest
 
-MAX_SHARD_BYTES = 5_000_000_000
 UNTRIED = (
     "where transformers does not load it as it is, it loads what `python launch/convert.py FOLDER OTHER --to bf16` decodes"
 )
@@ -156,6 +155,7 @@ def export_model(
             run or RunFacts(base_model=getattr(served.layout.served_config, "name_or_path", None) or None),
             FolderFacts(
                 format=format,
+                architecture=served.layout.architecture,
                 activations=served.manifest.activations,
                 checked=verified.readers(),
                 note=note,

@@ -276,7 +276,13 @@ class HubLayout:
         return [name for name, module in self.model.named_modules() if isinstance(module, types)]
 
     def _revert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(revert_weight_conversion(self.model, tensors))
+        try:
+            return dict(revert_weight_conversion(self.model, tensors))
+        except ValueError as error:
+            raise ValueError(
+                f"transformers does not tell how tensors of {self.architecture} are joined on disk, one after the other, so they "
+                f"cannot be written: {' '.join(str(error).split())[:200]}"
+            ) from error
 
 
 def prefixes(names: Iterable[str]) -> list[str]:

@@ -84,7 +84,7 @@ def find_not_built(config: ModelConfig, model: PreTrainedModel) -> NotBuilt | No
     _, quantization = read_original(config)
     file_of = original_files(config.path)
     names = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
-    built = {key for name, tensor in names.items() for key in revert_weight_conversion(model, {name: tensor})}
+    built = revert_weight_conversion(model, names).keys()
     missing = [key for key in sorted(file_of) if key not in built and is_ignored(model, key)]
     if not missing:
         return None

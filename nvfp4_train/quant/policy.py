@@ -5,7 +5,7 @@ routers and gates, weights shared with an embedding and weights whose input dime
 reported with the reason.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -303,6 +303,18 @@ def _groups(chosen: Sequence[str], found: Quantizable) -> tuple[tuple[str, ...],
     return tuple(tuple(sorted(group, key=chosen.index)) for group in unique.values())
 
 
+def _other_matrices_by_class(model: nn.Module, quantized: Collection[int]) -> dict[str, list[str]]:
+    """Names of parameters of at least two dimensions that are in no linear, embedding or convolution, and are not quantized."""
+    found: dict[str, list[str]] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
+            continue
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1 and id(parameter) not in quantized:
+                found.setdefault(type(module).__name__, []).append(f"{prefix}.{leaf}".removeprefix("."))
+    return found
+
+
 def _by_reason(kept: Mapping[str, str]) -> dict[str, str]:
     """The first few names for each reason."""
     listed = {}
@@ -333,5 +345,7 @@ def selection_table(model: nn.Module, selection: Selection) -> str:
         ("bits per weight", f"{bits:.3f}"),
     ]
     rows += [(f"in bf16: {reason}", names) for reason, names in _by_reason(selection.kept).items()]
+    for kind, names in _other_matrices_by_class(model, quantized).items():
+        rows.append((f"in bf16: matrices of {kind}", f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)

@@ -10,7 +10,7 @@ from nvfp4_train.quant.experts import ExpertWeight
 ROUTER_PARTS = re.compile(r"gate|.*router.*")
 """Parts of names, of a linear or of a module that it is in."""
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+HIDDEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Last parts of names of linears that make hidden values, however few."""
 
 ROUTER_CLASSES = re.compile(r".*(Router|Gating)")
@@ -34,9 +34,9 @@ class Roles:
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
                 self._num_choices.setdefault(name.rpartition(".")[0], set()).update((len(module), len(module) + num_idle))
         heads = {value for key, value in fields.items() if "head" in key and _is_count(key, value)}
-        dims = {value for key, value in fields.items() if "dim" in key and isinstance(value, int)}
-        # Two gates in one linear, unless that is as wide as a head.
-        self._num_gates = {1} | heads | {2 * count for count in heads} - dims
+        dims = {value for key, value in fields.items() if _is_width(key) and isinstance(value, int)}
+        # One or two for every head, unless that is as many as a head is wide.
+        self._num_gates = {1} | ({count * number for count in heads for number in (1, 2)} - dims)
 
     def role_of(self, name: str, linear: nn.Linear) -> str | None:
         """`router` or `gate`, and None for a linear that is neither. `name` is that of the module."""
@@ -49,11 +49,15 @@ class Roles:
         blocks = [ancestor for ancestor in ancestors if ancestor in self._num_choices]
         # A layer may hold its experts itself.
         is_in_block = bool(blocks) and "experts" not in parts and len(parts) - len(blocks[-1].split(".")) <= 2
-        if is_in_block and parts[-1] not in PROJECTIONS and linear.out_features in self._num_choices[blocks[-1]]:
+        if is_in_block and parts[-1] not in HIDDEN_PROJECTIONS and linear.out_features in self._num_choices[blocks[-1]]:
             return "router"
-        is_gate = parts[-1] not in PROJECTIONS and linear.out_features in self._num_gates
+        is_gate = parts[-1] not in HIDDEN_PROJECTIONS and linear.out_features in self._num_gates
         return "gate with one output per head" if is_gate else None
 
 
 def _is_count(key: str, value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and "dim" not in key and "size" not in key
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and not _is_width(key)
+
+
+def _is_width(key: str) -> bool:
+    return any(part in key for part in ("dim", "size", "d_head"))

@@ -47,7 +47,7 @@ RUN = RunFacts(
 
 def folder(format: str = "compressed_tensors", **changes: Any) -> FolderFacts:
     known = {"activations": "none", "checked": ["our reader: all"], "scale_rule": "hessian", "versions": {"torch": "2.13"}}
-    return FolderFacts(format=format, **known | changes)
+    return FolderFacts(format=format, architecture="Qwen3ForCausalLM", **known | changes)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -99,16 +99,16 @@ def test_what_is_not_known_is_left_out():
 @pytest.mark.parametrize(
     ("format", "activations", "expected", "absent"),
     [
-        ("compressed_tensors", "none", ["vllm serve", "AutoModelForCausalLM.from_pretrained", "Marlin"], ["trtllm", "W4A4"]),
+        ("compressed_tensors", "none", ["vllm serve", "Qwen3ForCausalLM.from_pretrained", "Marlin"], ["trtllm", "W4A4"]),
         ("compressed_tensors", "nvfp4", ["SM100, SM103 and SM12x", "W4A4", "Marlin"], ["trtllm"]),
-        ("modelopt", "none", ["trtllm-serve", "W4A16_NVFP4"], ["AutoModelForCausalLM"]),
-        ("modelopt", "nvfp4", ["trtllm-serve", "on Blackwell"], ["AutoModelForCausalLM"]),
+        ("modelopt", "none", ["trtllm-serve", "W4A16_NVFP4"], ["Qwen3ForCausalLM"]),
+        ("modelopt", "nvfp4", ["trtllm-serve", "on Blackwell"], ["Qwen3ForCausalLM"]),
         ("bf16", "nvfp4", ["whose inputs are not quantized here"], ["Marlin"]),
         ("a format of one's own", "none", ["our reader"], ["vllm serve", "Marlin"]),
     ],
 )
 def test_readers_and_kernels_are_those_of_the_format(format: str, activations: str, expected: list[str], absent: list[str]):
-    section = format_section(format, activations, ["our reader: all"], None)
+    section = format_section(format, "Qwen3ForCausalLM", activations, ["our reader: all"], None)
     for text in expected:
         assert text in section
     for text in absent:
@@ -118,7 +118,7 @@ def test_readers_and_kernels_are_those_of_the_format(format: str, activations: s
 def test_a_model_that_transformers_does_not_load_packed_has_the_line_that_it_loads():
     text = card(RUN, folder(note="transformers joins tensors; `python launch/convert.py FOLDER OTHER --to bf16`"))
     assert "Transformers joins tensors; `python launch/convert.py FOLDER OTHER --to bf16`." in text
-    assert "AutoModelForCausalLM" not in text
+    assert "Qwen3ForCausalLM" not in text
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_name_that_yaml_would_read_otherwise_is_quoted():
 
 def test_only_the_part_of_the_format_changes_with_it():
     text = card(RUN, folder()).replace("## How it was made", "A sentence of mine.\n\n## How it was made") + "And one after.\n"
-    section = format_section("modelopt", "none", ["another"], None)
+    section = format_section("modelopt", "Qwen3ForCausalLM", "none", ["another"], None)
     other = adapted(text, "compressed_tensors", "modelopt", section)
     assert other is not None
     assert front_matter(other)["library_name"] == "Model Optimizer"
@@ -178,7 +178,10 @@ def test_only_the_part_of_the_format_changes_with_it():
     assert "A sentence of mine." in other
     assert other.endswith("And one after.\n")
     back = adapted(
-        other, "modelopt", "compressed_tensors", format_section("compressed_tensors", "none", ["our reader: all"], None)
+        other,
+        "modelopt",
+        "compressed_tensors",
+        format_section("compressed_tensors", "Qwen3ForCausalLM", "none", ["our reader: all"], None),
     )
     assert back == text
     assert adapted("# A card of one's own\n", "compressed_tensors", "modelopt", section) is None

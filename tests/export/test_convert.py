@@ -223,7 +223,7 @@ def test_script_converts_and_reports(
     exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     run_script(monkeypatch, exported("llama"), tmp_path / "out", "--to", "modelopt")
-    assert "14 linears with the same codes and block scales, bit for bit, from compressed_tensors to modelopt" in (
+    assert "14 matrices with the same codes and block scales, bit for bit, from compressed_tensors to modelopt" in (
         capsys.readouterr().out
     )
     assert verify_export(tmp_path / "out", format="modelopt").quantized_parameters

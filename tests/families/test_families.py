@@ -13,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from nvfp4_train.export.formats.compressed_tensors import FORMAT
+from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.quant.policy import QuantConfig, select
+
 OUTCOMES = read_outcomes()
 PARAMETERS = [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
@@ -50,6 +54,21 @@ def test_every_case_has_an_outcome_and_the_readme_shows_it() -> None:
     assert README.read_text() == readme_with(OUTCOMES), "python benchmarks/families.py --write writes the table"
     rows = table(OUTCOMES)
     assert all(name in rows for name in CASES)
+
+
+def test_an_export_tells_whether_transformers_loads_it() -> None:
+    """Of the types of every run. What these three do is not foreseen."""
+    wrong = []
+    for model_type in set(IN_EVERY_RUN) - {"ctrl", "modernbert-decoder", "xlstm"}:
+        if OUTCOMES[model_type].refused or model_type not in CONFIG_MAPPING_NAMES:
+            continue
+        layout = HubLayout(config_of(model_type, fields_of(model_type)))
+        names = select(layout.model, QuantConfig(), layout).manifest.names
+        linears = {name.removesuffix(".weight"): "" for name in names if name.endswith(".weight")}
+        note = FORMAT.note(layout.with_quantized(names), linears)
+        if (note is None) != OUTCOMES[model_type].packed:
+            wrong.append((model_type, note))
+    assert not wrong
 
 
 @torch.no_grad()

@@ -138,5 +138,6 @@ def test_a_trusted_model_is_trained_and_exported_with_its_code(folder: Path, tmp
     assert "--trust-remote-code" in export_again().stderr
     again = export_again("--trust-remote-code")
     assert again.returncode == 0, again.stderr
-    for path in export.iterdir():
+    # The card of a run tells of the run.
+    for path in (path for path in export.iterdir() if path.name != "README.md"):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name

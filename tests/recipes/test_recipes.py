@@ -27,7 +27,9 @@ SHRUNK = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_two_steps(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    chosen = next((e["override /model"] for e in yaml.safe_load(recipe.read_text())["defaults"] if "override /model" in e), "")
+    chosen = next(
+        (e["override /model"] for e in yaml.safe_load(recipe.read_text()).get("defaults", []) if "override /model" in e), ""
+    )
     fields = SHRUNK.get(chosen, [*SMALL_MODEL, "vocab_size=272"])
     launch(
         run_dir, f"+recipe={recipe.stem}", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.val_check_interval=1",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nvfp4_train.export.formats.base import Format, QuantizedTensor, unquantized
 from nvfp4_train.models.layout import HubLayout
+from nvfp4_train.models.weight_reads import read_past_forward
 from nvfp4_train.quant.manifest import QuantManifest
 
 FORMAT_NAME = "nvfp4-pack-quantized"
@@ -61,13 +62,19 @@ class CompressedTensors(Format):
         return {"config.json": {"quantization_config": quantization}}
 
     def note(self, layout: HubLayout, quantized: Mapping[str, str]) -> str | None:
-        if layout.has_names_of_transformers():
-            return None
-        # Seen in transformers 5.17 (random experts, listed as missing), 5.23 and 5.24 (an error while loading).
-        return (
-            "transformers joins or splits tensors of this model while it loads them, which it does not do beside packed ones; "
-            "it loads the folder that `python launch/convert.py FOLDER OTHER --to bf16` decodes"
-        )
+        decoded = "what `python launch/convert.py FOLDER OTHER --to bf16` decodes"
+        if not layout.has_names_of_transformers():
+            # Seen in transformers 5.17 to 5.24: an error, random experts, or experts without their global scales.
+            return (
+                "transformers joins or splits tensors of this model while it loads them, and not rightly beside packed ones: it fails, "
+                f"or computes with other weights without a word. Let it load {decoded}"
+            )
+        if read_past := read_past_forward(layout.model, quantized):
+            return (
+                f"transformers fails with this folder, whose class reads the weight of {read_past[0]} past its forward. "
+                f"It loads {decoded}"
+            )
+        return None
 
 
 def _ignored(layout: HubLayout, quantized: Mapping[str, str]) -> list[str]:

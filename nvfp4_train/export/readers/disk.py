@@ -25,6 +25,9 @@ ITEM_BYTES = {
     "F64": 8,
 }
 
+PIECE_BYTES = 1 << 24
+"""Of a tensor that is compared with another."""
+
 E2M1_TABLE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
