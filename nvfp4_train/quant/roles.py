@@ -33,10 +33,8 @@ class Roles:
         for name, module in self._modules.items():
             if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
                 self._num_choices.setdefault(name.rpartition(".")[0], set()).update((len(module), len(module) + num_idle))
-        heads = {value for key, value in fields.items() if "head" in key and _is_count(key, value)}
-        dims = {value for key, value in fields.items() if _is_width(key) and isinstance(value, int)}
-        # One or two for every head, unless that is as many as a head is wide.
-        self._num_gates = {1} | ({count * number for count in heads for number in (1, 2)} - dims)
+        # The indexer of sparse attention has heads of its own.
+        self._num_gates = {of_index: _num_gates(fields, of_index) for of_index in (False, True)}
 
     def role_of(self, name: str, linear: nn.Linear) -> str | None:
         """`router` or `gate`, and None for a linear that is neither. `name` is that of the module."""
@@ -51,12 +49,20 @@ class Roles:
         is_in_block = bool(blocks) and "experts" not in parts and len(parts) - len(blocks[-1].split(".")) <= 2
         if is_in_block and parts[-1] not in HIDDEN_PROJECTIONS and linear.out_features in self._num_choices[blocks[-1]]:
             return "router"
-        is_gate = parts[-1] not in HIDDEN_PROJECTIONS and linear.out_features in self._num_gates
+        is_gate = parts[-1] not in HIDDEN_PROJECTIONS and linear.out_features in self._num_gates["indexer" in parts]
         return "gate with one output per head" if is_gate else None
 
 
-def _is_count(key: str, value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0 and not _is_width(key)
+def _num_gates(fields: dict[str, Any], of_index: bool) -> set[int]:
+    """One or two for every head, unless that is as many as a head is wide; and one for a whole token."""
+    own = {key: value for key, value in fields.items() if "head" in key and ("index" in key) == of_index and _is_size(value)}
+    widths = {value for key, value in own.items() if _is_width(key)}
+    heads = {value for key, value in own.items() if not _is_width(key)}
+    return {1} | ({count * number for count in heads for number in (1, 2)} - widths)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_width(key: str) -> bool:

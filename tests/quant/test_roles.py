@@ -35,6 +35,8 @@ ROLES: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
         {"router": {"router.proj"}},
     ),
     "jetmoe": ({}, {"router": {"mlp.router.layer", "self_attention.experts.router.layer"}}),
+    # As many heads as a key of its index has channels.
+    "deepseek_v32": ({"first_k_dense_replace": 1}, {"gate": {"self_attn.indexer.weights_proj"}}),
     # A learned scale for every head of an index; ranks of low-rank projections are no numbers of heads.
     "glm_moe_dsa": ({"first_k_dense_replace": 1}, {"gate": {"self_attn.indexer.weights_proj"}}),
     "mamba": ({}, {}),
