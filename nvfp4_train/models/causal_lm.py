@@ -168,6 +168,9 @@ def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
     refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
     if quantization is not None:
         forget_quantization(model)
+        for parameter in model.parameters():
+            # 5.17 dequantizes MXFP4 to bf16 whatever it is asked for.
+            parameter.data = parameter.data.to(torch.float32)
     if dtype is not options["dtype"]:
         dtypes = served_dtypes(model)
         for name, parameter in model.named_parameters():
@@ -212,7 +215,8 @@ def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> Pr
     config = copy.deepcopy(model.config)
     parts = {name: getattr(model.config, name, None) for name in config.sub_configs} | {"": model.config}
     # A text model may compute attention in another way than the tower beside it.
-    attention = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    by_part = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    attention: Any = by_part if len(by_part) > 1 else by_part[""]
     with parameters_on_meta():
         plain = class_of(model)._from_config(config, dtype=dtype, attn_implementation=attention)
     compute_buffers_as_loaded(plain)

@@ -159,6 +159,8 @@ class HubLayout:
             return []
         if self._is_split_on_hub(name):
             rows_of_key = self._rows_of_keys(name)
+        elif any(self.hub_tensors[key].dim() != 3 for key in keys):
+            return []
         else:
             block = keys[0].removesuffix(".weight").rpartition(".")[0]
             experts = block if block.rpartition(".")[2] == "experts" else f"{block}.experts"
@@ -184,12 +186,12 @@ class HubLayout:
     def _rows_of_keys(self, name: str) -> dict[str, slice]:
         """The rows of the matrices of expert 0, by name on disk; none where there are no such matrices, or they have other rows."""
         weight = self.experts[name]
-        # Transformers rearranges the numbers of rows as it would the rows, of one column here.
-        numbers = torch.arange(weight.num_outputs, dtype=torch.int32).view(1, -1, 1)
+        # Transformers rearranges the numbers of rows as it would the rows: of two columns here, because 5.17 drops dimensions of one.
+        numbers = torch.arange(weight.num_outputs, dtype=torch.int32).view(1, -1, 1).expand(1, -1, 2)
         numbers = numbers.mT if weight.is_transposed else numbers
         found = {}
         for key, part in self._revert({name: numbers}).items():
-            if ".0." not in key or not key.endswith(".weight") or part.dim() != 2 or part.shape[1] != 1:
+            if ".0." not in key or not key.endswith(".weight") or part.dim() != 2 or part.shape[1] != 2:
                 return {}
             rows = part[:, 0].tolist()
             step = rows[1] - rows[0] if len(rows) > 1 else 1
