@@ -57,9 +57,9 @@ def test_every_case_has_an_outcome_and_the_readme_shows_it() -> None:
 
 
 def test_an_export_tells_whether_transformers_loads_it() -> None:
-    """Of the types of every run. What these three do is not foreseen."""
+    """Of the types of every run. Of all types it does not foresee what ctrl, modernbert-decoder and xlstm do."""
     wrong = []
-    for model_type in set(IN_EVERY_RUN) - {"ctrl", "modernbert-decoder", "xlstm"}:
+    for model_type in IN_EVERY_RUN:
         if OUTCOMES[model_type].refused or model_type not in CONFIG_MAPPING_NAMES:
             continue
         layout = HubLayout(config_of(model_type, fields_of(model_type)))
