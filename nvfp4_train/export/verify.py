@@ -246,7 +246,7 @@ def _check_tensors(exported: _Exported) -> None:
 
 
 def _check_scheme(exported: _Exported, is_selected: Callable[[str], bool]) -> None:
-    linears, of_experts = exported.layout.linears(), exported.layout.quantized_modules()
+    linears, of_experts = exported.layout.linears(), exported.layout.quantized_expert_modules()
     unknown = exported.quantized - set(linears.values()) - of_experts
     require("scheme", not unknown, f"{shown(unknown)} is quantized but no linear layer")
     for name in of_experts:
@@ -333,7 +333,7 @@ def _check_scales(exported: _Exported) -> None:
 
 
 def _check_siblings(exported: _Exported) -> None:
-    linears = set(exported.layout.linears().values()) | exported.layout.quantized_modules()
+    linears = set(exported.layout.linears().values()) | exported.layout.quantized_expert_modules()
     for module in exported.quantized:
         for sibling in sibling_set(module):
             if sibling in linears:

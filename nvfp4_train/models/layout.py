@@ -130,7 +130,7 @@ class HubLayout:
             if self.experts[name].is_transposed:
                 layout.tensors = layout.tensors | {name: self.tensors[name].mT.contiguous()}
             bias = f"{name}_bias"
-            if bias in self._renamed and not self._is_split_on_hub(name):
+            if bias in self._renamed and not self._rows_of_keys(name):
                 layout._parts[bias] = {f"{matrix.module}.bias": matrix for matrix in matrices}
         layout.bundles = {}
         layout.hub_tensors = {}
@@ -157,11 +157,10 @@ class HubLayout:
         weight, keys = self.experts[name], self._keys_of(name)
         if keys is None:
             return []
-        if self._is_split_on_hub(name):
-            rows_of_key = self._rows_of_keys(name)
-        elif any(self.hub_tensors[key].dim() != 3 for key in keys):
+        rows_of_key = self._rows_of_keys(name)
+        if not rows_of_key and any(self.hub_tensors[key].dim() != 3 for key in keys):
             return []
-        else:
+        if not rows_of_key:
             block = keys[0].removesuffix(".weight").rpartition(".")[0]
             experts = block if block.rpartition(".")[2] == "experts" else f"{block}.experts"
             rows_of_key = {f"{experts}.0.{leaf}.weight": weight.rows(leaf) for leaf in weight.projections}
@@ -179,12 +178,10 @@ class HubLayout:
         others = {key for other, key in self._renamed.items() if other != name}
         return None if others.intersection(keys) else keys
 
-    def _is_split_on_hub(self, name: str) -> bool:
-        """Whether the authors published one matrix for each expert and projection."""
-        return name not in self._renamed and bool(self._rows_of_keys(name))
-
     def _rows_of_keys(self, name: str) -> dict[str, slice]:
-        """The rows of the matrices of expert 0, by name on disk; none where there are no such matrices, or they have other rows."""
+        """The rows of the matrices of expert 0, by name on disk, as authors publish them that have one for each expert and projection;
+        none where they have one tensor for all experts, or rows in another order.
+        """
         weight = self.experts[name]
         # Transformers rearranges the numbers of rows as it would the rows: of two columns here, because 5.17 drops dimensions of one.
         numbers = torch.arange(weight.num_outputs, dtype=torch.int32).view(1, -1, 1).expand(1, -1, 2)
@@ -244,7 +241,7 @@ class HubLayout:
                 found[matrices[0].module.rsplit(".", 2)[0] if matrices else weight.module_name] = None
         return list(found)
 
-    def quantized_modules(self) -> set[str]:
+    def quantized_expert_modules(self) -> set[str]:
         """Module names on disk of the matrices of quantized experts."""
         return {matrix.module for name in self.quantized_experts for matrix in self.matrices(name)}
 

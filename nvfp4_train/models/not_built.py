@@ -22,7 +22,7 @@ from nvfp4_train.models.causal_lm import ModelConfig, read_original
 from nvfp4_train.models.folder import is_ignored, safetensors_files
 from nvfp4_train.models.layout import prefixes, shown
 from nvfp4_train.models.originals import SCALES_OF_FP8, SCALES_OF_INPUTS, block_of, dequantize_blocks
-from nvfp4_train.models.stored_dtypes import STORED_DTYPES
+from nvfp4_train.models.stored_dtypes import STORED_DTYPES, STORED_NAMES
 from nvfp4_train.quant.served import SERVED_DTYPE
 
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
@@ -149,7 +149,7 @@ class _Described:
     tensor: Tensor
 
     def get_dtype(self) -> str | None:
-        return next((name for name, dtype in STORED_DTYPES.items() if dtype is self.tensor.dtype), None)
+        return STORED_NAMES.get(self.tensor.dtype)
 
     def get_shape(self) -> list[int]:
         return list(self.tensor.shape)

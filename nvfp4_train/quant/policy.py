@@ -219,7 +219,7 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
     found = Quantizable.of(model)
     if not found.names:
         raise ValueError(
-            f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none{_other_matrices(model)}"
+            f"a model to quantize must have an nn.Linear, got {type(model).__name__} with none{_conv1d_reason(model)}"
         )
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
@@ -250,15 +250,15 @@ def select(model: nn.Module, config: QuantConfig, layout: Layout | None = None) 
     if not chosen:
         reasons = ", ".join(f"{names} ({reason})" for reason, names in _by_reason(kept).items())
         raise ValueError(
-            f"the policy selects no weight of this model, all are kept in bf16: {reasons}{_other_matrices(model)}; see quant.include"
+            f"the policy selects no weight of this model, all are kept in bf16: {reasons}{_conv1d_reason(model)}; see quant.include"
         )
     groups = tuple(tuple(found.parameter_name(name) for name in group) for group in _groups(chosen, found))
     manifest = QuantManifest(groups=groups, rule=config.scale_rule, activations=SERVINGS[config.serving])
     return Selection(manifest=manifest, kept=kept)
 
 
-def _other_matrices(model: nn.Module) -> str:
-    """What is said of the matrices of a model that are in no linear."""
+def _conv1d_reason(model: nn.Module) -> str:
+    """Why nothing of a model of transformers' Conv1D can be quantized; nothing of other models."""
     transposed = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
     if not transposed:
         return ""

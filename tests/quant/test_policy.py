@@ -1,5 +1,8 @@
+import re
+
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -199,3 +202,12 @@ def test_selection_does_not_depend_on_the_device() -> None:
     with torch.device("meta"):
         on_meta = select(llama(), QuantConfig())
     assert on_meta == select(llama(), QuantConfig())
+
+
+def test_the_table_names_matrices_that_are_in_no_linear() -> None:
+    model = tiny_model("mixtral")
+    table = selection_table(model, select(model, QuantConfig()))
+    assert re.search("in bf16: matrices of MixtralTopKRouter +model.layers.0.mlp.gate.weight and 1 more", table)
+    assert "MixtralExperts" not in table
+    kept = selection_table(model, select(model, QuantConfig(exclude=["*experts*"])))
+    assert re.search("in bf16: matrices of MixtralExperts +model.layers.0.mlp.experts.gate_up_proj and 3 more", kept)

@@ -80,7 +80,7 @@ class CompressedTensors(Format):
 def _ignored(layout: HubLayout, quantized: Mapping[str, str]) -> list[str]:
     """`ignore` entries: full names, and a regular expression for all experts of a module, or all of a block."""
     modules, experts, blocks = unquantized(layout, quantized)
-    on_disk = layout.quantized_modules()
+    on_disk = layout.quantized_expert_modules()
     patterns = []
     for name in experts:
         # The end of the name, since engines have other prefixes; all of it where experts of another layer are quantized.
