@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from nvfp4_train.callbacks.preemption import Preempted
+from nvfp4_train.errors import RunError
 from nvfp4_train.run.build import build
 from nvfp4_train.run.process import default_to_offline_wandb, finish_wandb, leave_process_group
 from nvfp4_train.run.resume import choose_checkpoint
@@ -38,8 +39,8 @@ def run_job(options: dict[str, Any], on_start: Callable[[], None], *, trains: bo
     except Preempted:
         atexit.register(leave_process_group)
         raise
-    except ValueError as error:
-        if module is not None and module.has_started:
+    except (RunError, ValueError) as error:
+        if not isinstance(error, RunError) and module is not None and module.has_started:
             raise
         sys.exit(f"error: {error}")
     finally:

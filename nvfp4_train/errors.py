@@ -1,0 +1,8 @@
+"""Errors that end a run with one line in place of a traceback."""
+
+
+class RunError(Exception):
+    """What the user can correct, or must decide, at any moment of a run. Its message is one line, and the exit code is 1.
+
+    Before training begins a ValueError does the same; after that, a ValueError is a fault of ours.
+    """
