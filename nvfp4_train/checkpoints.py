@@ -1,4 +1,4 @@
-"""Training checkpoints on disk: which of them is the newest whole one, and what they hold.
+"""Training checkpoints on disk: which of them is the newest that a run can continue from, and what they hold.
 
 A replicated model writes a file, by `torch.save`. A sharded model writes a folder: the shards of weights and optimizer states in the
 format of torch.distributed.checkpoint, and everything else in `meta.pt`. Both are read alike, and without a process group.
@@ -11,7 +11,9 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,19 @@ from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from nvfp4_train.checksums import CHECKSUMS, damaged_file, damaged_record, read_checksums
+
 SHARDED_STATE = "meta.pt"
 """File in the folder of a sharded checkpoint, under Lightning's name, with everything that is not sharded."""
+INDEX = ".metadata"
+"""The index of its shards, as torch.distributed.checkpoint names it."""
+ZIP_BEGIN = b"PK\x03\x04"
 PARTIAL_SUFFIX = ".partial"
 """Suffix of the name of a checkpoint that is being written, see `saving`."""
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,
     struct.error,
     EOFError,
     RuntimeError,
@@ -46,44 +54,140 @@ An error of the disk, OSError, is not among them.
 """
 
 
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a path holds."""
+
+    path: Path
+    step: int | None
+    """The optimizer step. None where nothing tells it."""
+    fault: str | None = None
+    """Why no run can continue from it, as the end of a sentence that begins with the path. None where one can."""
+    is_weights_only: bool = False
+    """Whether it is whole, but for the state of the optimizer. It can be exported."""
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.fault or f'holds step {self.step}'}"
+
+
+CUT_SHORT = "was cut short"
+NO_CHECKPOINT = "is no checkpoint of a run"
+WEIGHTS_ONLY = "holds weights only, no state of the optimizer"
+
+
+def inspect_checkpoint(path: Path, *, verify: bool = True) -> CheckpointFacts:
+    """What a path holds. With `verify` all of it is read, on all cores, and compared with its checksums; else no weights are read."""
+    if path.name.endswith(PARTIAL_SUFFIX):
+        return CheckpointFacts(path, None, CUT_SHORT)
+    if not path.exists():
+        return CheckpointFacts(path, None, "does not exist")
+    try:
+        facts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
+        damaged = _damaged(path) if verify and (facts.fault is None or facts.is_weights_only) else None
+    except UNREADABLE as error:
+        return CheckpointFacts(path, None, f"is damaged: {first_line(error)}")
+    return facts if damaged is None else CheckpointFacts(path, facts.step, f"is damaged: {damaged} does not have its checksum")
+
+
 def saved_step(path: Path) -> int | None:
     """The optimizer step of a checkpoint file or folder; None where it was cut short, or is none of ours. Reads no weights."""
-    state = path / SHARDED_STATE if path.is_dir() else path
+    return inspect_checkpoint(path, verify=False).step
+
+
+def newest_complete(folder: Path, *, verify: bool = True) -> tuple[Path | None, list[CheckpointFacts]]:
+    """The checkpoint of the highest step in a folder that a run can continue from, and those that were passed over, by name.
+
+    With `verify` the newest is read as a whole, see `inspect_checkpoint`, and those before it where it is damaged.
+    """
+    found = [inspect_checkpoint(path, verify=False) for path in sorted(folder.glob("*.ckpt"))]
+    passed_over = [facts for facts in found if facts.fault]
+    newest = None
+    for facts in sorted((facts for facts in found if not facts.fault), key=lambda facts: facts.step or 0, reverse=True):
+        if verify:
+            facts = inspect_checkpoint(facts.path)
+        if not facts.fault:
+            newest = facts.path
+            break
+        passed_over.append(facts)
+    partial = [inspect_checkpoint(path) for path in folder.glob(f"*.ckpt{PARTIAL_SUFFIX}")]
+    return newest, sorted(passed_over + partial, key=lambda facts: facts.path)
+
+
+def _inspect_file(path: Path) -> CheckpointFacts:
+    # The directory of a zip archive stands at its end, so a file without it was cut short.
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            begin = file.read(4)
+        is_ours = begin == ZIP_BEGIN[: len(begin)]
+        return CheckpointFacts(path, None, f"{CUT_SHORT}, or its end is damaged" if is_ours else NO_CHECKPOINT)
+    if record := damaged_record(path, without="data"):
+        return CheckpointFacts(path, None, f"is damaged: {record} does not have its checksum")
+    return _facts(path, path)
+
+
+def _inspect_folder(path: Path) -> CheckpointFacts:
+    files = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    if not files.keys() & {SHARDED_STATE, INDEX, CHECKSUMS} and not any(name.endswith(".distcp") for name in files):
+        return CheckpointFacts(path, None, NO_CHECKPOINT)
+    for name in (SHARDED_STATE, INDEX):
+        if not files.get(name):
+            return CheckpointFacts(path, None, f"{CUT_SHORT}: {name} is {'empty' if name in files else 'missing'}")
+    # An older checkpoint has none.
+    checksums = read_checksums(path) or {}
+    for name, file in checksums.items():
+        if files.get(name, 0) < file.num_bytes:
+            has = f"has {files[name]} of {file.num_bytes} bytes" if name in files else "is missing"
+            return CheckpointFacts(path, None, f"{CUT_SHORT}: {name} {has}")
+        if files[name] > file.num_bytes:
+            return CheckpointFacts(path, None, f"is damaged: {name} has {files[name]} bytes, not {file.num_bytes}")
+    small = {name: checksums[name] for name in (SHARDED_STATE, INDEX) if name in checksums}
+    if damaged := damaged_file(path, small):
+        return CheckpointFacts(path, None, f"is damaged: {damaged} does not have its checksum")
+    if fault := _cut_short(path):
+        return CheckpointFacts(path, None, fault)
+    return _facts(path, path / SHARDED_STATE)
+
+
+def _facts(path: Path, state: Path) -> CheckpointFacts:
     try:
-        # The directory of a zip archive stands at its end, so a file without it was cut short.
-        if not state.is_file() or not zipfile.is_zipfile(state) or (path.is_dir() and not _has_all_shards(path)):
-            return None
-        found = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE:
-        return None
+        found = torch.load(state, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(state))
+    except UNREADABLE as error:
+        return CheckpointFacts(path, None, f"{NO_CHECKPOINT} that can be read: {first_line(error)}")
     step = found.get("global_step") if isinstance(found, dict) else None
-    return step if isinstance(step, int) else None
+    if not isinstance(step, int):
+        return CheckpointFacts(path, None, NO_CHECKPOINT)
+    # Lightning leaves them out with save_weights_only, and has them where there are no optimizers, too.
+    is_weights_only = "lr_schedulers" not in found
+    return CheckpointFacts(path, step, WEIGHTS_ONLY if is_weights_only else None, is_weights_only)
 
 
-def newest_complete(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The complete checkpoint of the highest step in a folder, and the ones that were cut short."""
-    steps = {path: saved_step(path) for path in sorted(folder.glob("*.ckpt"))}
-    complete = {path: step for path, step in steps.items() if step is not None}
-    newest = max(complete, key=lambda path: complete[path]) if complete else None
-    return newest, [path for path in steps if path not in complete] + sorted(folder.glob(f"*.ckpt{PARTIAL_SUFFIX}"))
+def _damaged(path: Path) -> str | None:
+    """The first part of a checkpoint that does not have its checksum."""
+    return damaged_file(path, read_checksums(path) or {}) if path.is_dir() else damaged_record(path)
 
 
-def _has_all_shards(folder: Path) -> bool:
-    """Every piece that the index of a sharded checkpoint names lies within its file."""
+def _cut_short(folder: Path) -> str | None:
+    """What is wrong where a piece that the index of a sharded checkpoint names does not lie within its file."""
     try:
-        pieces = (SafeReader(folder).read_metadata().storage_data or {}).values()
-        return all(
-            (folder / piece.relative_path).is_file()
-            and (folder / piece.relative_path).stat().st_size >= piece.offset + piece.length
-            for piece in pieces
-        )
+        for piece in (SafeReader(folder).read_metadata().storage_data or {}).values():
+            file = folder / piece.relative_path
+            if not file.is_file():
+                return f"{CUT_SHORT}: {file.name} is missing"
+            if file.stat().st_size < piece.offset + piece.length:
+                return f"{CUT_SHORT}: {file.name} has {file.stat().st_size} of at least {piece.offset + piece.length} bytes"
     except (FileNotFoundError, *UNREADABLE):
-        return False
+        return f"{CUT_SHORT}: {INDEX} is missing, or cannot be read"
+    return None
 
 
 def _refuse_cut_short(folder: Path) -> None:
-    if not _has_all_shards(folder):
-        raise ValueError(f"{folder} was cut short: shards are missing")
+    if fault := _cut_short(folder):
+        raise ValueError(f"{folder} {fault}")
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
 def is_sharded_checkpoint(path: Path) -> bool:

@@ -33,6 +33,7 @@ from nvfp4_train.checkpoints import (
     saved_shapes,
     shapes,
 )
+from nvfp4_train.disk import DiskError
 from nvfp4_train.saving import ShardedWriter, save_file
 
 
@@ -67,7 +68,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.replicate_size = replicate_size
         self.reshard_after_forward = reshard_after_forward
         self.async_checkpoint = async_checkpoint
-        self._in_flight: tuple[Path, Future[Any]] | None = None
+        self._in_flight: tuple[ShardedWriter, Future[Any]] | None = None
         """The checkpoint that is being written."""
         self._replaced: list[str | Path] = []
         """Checkpoints to delete when the one in flight is complete."""
@@ -98,17 +99,26 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            failure: Exception | None = None
+            try:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            except DiskError as error:
+                failure = error
+            self._raise_on_all_ranks(failure)
             return
         assert storage_options is None
         self.finish_checkpoint()
-        path = Path(self.broadcast(filepath))
+        writer = ShardedWriter(Path(self.broadcast(filepath)), checkpoint.get("global_step"))
         state = {"state_dict": checkpoint.pop("state_dict")}
         state |= {f"optimizer_{index}": values for index, values in enumerate(checkpoint.pop("optimizer_states", []))}
-        writer = ShardedWriter(path)
+        failure = None
         if self.is_global_zero:
-            writer.start(checkpoint)
-        self.barrier("checkpoint started")
+            try:
+                writer.start(checkpoint)
+            except Exception as error:
+                failure = writer.failure(error, is_rank_zero=True)
+                failure.__cause__ = error
+        self._raise_on_all_ranks(failure)
         assert self.lightning_module is not None
         try:
             # A caller outside of training expects a checkpoint when this returns.
@@ -117,23 +127,31 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     # Threads must not share a group, and NCCL takes no CPU tensors.
                     self._background_group = distributed.new_group(backend="gloo")
                 future = async_save(state, storage_writer=writer, process_group=self._background_group)
-                self._in_flight = path, cast("Future[Any]", future)
+                self._in_flight = writer, cast("Future[Any]", future)
             else:
                 save(state, storage_writer=writer)
         except CheckpointException as error:
-            raise _not_written(path) from error
+            raise writer.failure(error, is_rank_zero=self.is_global_zero) from error
+
+    def _raise_on_all_ranks(self, failure: Exception | None) -> None:
+        """Raise the failure of rank 0, if there is one, on every rank: the others would wait for it."""
+        if (of_first := self.broadcast(failure)) is not None:
+            raise failure or of_first
 
     def finish_checkpoint(self) -> None:
-        """Wait until the checkpoint in flight is complete, then delete those that it replaces. RuntimeError where it failed."""
+        """Wait until the checkpoint in flight is complete, then delete those that it replaces.
+
+        Raises what `ShardedWriter.failure` gives where it failed.
+        """
         if self._in_flight is None:
             return
-        (path, future), self._in_flight = self._in_flight, None
+        (writer, future), self._in_flight = self._in_flight, None
         replaced, self._replaced = self._replaced, []
         try:
             future.result()
         # CheckpointException derives from BaseException; `except Exception` does not catch it.
         except (Exception, CheckpointException) as error:
-            raise _not_written(path) from error
+            raise writer.failure(error, is_rank_zero=self.is_global_zero) from error
         for earlier in replaced:
             super().remove_checkpoint(earlier)
 
@@ -195,12 +213,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
             ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
         return checkpoint
-
-
-def _not_written(path: Path) -> RuntimeError:
-    return RuntimeError(
-        f"the checkpoint {path} could not be written; an earlier one is kept, and ckpt_path=auto continues from it"
-    )
 
 
 class AnyCheckpointIO(TorchCheckpointIO):

@@ -155,12 +155,12 @@ def test_a_file_cannot_be_saved_in_the_background() -> None:
 
 def save_folder(path: Path, step: int) -> None:
     writer = ShardedWriter(path)
-    writer.start({"global_step": step})
+    writer.start({"global_step": step, "lr_schedulers": []})
     torch.distributed.checkpoint.save({"w": torch.full((1000,), step)}, storage_writer=writer, no_dist=True)
 
 
 def save_one_file(path: Path, step: int) -> None:
-    save_file({"global_step": step, "state_dict": {"w": torch.full((1000,), step)}}, path)
+    save_file({"global_step": step, "lr_schedulers": [], "state_dict": {"w": torch.full((1000,), step)}}, path)
 
 
 @pytest.mark.parametrize("save", [save_one_file, save_folder])

@@ -1,0 +1,77 @@
+"""What a disk that takes no more is called: full, over its quota, read-only, or closed to this user."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nvfp4_train.errors import RunError
+
+_OF_RUST = re.compile(r"os error (\d+)")
+"""Packages in Rust (safetensors, tokenizers) raise errors of their own, with the number in the text."""
+
+
+class DiskError(RunError, OSError):
+    """Something could not be written, for a reason that lies with the disk. Its message is one line."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def find_errno(error: BaseException | None) -> int | None:
+    """The number of the system's error that an error came from; None where it came from none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if found := _OF_RUST.search(str(error)):
+            return int(found[1])
+        # `torch.save` raises a RuntimeError of its own while it handles that of the file.
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def not_written(path: Path, what: str, error: BaseException) -> DiskError | None:
+    """The error to raise where `what`, at the path, could not be written: one line that names the disk's state.
+
+    None where the error did not come from the disk. Call it when what was written of it has been removed.
+    """
+    if isinstance(error, DiskError):
+        return error
+    number = find_errno(error)
+    if number is None:
+        return None
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+    if number == errno.ENOSPC:
+        why = f"the disk of {folder} is full, with {_free(folder)} free"
+    elif number == errno.EDQUOT:
+        why = f"the quota on the disk of {folder} is used up"
+    elif number == errno.EFBIG:
+        why = f"the file is larger than {folder} or a limit of the system allows"
+    elif number == errno.EROFS:
+        why = f"the disk of {folder} is read-only"
+    elif number in (errno.EACCES, errno.EPERM):
+        why = f"{folder} must be writable for this user"
+    else:
+        why = os.strerror(number)
+    return DiskError(f"{why}: {what} was not written to {path}")
+
+
+@contextmanager
+def disk_errors_named(path: Path, what: str) -> Iterator[None]:
+    """Raise DiskError, see `not_written`, for an error of the disk in the body."""
+    try:
+        yield
+    except Exception as error:
+        named = not_written(path, what, error)
+        if named is None:
+            raise
+        raise named from error
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB"
