@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from nvfp4_train.errors import RunError
 from nvfp4_train.export import export_model
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.folder import check_target
@@ -52,6 +53,11 @@ def main() -> None:
             check_target(folder, args.overwrite)
         checkpoint = load_checkpoint(args.checkpoint, trust_remote_code=args.trust_remote_code)
         tokenizer = args.tokenizer or checkpoint.tokenizer
+        if tokenizer is None:
+            print(
+                f"no folder tokenizer/ beside {args.checkpoint}: the export has no tokenizer; --tokenizer names one",
+                file=sys.stderr,
+            )
         is_copied = checkpoint.not_built is not None and checkpoint.not_built.kept and not args.without_original
         passed_through = PassedThrough(checkpoint.not_built, args.original or checkpoint.path) if is_copied else None
         served = FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state)
@@ -70,7 +76,7 @@ def main() -> None:
                 files_from=args.original or checkpoint.tokenizer,
             )
             print(report, flush=True)
-    except (ValueError, OSError) as error:
+    except (RunError, ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from nvfp4_train.run.compose import run_options, save_config, start_job
+from nvfp4_train.run.compose import run_options, start_job
 from nvfp4_train.run.job import run_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    return run_job(run_options(cfg), lambda: save_config(cfg))
+    return run_job(run_options(cfg))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def _inspect_file(path: Path) -> CheckpointFacts:
         with path.open("rb") as file:
             begin = file.read(4)
         is_ours = begin == ZIP_BEGIN[: len(begin)]
-        return CheckpointFacts(path, None, f"{CUT_SHORT}, or its end is damaged" if is_ours else NO_CHECKPOINT)
+        return CheckpointFacts(path, None, f"{CUT_SHORT}: its end is missing, or damaged" if is_ours else NO_CHECKPOINT)
     if record := damaged_record(path, without="data"):
         return CheckpointFacts(path, None, f"is damaged: {record} does not have its checksum")
     return _facts(path, path)
@@ -220,6 +220,11 @@ def first_failure(error: BaseException) -> BaseException:
 def read_rest(folder: Path) -> dict[str, Any]:
     """The part of a sharded checkpoint that is not sharded."""
     return torch.load(folder / SHARDED_STATE, map_location="cpu", weights_only=True)
+
+
+def read_unsharded(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside shards, of either kind. Tensors of a file stay on disk until they are used."""
+    return read_rest(path) if is_sharded_checkpoint(path) else read_checkpoint(path)
 
 
 def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,10 @@ _OF_RUST = re.compile(r"os error (\d+)")
 """Packages in Rust (safetensors, tokenizers) raise errors of their own, with the number in the text."""
 
 
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors that the user can correct, whatever was written."""
+
+
 class DiskError(RunError, OSError):
     """Something could not be written, for a reason that lies with the disk. Its message is one line."""
 
@@ -59,6 +63,14 @@ def not_written(path: Path, what: str, error: BaseException) -> DiskError | None
     else:
         why = os.strerror(number)
     return DiskError(f"{why}: {what} was not written to {path}")
+
+
+def disk_error(error: BaseException, folder: Path) -> str | None:
+    """The line of `not_written` for an error of the system while a file below the folder was written; None for any other error."""
+    if not isinstance(error, OSError) or find_errno(error) not in OF_THE_DISK:
+        return None
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder / "a file"
+    return str(not_written(path, path.name, error))
 
 
 @contextmanager

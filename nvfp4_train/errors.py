@@ -6,3 +6,7 @@ class RunError(Exception):
 
     Before training begins a ValueError does the same; after that, a ValueError is a fault of ours.
     """
+
+
+class JobFailed(Exception):
+    """A job of a sweep has ended with an error that has been printed. The others go on, and the sweep ends with exit code 1."""

@@ -1,7 +1,7 @@
 """The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from nvfp4_train.checkpoints import check_same_weights, shapes
 from nvfp4_train.losses.base import Batch, Loss, num_positions
 from nvfp4_train.losses.next_token import NextTokenLoss
+from nvfp4_train.models.architecture import check_same_config
 from nvfp4_train.models.build import ModelBuilder, build_model
 from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
 from nvfp4_train.models.not_built import NotBuilt
 from nvfp4_train.models.prepare import prepare
-from nvfp4_train.optim import OptimConfig, build_optimizer
+from nvfp4_train.optim import OptimConfig, build_optimizer, take_options
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.policy import QuantConfig, Selection
 from nvfp4_train.quant.state import QuantState
@@ -60,14 +61,23 @@ class QATModule(L.LightningModule):
     """Batches are {"input_ids": int64 [B, T], ...}. `loss` is what training minimizes, by default the next token's cross-entropy."""
 
     def __init__(
-        self, *, model: ModelConfig, quant: QuantConfig, optim: OptimConfig, loss: Loss | None = None, seed: int = 0
+        self,
+        *,
+        model: ModelConfig,
+        quant: QuantConfig,
+        optim: OptimConfig,
+        loss: Loss | None = None,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        """`options` are those of the run, plain data that its checkpoints keep beside the weights."""
         super().__init__()
         self.model_config = model
         self.quant_config = quant
         self.optim_config = optim
         self.loss = loss or NextTokenLoss()
         self.seed = seed
+        self.options = dict(options or {})
         self.model: PreTrainedModel | None = None
         self.selection: Selection | None = None
         self.store: WeightStore | None = None
@@ -98,6 +108,11 @@ class QATModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
+        # Every strategy has restored its checkpoint by now, and with it the options of the run that saved it.
+        schedule: Any = self.lr_schedulers()
+        for optimizer in self.trainer.optimizers:
+            for line in take_options(self, optimizer, schedule, self.optim_config):
+                self.print(line)
         self.has_started = True
 
     def configure_model(self) -> None:
@@ -261,22 +276,31 @@ class QATModule(L.LightningModule):
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is None:
+            return
+        assert self.model is not None
+        path = Path(str(self.trainer.ckpt_path))
         # FullyShardedStrategy has loaded the weights itself.
-        if self._trainer is not None and "state_dict" in checkpoint:
-            check_same_weights(Path(str(self.trainer.ckpt_path)), shapes(checkpoint["state_dict"]), shapes(self.state_dict()))
+        if "state_dict" in checkpoint:
+            check_same_weights(path, shapes(checkpoint["state_dict"]), shapes(self.state_dict()))
+        saved = checkpoint.get("hyper_parameters", {}).get("export", {})
+        check_same_config(path, saved.get("config", {}), self.model.config.to_dict())
+        if (there := saved.get("path", self.model_config.path)) != self.model_config.path:
+            self.print(f"model.path was {there} in the run that saved {path}, is {self.model_config.path} here")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain data only: checkpoints are read with weights_only.
         assert self.model is not None and self.selection is not None
         generation_config = getattr(self.model, "generation_config", None)
         checkpoint["hyper_parameters"] = {
+            "options": self.options,
             "export": {
                 "config": self.model.config.to_dict(),
                 "generation_config": None if generation_config is None else generation_config.to_dict(),
                 "manifest": self.selection.manifest.to_dict(),
                 "path": self.model_config.path,
                 "not_built": None if self.not_built is None else self.not_built.to_dict(),
-            }
+            },
         }
 
 

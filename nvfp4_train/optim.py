@@ -73,3 +73,39 @@ def build_optimizer(
         return lr_factor(step, warmup_steps=config.warmup_steps, total_steps=total_steps, min_lr_ratio=config.min_lr_ratio)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def take_options(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: OptimConfig,
+) -> list[str]:
+    """Give an optimizer and a schedule whose state was restored the options of a config; moments and steps stay.
+
+    Returns a line for each option that the state had another value of.
+    """
+    given: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    saved = _options_of(optimizer)
+    groups = parameter_groups(model, config.weight_decay)
+    for group, new, factor in zip(optimizer.param_groups, groups, schedule.lr_lambdas, strict=True):
+        group |= given | {"weight_decay": new["weight_decay"], "initial_lr": config.lr}
+        group["lr"] = config.lr * factor(schedule.last_epoch)
+    schedule.base_lrs = [config.lr] * len(groups)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return [f"optim.{name} was {saved[name]}, is {given[name]} from here on" for name in given if saved[name] != given[name]]
+
+
+def _options_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    first = optimizer.param_groups[0]
+    return {
+        "lr": first.get("initial_lr", first["lr"]),
+        "betas": tuple(first["betas"]),
+        "eps": first["eps"],
+        "weight_decay": max(group["weight_decay"] for group in optimizer.param_groups),
+    }

@@ -61,10 +61,12 @@ def launch(
     threads: int = 1,
     forked: bool = True,
     script: str = "train.py",
+    folder: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """`python launch/train.py` with these overrides, or torchrun with `ranks` processes; fails if it fails, unless check=False.
 
-    `script` is another launcher with the same options. `small` are options that make a run small, by default those of `SMALL`.
+    `script` is another launcher with the same options; `folder` is where the command is given. `small` are
+    options that make a run small, by default those of `SMALL`.
 
     Processes of a small run are forked from one that has imported everything, since to import takes longer than the run.
     They hash strings alike, which ranks that are started one by one (forked=False) do not.
@@ -72,7 +74,7 @@ def launch(
     torchrun = ("--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
     python, server = forked_python() if small and forked else (sys.executable, {})
     command = train_command(run_dir, *overrides, torchrun=torchrun, small=small, python=python, script=script)
-    result = subprocess.run(command, capture_output=True, text=True, env=train_environment(threads) | server, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, env=train_environment(threads) | server, cwd=folder)
     if check:
         assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[:3000]}\n...\n{result.stderr[-3000:]}"
     return result

@@ -27,14 +27,23 @@ class Requantize(Callback):
 
     def __init__(self) -> None:
         self._last_step = -1
+        self._has_switched = False
         self._metrics_at_switch: dict[str, float] = {}
+        self._measured_by: dict[str, Any] = {}
+        """What the metrics at the switch are of."""
 
     def state_dict(self) -> dict[str, Any]:
         # Checkpoints know the metrics by the name that they had when they were losses alone.
-        return {"losses_at_switch": self._metrics_at_switch}
+        return {
+            "losses_at_switch": self._metrics_at_switch,
+            "has_switched": self._has_switched,
+            "measured_by": self._measured_by,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._metrics_at_switch = dict(state_dict["losses_at_switch"])
+        self._has_switched = state_dict.get("has_switched", bool(self._metrics_at_switch))
+        self._measured_by = dict(state_dict.get("measured_by", {}))
 
     def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
         config = pl_module.quant_config
@@ -48,16 +57,24 @@ class Requantize(Callback):
         # Every strategy has restored its checkpoint by now.
         start_step = pl_module.quant_config.start_step
         if trainer.global_step < start_step:
-            if self._metrics_at_switch and trainer.is_global_zero:
-                print(
-                    f"quant.start_step={start_step}: quantization, which had begun before this checkpoint, begins anew",
-                    flush=True,
+            if self._has_switched:
+                pl_module.print(
+                    f"quant.start_step={start_step}: quantization, which had begun before this checkpoint, begins anew"
                 )
-            self._metrics_at_switch = {}
+            self._has_switched, self._metrics_at_switch = False, {}
+        self._forget_other_measures(pl_module, measure_of(trainer, pl_module))
         self._after_step(trainer, pl_module)
-        if not self._metrics_at_switch:
+        if not self._has_switched:
             # Else the run would find out at the switch.
             self._check_data(trainer, pl_module)
+
+    def _forget_other_measures(self, pl_module: QATModule, ours: dict[str, Any]) -> None:
+        """Drop metrics at the switch that are of other held-out text or another loss: those of the end would be no pair with them."""
+        if others := [name for name, value in self._measured_by.items() if ours.get(name) not in (None, value)]:
+            pl_module.print(
+                f"what was measured at the switch is left out: {' and '.join(others)} changed since, so the end cannot be compared"
+            )
+            self._metrics_at_switch = {}
 
     @staticmethod
     def _check_data(trainer: Trainer, pl_module: QATModule) -> None:
@@ -101,7 +118,7 @@ class Requantize(Callback):
 
     def _report_end(self, trainer: Trainer, pl_module: QATModule) -> None:
         assert pl_module.store is not None
-        if not self._metrics_at_switch:
+        if not self._has_switched:
             quantized = self._switch(trainer, pl_module)
         else:
             if not pl_module.store.is_enabled:
@@ -117,7 +134,7 @@ class Requantize(Callback):
         assert store is not None
         if not config.enabled or trainer.global_step < config.start_step:
             return
-        if not self._metrics_at_switch:
+        if not self._has_switched:
             self._switch(trainer, pl_module)
         else:
             # A store that is not enabled belongs to a run that continues: its choices are those of the checkpoint.
@@ -138,9 +155,20 @@ class Requantize(Callback):
         pl_module.update(refit=True)
         pl_module.store.check_finite()
         quantized = _evaluate_quantized(trainer, pl_module)
+        self._has_switched = True
         self._metrics_at_switch = _named(masters, MASTER_AT_SWITCH) | _named(quantized, PTQ)
+        self._measured_by = measure_of(trainer, pl_module)
         pl_module.report(self._metrics_at_switch)
         return quantized
+
+
+def measure_of(trainer: Trainer, pl_module: QATModule) -> dict[str, Any]:
+    """What makes two validation losses comparable: the held-out sequences and the options of the loss, where they are known."""
+    found = {
+        "the held-out text": getattr(trainer.datamodule, "held_out_fingerprint", None),  # type: ignore[attr-defined]
+        "the loss": pl_module.options.get("loss"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _evaluate(trainer: Trainer, pl_module: QATModule, serving: str | None = None) -> Metrics:

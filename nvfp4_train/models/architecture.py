@@ -216,3 +216,40 @@ def freeze_outside(model: PreTrainedModel) -> None:
 def positions(config: PretrainedConfig) -> int | None:
     """How many positions the language model has; None where the config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+_OF_THIS_PROCESS = (
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "name_or_path",
+    "use_cache",
+    "attn_implementation",
+)
+
+
+def check_same_config(source: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise ValueError, which names the field, where the config of a checkpoint and that of the model that continues from it differ.
+
+    Fields that one transformers has and another has not are passed over.
+    """
+    there, here = (json.loads(json.dumps(config, default=str)) for config in (saved, ours))
+    for name in _different_fields(there, here):
+        *parts, field = name.split(".")
+        for part in parts:
+            there, here = there[part], here[part]
+        raise ValueError(
+            f"the checkpoint {source} was saved with another model: {name} of its config is {there[field]} there and "
+            f"{here[field]} here; set model.* as in the run that saved it"
+        )
+
+
+def _different_fields(there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    for name in there.keys() & here.keys():
+        if name.startswith("_") or name in _OF_THIS_PROCESS:
+            continue
+        if isinstance(there[name], Mapping) and isinstance(here[name], Mapping):
+            yield from _different_fields(there[name], here[name], f"{within}{name}.")
+        elif there[name] != here[name]:
+            yield within + name

@@ -15,6 +15,11 @@ from nvfp4_train.run.options import check_parts, check_targets, check_trainer
 from nvfp4_train.run.resume import check_checkpoint, keep_earlier_metrics
 
 
+def recorded(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that checkpoints keep: those that say what is trained, on what, and how."""
+    return {name: node for name, node in options.items() if name not in ("run_dir", "ckpt_path", "callbacks", "logger")}
+
+
 def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, QATModule, TextDataModule]:
     """Check the options and build everything that a run needs, with or without training steps. Raises ValueError for what the user
     can correct.
@@ -24,7 +29,7 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
     check_targets(options)
     check_trainer(options["trainer"])
     check_parts(options)
-    check_checkpoint(options["ckpt_path"])
+    check_checkpoint(options)
     nodes = groups(options)
     parts = {
         group: {name: node for name, node in (nodes.pop(group) or {}).items() if node} for group in ("callbacks", "logger")
@@ -46,7 +51,7 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
         configs.pop("data"), seed=options["seed"], model_path=model.path, trust_remote_code=model.trust_remote_code
     )
     data.check_model(hf_config.get_text_config().vocab_size, positions(hf_config))
-    module = QATModule(**configs, seed=options["seed"])
+    module = QATModule(**configs, seed=options["seed"], options=recorded(options))
 
     callbacks = [make(node, f"callbacks.{name}") for name, node in parts["callbacks"].items()]
     keep_earlier_metrics(Path(options["run_dir"]))

@@ -6,19 +6,26 @@ A group is a folder of configs/ that the defaults list of configs/train.yaml nam
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from nvfp4_train.run.identity import choose_run_id, is_rank_zero, wandb_id
+from nvfp4_train.errors import JobFailed
+from nvfp4_train.run.identity import choose_run_id, is_rank_zero, keep_earlier, wandb_id
+
+PATH_OPTIONS = ("ckpt_path", "model.path", "data.path", "data.tokenizer", "loss.teacher_path")
+"""Options that may be paths, of the folder in which the command was given."""
 
 
 @dataclass
@@ -71,19 +78,50 @@ def _summary(recipe: Path) -> str:
 
 
 def start_job(root: Path, main: Callable[[], Any]) -> None:
-    """Call `main`, a function that Hydra decorated, with all that configs/ refers to, and one name of the run folder on all ranks."""
+    """Call `main`, a function that Hydra decorated, with all that configs/ refers to, and one name of the run folder on all ranks.
+
+    Ends with exit code 1 and a line where the command line is wrong, a job has failed, or the run folder cannot be made.
+    """
     register_configs(root)
+    # Hydra would print the errors itself, as tracebacks.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         os.environ["RUN_ID"] = choose_run_id()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    main()
+    try:
+        main()
+    except JobFailed:
+        sys.exit(1)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        sys.exit("error: " + " ".join(f"{error} {cause}".split()))
+    except OSError as error:
+        # A job lets none through.
+        sys.exit(f"error: run_dir cannot be made: {error}")
+
+
+def failed_job() -> BaseException:
+    """What to raise when a job has failed and its error is printed: the end of the process, or of one job of a sweep."""
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return JobFailed("a job of the sweep has failed") if is_sweep else SystemExit(1)
 
 
 def run_options(cfg: DictConfig) -> dict[str, Any]:
-    """The options of the job that Hydra runs, in the run folder that it made."""
-    cfg.run_dir = HydraConfig.get().runtime.output_dir
-    return plain(cfg)
+    """The options of the job that Hydra runs, in the run folder that it made, with paths that do not depend on the current folder."""
+    hydra = HydraConfig.get()
+    cfg.run_dir = hydra.runtime.output_dir
+    options = plain(cfg)
+    if hydra.job.chdir:
+        for option in PATH_OPTIONS:
+            *groups_of_option, name = option.split(".")
+            node = options
+            for group in groups_of_option:
+                node = node.get(group) or {}
+            value = node.get(name)
+            if isinstance(value, str) and (path := Path(hydra.runtime.cwd, value).expanduser()).exists():
+                node[name] = str(path)
+    return options
 
 
 def compose_options(root: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -110,13 +148,21 @@ def groups(options: dict[str, Any]) -> dict[str, Any]:
     return {name: node for name, node in options.items() if name not in own}
 
 
-def save_config(cfg: DictConfig) -> None:
-    """Write the files that Hydra would write itself, but before it is known whether the run is accepted."""
-    if is_rank_zero():
-        folder = Path(cfg.run_dir) / ".hydra"
-        folder.mkdir(exist_ok=True)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        OmegaConf.save(HydraConfig.get().overrides.task, folder / "overrides.yaml")
+def save_config(options: Mapping[str, Any]) -> None:
+    """Write the files that Hydra would write itself, but once the run is accepted, and with the options that it uses.
+
+    Those of an earlier run in the folder that differ are kept under a numbered name.
+    """
+    if not is_rank_zero():
+        return
+    folder = Path(options["run_dir"]) / ".hydra"
+    folder.mkdir(exist_ok=True)
+    written = {"config.yaml": dict(options), "overrides.yaml": list(HydraConfig.get().overrides.task)}
+    for name, content in written.items():
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        if (folder / name).exists() and (folder / name).read_text() != text:
+            keep_earlier(folder / name)
+        (folder / name).write_text(text)
 
 
 def target_class(node: dict[str, Any], where: str) -> type:

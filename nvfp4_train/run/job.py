@@ -2,26 +2,33 @@
 
 import atexit
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 
-from nvfp4_train.callbacks.preemption import Preempted
+from nvfp4_train.callbacks.preemption import INTERRUPTED_EXIT_CODE, Preempted
+from nvfp4_train.disk import disk_error
 from nvfp4_train.errors import RunError
+from nvfp4_train.module import QATModule
 from nvfp4_train.run.build import build
+from nvfp4_train.run.compose import failed_job, save_config
+from nvfp4_train.run.identity import is_rank_zero
+from nvfp4_train.run.lock import lock_folder
 from nvfp4_train.run.process import default_to_offline_wandb, finish_wandb, leave_process_group
 from nvfp4_train.run.resume import choose_checkpoint
 
 
-def run_job(options: dict[str, Any], on_start: Callable[[], None], *, trains: bool = True) -> float | None:
+def run_job(options: dict[str, Any], *, trains: bool = True) -> float | None:
     """Run a job. Without training it calibrates, quantizes, measures and exports alone (PTQ). Returns the quantized model's loss.
 
-    `on_start` is called once the run is accepted.
+    Once its error is printed, a job that fails raises what `failed_job` says; one that a signal ends raises SystemExit.
     """
     default_to_offline_wandb()
     # Neither warning applies: the run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
@@ -29,20 +36,47 @@ def run_job(options: dict[str, Any], on_start: Callable[[], None], *, trains: bo
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
-    module = None
+    modules: list[QATModule] = []
+    exit_code = 1
     try:
-        options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(options["run_dir"]) / "checkpoints")
-        trainer, module, data = build(options, trains=trains)
-        trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: on_start()))  # type: ignore[attr-defined]
+        # Lightning may start the other ranks itself, which are of this run.
+        with lock_folder(Path(options["run_dir"]), sys.argv) if is_rank_zero() else nullcontext():
+            loss = _run(options, modules, trains)
+        exit_code = 0
+        return loss
+    except SystemExit as error:
+        exit_code = error.code if isinstance(error.code, int) else 1
+        raise
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED_EXIT_CODE
+        sys.exit(exit_code)
+    except Exception as error:
+        has_started = any(module.has_started for module in modules)
+        _print_error(error, Path(options["run_dir"]), has_started=has_started)
+        raise failed_job() from error
+    finally:
+        finish_wandb(exit_code)
+
+
+def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> float | None:
+    options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(options["run_dir"]) / "checkpoints")
+    trainer, module, data = build(options, trains=trains)
+    modules.append(module)
+    trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: save_config(options)))  # type: ignore[attr-defined]
+    try:
         trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
-        atexit.register(leave_process_group)
     except Preempted:
         atexit.register(leave_process_group)
         raise
-    except (RunError, ValueError) as error:
-        if not isinstance(error, RunError) and module is not None and module.has_started:
-            raise
-        sys.exit(f"error: {error}")
-    finally:
-        finish_wandb()
+    atexit.register(leave_process_group)
     return module.results.get("val/loss_quantized")
+
+
+def _print_error(error: Exception, run_dir: Path, *, has_started: bool) -> None:
+    """A line for what the user can correct, else the traceback."""
+    of_user = (RunError,) if has_started else (RunError, ValueError, OSError, MisconfigurationException)
+    line = disk_error(error, run_dir) or (str(error) if isinstance(error, of_user) else None)
+    if line is None:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)

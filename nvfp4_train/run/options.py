@@ -36,10 +36,33 @@ def check_targets(options: Any, where: str = "") -> None:
             check_options(wandb.init, {name: value for name, value in plain.items() if name not in own}, where)
 
 
+_STREAM = "the data is one endless stream; trainer.max_steps says where a run ends"
+OF_NO_USE: Mapping[str, tuple[Sequence[Any], str]] = {
+    "max_epochs": ((-1, None), _STREAM),
+    "min_epochs": ((None,), _STREAM),
+    "limit_train_batches": ((None, 1.0), f"{_STREAM}, and data.max_documents how much text is used"),
+    "overfit_batches": ((0.0, 0), f"{_STREAM}, and data.max_documents how much text is used"),
+    "limit_val_batches": ((None, 1.0), "data.val_sequences says how much of the held-out text is used"),
+    "check_val_every_n_epoch": ((None,), "trainer.val_check_interval counts micro-batches"),
+    "reload_dataloaders_every_n_epochs": ((0,), _STREAM),
+    "use_distributed_sampler": ((False,), "the stream is cut for the ranks by its own sampler"),
+    "num_sanity_val_steps": ((0,), "every run is checked before its first step by callbacks.served_check"),
+    "fast_dev_run": ((False, 0), "set trainer.max_steps=2, which keeps loggers and checkpoints"),
+    "barebones": ((False,), "logger=none trainer.enable_progress_bar=false leaves out what can be left out"),
+    "enable_checkpointing": ((None, True), "callbacks.checkpoint=null callbacks.last_checkpoint=null leave out checkpoints"),
+    "sync_batchnorm": ((False,), "a language model has no batch norms"),
+}
+"""Options of Lightning's Trainer that mean something else here: the values that change nothing, and what to set in their place."""
+
+
 def check_trainer(options: dict[str, Any]) -> None:
     """Raise ValueError for values that Lightning takes and that no run can use."""
+    for name, (allowed, instead) in OF_NO_USE.items():
+        if name in options and not any(type(options[name]) is type(value) and options[name] == value for value in allowed):
+            wanted = " or ".join("null" if value is None else str(value).lower() for value in allowed)
+            raise ValueError(f"trainer.{name} must be {wanted}, got {options[name]}: {instead}")
     for name, least in (("max_steps", 1), ("accumulate_grad_batches", 1), ("log_every_n_steps", 1), ("val_check_interval", 1)):
-        if name in options and options[name] < least:
+        if name in options and not (isinstance(options[name], int) and options[name] >= least):
             raise ValueError(f"trainer.{name} must be at least {least}, got {options[name]}")
     if (clip := options.get("gradient_clip_val")) is not None and clip < 0:
         raise ValueError(f"trainer.gradient_clip_val must be at least 0, or null, got {clip}")

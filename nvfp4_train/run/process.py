@@ -17,11 +17,11 @@ def default_to_offline_wandb() -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def finish_wandb() -> None:
-    """End the wandb run of this process, if it has one: the next job of a sweep logs into a run of its own."""
+def finish_wandb(exit_code: int) -> None:
+    """End the wandb run of this process, if it has one, as the process ends. The next job of a sweep logs into a run of its own."""
     # Only the logger imports wandb, which takes a second.
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+        sys.modules["wandb"].finish(exit_code)
 
 
 def leave_process_group() -> None:

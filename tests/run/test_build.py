@@ -45,7 +45,7 @@ def build(tmp_path: Path, *overrides: str) -> None:
         ("data.seq_len=4096", "seq_len"),
         ("model.config.vocab_size=100", "vocab"),
         ("ckpt_path=/nonexistent.ckpt", "ckpt_path must be a checkpoint, or auto, got .*does not exist"),
-        ("ckpt_path=/etc/passwd", "ckpt_path must be a checkpoint, or auto, got '/etc/passwd', which is none"),
+        ("ckpt_path=/etc/passwd", "ckpt_path must be a checkpoint, or auto, got '/etc/passwd', which is no checkpoint"),
     ],
 )
 def test_a_slip_is_refused_with_its_location(override: str, message: str, tmp_path: Path) -> None:
@@ -70,5 +70,5 @@ def test_a_group_is_an_argument_of_the_module_by_its_name(tmp_path: Path, monkey
     monkeypatch.setattr(run, "QATModule", lambda **arguments: taken.update(arguments))
     options, _ = compose_options(ROOT, [*SMALL, f"run_dir={tmp_path}", "logger=none"])
     run.build(options | {"new": {"_target_": "builtins.dict", "teacher": {"path": "x", "layers": [1, 2]}}})
-    assert taken.keys() == {"seed", "new", *groups(options)} - {"data", "trainer", "callbacks", "logger"}
+    assert taken.keys() == {"seed", "options", "new", *groups(options)} - {"data", "trainer", "callbacks", "logger"}
     assert taken["new"] == {"teacher": {"path": "x", "layers": [1, 2]}}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -116,13 +117,15 @@ def test_too_few_tokens_to_calibrate_with_are_found_before_training(script: str,
 def test_a_run_that_was_never_calibrated_is_not_served_with_quantized_inputs(tmp_path: Path) -> None:
     """It continues as W4A16, whose metrics then have no W4A4 beside them."""
     first, onwards = tmp_path / "first", tmp_path / "onwards"
-    launch(first, "trainer.max_steps=1", "quant.calibration.sequences=0", "quant.equalize=none")
+    uncalibrated = ("quant.calibration.sequences=0", "quant.equalize=none")
+    launch(first, "trainer.max_steps=1", *uncalibrated)
     resume = f"ckpt_path={first}/checkpoints/last.ckpt"
     for option in ("quant.activations=nvfp4", "quant.serve=w4a4"):
-        line = refusal(tmp_path / "refused", resume, option)
-        assert line.startswith("error: W4A4 needs an input scale for every quantized linear")
-        assert "see quant.calibration, or set quant.activations=none and quant.serve=w4a16" in line
-    launch(onwards, "trainer.max_steps=2", resume)
+        line = refusal(tmp_path / "refused", resume, *uncalibrated, option)
+        assert line == f"error: quant: quant.calibration.sequences must be at least 1 with {option}, got 0"
+    line = refusal(tmp_path / "refused", resume, uncalibrated[1])
+    assert line.startswith("error: quant.calibration.sequences must be as in the run that saved ")
+    launch(onwards, "trainer.max_steps=2", resume, *uncalibrated)
     found = metrics(onwards)
     assert found["step"] == 2
     assert all(math.isfinite(value) for value in found.values())
@@ -200,7 +203,9 @@ def test_a_run_on_local_text_from_a_local_model_without_quantization_or_logger(t
     assert metrics(onwards)["val/loss_ptq"] != metrics(second)["val/loss_ptq"]
 
     config = (second / ".hydra" / "config.yaml").read_text()
+    (second / "checkpoints").rename(tmp_path / "checkpoints")
     again = launch(second, *common, f"model.path={dense}", "quant=none", "seed=77", check=False)
+    (tmp_path / "checkpoints").rename(second / "checkpoints")
     assert again.returncode != 0
     assert (second / ".hydra" / "config.yaml").read_text() == config, "that of the run whose results are there"
     assert "callbacks.export.overwrite=true" in again.stderr
@@ -208,6 +213,7 @@ def test_a_run_on_local_text_from_a_local_model_without_quantization_or_logger(t
     weights = (second / "export" / "model.safetensors").read_bytes()
     launch(second, *common, f"model.path={dense}", "quant=none", "logger=csv", "ckpt_path=auto")
     assert (second / "export" / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(second / "checkpoints")
     launch(second, *common, f"model.path={dense}", "callbacks.export.overwrite=true")
     assert (second / "metrics.1.csv").exists(), "the metrics of the earlier run are kept"
 
