@@ -1,4 +1,6 @@
-"""Changes to Lightning's internals, seen in lightning 2.6.6. The tests of this file fail where the internals have moved."""
+"""What reaches into Lightning's internals, seen in lightning 2.6.6. The tests of this file fail where the internals have moved."""
+
+from typing import Any
 
 import lightning as L
 
@@ -22,3 +24,40 @@ def rewind_to_last_step(trainer: L.Trainer) -> None:
 def drop_sigterm_agreement(trainer: L.Trainer) -> None:
     """Leave out Lightning's own agreement on SIGTERM: a broadcast and a wait for the device before every micro-batch."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def log_finished_step(trainer: L.Trainer) -> None:
+    """Log the metrics of a step that an exception ends in the callbacks behind it, as Lightning does after them. Once for a step."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    if progress.total.completed < progress.total.processed:
+        trainer._logger_connector.on_batch_end()
+        progress.increment_completed()
+        trainer._logger_connector.update_train_step_metrics()
+
+
+def run_missing_validation(trainer: L.Trainer) -> None:
+    """Call it when a run has restored a checkpoint: run the validation of its step, if it was saved just before that.
+
+    Lightning itself leaves it out, and one that was saved halfway through it does the second half alone. Beyond that, Lightning counts
+    the first step of the continued run twice in the numbers of logged steps if the checkpoint is of the end of training.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not loop.restarting or trainer.num_training_batches != float("inf"):
+        return
+    progress: Any = loop.batch_progress
+    is_missing = progress.total.completed < progress.total.processed or loop.val_loop.restarted_mid_evaluation
+    for count in (progress.total, progress.current):
+        count.completed = count.processed
+    loop.update_restart_stage()
+    assert trainer.fit_loop._data_fetcher is not None
+    is_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    # Lightning adds the step of a validation behind it.
+    loop._batches_that_stepped = trainer.global_step - is_due
+    if is_due and is_missing:
+        first_loop_iter = trainer._logger_connector._first_loop_iter
+        trainer.validating = True
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first_loop_iter
+    loop.val_loop.reset_restart_stage()

@@ -1,6 +1,5 @@
 """The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nvfp4_train.checkpoints import check_same_weights, shapes
+from nvfp4_train.finite import Diverged, bad_weights, describe, gradient_norms
+from nvfp4_train.lightning_quirks import run_missing_validation
 from nvfp4_train.losses.base import Batch, Loss, num_positions
 from nvfp4_train.losses.next_token import NextTokenLoss
 from nvfp4_train.models.architecture import check_same_config
@@ -90,6 +91,10 @@ class QATModule(L.LightningModule):
         self.clock = TrainClock()
         self.has_started = False
         """Whether training has begun. Errors before that are the user's to correct."""
+        self.trained_parameters: list[Tensor] = []
+        """Those of the optimizer, in its order."""
+        self.gradient_norms = torch.zeros(0)
+        """Of the last step, before it was clipped, see `finite.gradient_norms`."""
         self.results: dict[str, float] = {}
         """The run's final numbers, by metric name."""
 
@@ -114,6 +119,8 @@ class QATModule(L.LightningModule):
             for line in take_options(self, optimizer, schedule, self.optim_config):
                 self.print(line)
         self.has_started = True
+        # After the callbacks', which make the quantized weights.
+        run_missing_validation(self.trainer)
 
     def configure_model(self) -> None:
         # Lightning calls this again for every later fit, validate or test.
@@ -268,12 +275,15 @@ class QATModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed, which has no scaler to undo.
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-            return
-        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.trained_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm, self.gradient_norms = gradient_norms(self.trained_parameters)
         self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.trained_parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.trained_parameters, gradient_clip_val, norm)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is None:
@@ -289,8 +299,11 @@ class QATModule(L.LightningModule):
             self.print(f"model.path was {there} in the run that saved {path}, is {self.model_config.path} here")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Plain data only: checkpoints are read with weights_only.
         assert self.model is not None and self.selection is not None
+        # Lightning calls this before it writes, and on every rank.
+        if bad := bad_weights(self.model):
+            raise Diverged(f"step {self.trainer.global_step}: {describe('the weight', bad)}; no checkpoint of it is written")
+        # Plain data only: checkpoints are read with weights_only.
         generation_config = getattr(self.model, "generation_config", None)
         checkpoint["hyper_parameters"] = {
             "options": self.options,

@@ -17,6 +17,7 @@ ALLOWED = {
     "errors": (set(), set()),
     "metrics": (set(), set()),
     "progress": (set(), set()),
+    "finite": (set(), set()),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
     "parallel": (set(), set()),
@@ -32,7 +33,10 @@ ALLOWED = {
     "data": ({"lightning_quirks", "data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "disk", "parallel", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "disk", "saving"}, {"lightning"}),
-    "module": ({"kernels", "quant", "models", "losses", "optim", "checkpoints", "strategy"}, {"lightning", "transformers"}),
+    "module": (
+        {"kernels", "quant", "models", "losses", "optim", "finite", "checkpoints", "lightning_quirks", "strategy"},
+        {"lightning", "transformers"},
+    ),
     "callbacks": (
         {
             "kernels",
@@ -43,6 +47,7 @@ ALLOWED = {
             "saving",
             "strategy",
             "lightning_quirks",
+            "finite",
             "module",
             "metrics",
             "progress",

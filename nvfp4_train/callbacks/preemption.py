@@ -9,14 +9,17 @@ import atexit
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed
 
-from nvfp4_train.lightning_quirks import drop_sigterm_agreement
+from nvfp4_train.errors import RunError
+from nvfp4_train.lightning_quirks import drop_sigterm_agreement, log_finished_step
 from nvfp4_train.module import QATModule
 from nvfp4_train.saving import remove
 from nvfp4_train.strategy import FullyShardedStrategy
@@ -33,8 +36,8 @@ _SECOND_INTERRUPT_S = 2.0
 """Seconds from which on a further SIGINT is the user's. Before, it is the terminal's first one, which torchrun passes on as well."""
 
 
-def _ignore_signals() -> None:
-    for number in (*SIGNALS, signal.SIGINT):
+def _ignore(numbers: Iterable[signal.Signals]) -> None:
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -45,8 +48,8 @@ class Preempted(SystemExit):
         super().__init__(exit_code)
 
 
-class Preemption(Callback):
-    """A signal to any one rank stops all ranks after the same optimizer step.
+class Preemption(Checkpoint):
+    """A signal to any one rank stops all ranks after the same optimizer step, behind all that other callbacks do at its end.
 
     The ranks agree over a gloo group while the last micro-batch computes, so that nothing waits for the device. The checkpoint is
     `dirpath`/preempted-step-N.ckpt; it replaces those of earlier preemptions. Then the file `marker` appears, for launchers that
@@ -57,7 +60,7 @@ class Preemption(Callback):
         self.dirpath = Path(dirpath)
         self.marker = Path(marker)
         self._is_running = False
-        self._has_saved = False
+        self._is_ending = False
         self._exit_code = 0
         """The exit code that this rank was asked to end with; 0 if it was not asked."""
         self._interrupted_at = 0.0
@@ -69,7 +72,7 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
         if stage == "fit":
             self._is_running = True
-            self._has_saved = False
+            self._is_ending = False
             self._exit_code = 0
             self._install()
 
@@ -111,11 +114,16 @@ class Preemption(Callback):
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
+        log_finished_step(trainer)
         self._stop()
+        if isinstance(exception, RunError):
+            # torchrun signals the ranks that have not ended when the first one has. They have an error to print.
+            self._is_ending = True
+            atexit.register(_ignore, SIGNALS)
 
     def _stop(self) -> None:
         self._is_running = False
-        if signal.getsignal(signal.SIGINT) == self._handle and not self._has_saved:
+        if signal.getsignal(signal.SIGINT) == self._handle and not self._is_ending:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _install(self) -> None:
@@ -131,7 +139,7 @@ class Preemption(Callback):
             self._exit_code = INTERRUPTED_EXIT_CODE
         elif self._is_running:
             self._exit_code = max(self._exit_code, EXIT_CODE)
-        elif not self._has_saved:
+        elif not self._is_ending:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -143,8 +151,8 @@ class Preemption(Callback):
             trainer.strategy.finish_checkpoint()
         # The first rank to end makes torchrun signal the others, which must end with the same code nevertheless. Python removes
         # signal handlers before it has ended.
-        self._has_saved = True
-        atexit.register(_ignore_signals)
+        self._is_ending = True
+        atexit.register(_ignore, (*SIGNALS, signal.SIGINT))
         if trainer.is_global_zero:
             for earlier in self.dirpath.glob("preempted-step-*.ckpt"):
                 if earlier != path:
