@@ -25,9 +25,9 @@ ALLOWED = {
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant", "metrics"}, set()),
-    "models": ({"kernels", "quant", "models"}, {"transformers"}),
+    "models": ({"kernels", "quant", "progress", "models"}, {"transformers"}),
     "data": ({"lightning_quirks", "data"}, {"lightning", "transformers", "datasets"}),
-    "export": ({"kernels", "quant", "models", "checkpoints", "export"}, {"transformers"}),
+    "export": ({"kernels", "quant", "models", "checkpoints", "progress", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "saving"}, {"lightning"}),
     "module": ({"kernels", "quant", "models", "losses", "optim", "checkpoints", "strategy"}, {"lightning", "transformers"}),
     "callbacks": (
@@ -48,7 +48,7 @@ ALLOWED = {
         {"lightning", "transformers", "wandb"},
     ),
     "run": (
-        {"models", "losses", "checkpoints", "strategy", "data", "module", "callbacks", "plan", "run"},
+        {"models", "losses", "checkpoints", "strategy", "data", "module", "progress", "callbacks", "plan", "run"},
         {"lightning", "hydra", "omegaconf", "wandb"},
     ),
 }
