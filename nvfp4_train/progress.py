@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from functools import partialmethod
 from typing import Any
 
@@ -28,19 +28,13 @@ SCALED = 100_000
 """Totals from here on are written with k, M and G."""
 
 
-def progress(description: str, *, total: int | None = None, unit: str = "steps", is_shown: bool = True) -> "Progress":
-    """The progress of a phase of `total` units, or of an unknown number; "B" are bytes. Nothing is shown where not `is_shown`."""
-    return Progress(description, total=total, unit=unit, is_shown=is_shown)
-
-
 def progress_bar(
     description: str, *, total: int | None = None, unit: str = "batches", is_shown: bool = True
 ) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """A function that shows how far an iteration is; `total` is for items that do not know their number."""
+    """A function that shows how far an iteration is. `total` is for items that do not know their number."""
 
     def shown(items: Iterable[Any]) -> Iterator[Any]:
-        number = total if total is not None or not isinstance(items, Sized) else len(items)
-        with progress(description, total=number, unit=unit, is_shown=is_shown) as bar:
+        with progress(description, total=_length(items) if total is None else total, unit=unit, is_shown=is_shown) as bar:
             for item in items:
                 yield item
                 bar.advance()
@@ -48,28 +42,57 @@ def progress_bar(
     return shown
 
 
-class Progress:
-    """A context manager; see `progress`. Any thread may advance it."""
+def _length(items: Any) -> int | None:
+    try:
+        return len(items)
+    except TypeError:
+        return None
 
-    def __init__(self, description: str, *, total: int | None, unit: str, is_shown: bool, start: int = 0) -> None:
+
+class Progress:
+    """A context manager, made by `progress`. Any thread may advance it."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
         self._lock = threading.Lock()
-        is_scaled = unit == "B" or (total or 0) >= SCALED
-        options = {"leave": False} | _options(is_shown)
-        unit = unit if unit == "B" else f" {unit}"
-        self._bar = tqdm(desc=description, total=total, unit=unit, unit_scale=is_scaled, initial=start, **options)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def advance(self, n: int = 1) -> None:
+        """Count `n` more units."""
+        with self._lock:
+            self._bar.update(n)
+
+    def note(self, text: str) -> None:
+        """Show a text behind the numbers from now on."""
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """Remove the bar. What is not used as a context manager is closed by hand."""
         self._bar.close()
 
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more units. A note is shown behind the numbers."""
-        with self._lock:
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(n)
+
+def progress(
+    description: str, *, total: int | None = None, unit: str = "steps", start: int = 0, is_shown: bool = True
+) -> Progress:
+    """The progress of a phase of `total` units, or of an unknown number, from `start` on. "B" are bytes.
+
+    Nothing is shown where not `is_shown`.
+    """
+    return Progress(
+        tqdm(
+            desc=description,
+            total=total,
+            initial=start,
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=unit == "B" or (total or 0) >= SCALED,
+            **{"leave": False} | _options(is_shown),
+        )
+    )
 
 
 def at_terminal() -> bool:

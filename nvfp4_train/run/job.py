@@ -13,17 +13,21 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from nvfp4_train.callbacks.preemption import Preempted
 from nvfp4_train.errors import RunError
+from nvfp4_train.progress import tame_other_bars
 from nvfp4_train.run.build import build
-from nvfp4_train.run.process import default_to_offline_wandb, finish_wandb, leave_process_group
+from nvfp4_train.run.identity import is_rank_zero
+from nvfp4_train.run.process import default_to_offline_wandb, finishing_wandb, leave_process_group
 from nvfp4_train.run.resume import choose_checkpoint
 
 
+@finishing_wandb()
 def run_job(options: dict[str, Any], on_start: Callable[[], None], *, trains: bool = True) -> float | None:
     """Run a job. Without training it calibrates, quantizes, measures and exports alone (PTQ). Returns the quantized model's loss.
 
     `on_start` is called once the run is accepted.
     """
     default_to_offline_wandb()
+    tame_other_bars(is_shown=is_rank_zero())
     # Neither warning applies: the run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
     warnings.filterwarnings("ignore", message="Experiment logs directory")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -43,6 +47,4 @@ def run_job(options: dict[str, Any], on_start: Callable[[], None], *, trains: bo
         if not isinstance(error, RunError) and module is not None and module.has_started:
             raise
         sys.exit(f"error: {error}")
-    finally:
-        finish_wandb()
     return module.results.get("val/loss_quantized")
