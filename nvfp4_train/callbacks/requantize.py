@@ -172,7 +172,8 @@ def measure_of(trainer: Trainer, pl_module: QATModule) -> dict[str, Any]:
 
 
 def _evaluate(trainer: Trainer, pl_module: QATModule, serving: str | None = None) -> Metrics:
-    batches = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    shown = progress_bar("evaluation", is_shown=trainer.is_global_zero)
+    batches = shown(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
     return {(name, serving): value for name, value in pl_module.evaluate(batches).items()}
 
 

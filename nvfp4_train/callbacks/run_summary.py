@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from nvfp4_train.export.side_files import copy_side_files
+from nvfp4_train.loggers import SegmentedWandbLogger
 from nvfp4_train.metrics import (
     EXPORT_BITS_PER_WEIGHT,
     EXPORT_BYTES,
@@ -122,6 +123,11 @@ class RunSummary(Callback):
             + row("speed", ("tokens/s", TOKENS_PER_S, ",.0f"))
             + row("memory", ("peak GiB of a GPU", PEAK_GIB, ".3f"))
             + row("export", ("bytes", EXPORT_BYTES, ",.0f"))
+            + "".join(
+                f"  {'wandb':<16}{where}\n"
+                for logger in trainer.loggers
+                if isinstance(logger, SegmentedWandbLogger) and (where := logger.where())
+            )
             + f"  {'files':<16}{self.run_dir}/{{{','.join(folders)}}}",
             flush=True,
         )

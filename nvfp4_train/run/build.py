@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
+from nvfp4_train.callbacks.progress import TrainingProgress
 from nvfp4_train.data.module import TextDataModule
 from nvfp4_train.models.architecture import positions
 from nvfp4_train.models.causal_lm import load_config
@@ -54,6 +56,9 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
     module = QATModule(**configs, seed=options["seed"], options=recorded(options))
 
     callbacks = [make(node, f"callbacks.{name}") for name, node in parts["callbacks"].items()]
+    has_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if trainer_options.get("enable_progress_bar", True) and not has_own_bar:
+        callbacks.append(TrainingProgress())
     keep_earlier_metrics(Path(options["run_dir"]))
     loggers = [make(node, f"logger.{name}") for name, node in parts["logger"].items()]
     trainer = make(trainer_options, "trainer", callbacks=callbacks, logger=loggers)

@@ -17,45 +17,39 @@ from nvfp4_train.callbacks.preemption import INTERRUPTED_EXIT_CODE, Preempted
 from nvfp4_train.disk import disk_error
 from nvfp4_train.errors import RunError
 from nvfp4_train.module import QATModule
+from nvfp4_train.progress import tame_other_bars
 from nvfp4_train.run.build import build
 from nvfp4_train.run.compose import failed_job, save_config
 from nvfp4_train.run.identity import is_rank_zero
 from nvfp4_train.run.lock import lock_folder
-from nvfp4_train.run.process import default_to_offline_wandb, finish_wandb, leave_process_group
+from nvfp4_train.run.process import default_to_offline_wandb, finishing_wandb, leave_process_group
 from nvfp4_train.run.resume import choose_checkpoint
 
 
+@finishing_wandb()
 def run_job(options: dict[str, Any], *, trains: bool = True) -> float | None:
     """Run a job. Without training it calibrates, quantizes, measures and exports alone (PTQ). Returns the quantized model's loss.
 
     Once its error is printed, a job that fails raises what `failed_job` says; one that a signal ends raises SystemExit.
     """
     default_to_offline_wandb()
+    tame_other_bars(is_shown=is_rank_zero())
     # Neither warning applies: the run folder holds .hydra already, and a batch is a slice of a memory-mapped file.
     warnings.filterwarnings("ignore", message="Experiment logs directory")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
     modules: list[QATModule] = []
-    exit_code = 1
     try:
         # Lightning may start the other ranks itself, which are of this run.
         with lock_folder(Path(options["run_dir"]), sys.argv) if is_rank_zero() else nullcontext():
-            loss = _run(options, modules, trains)
-        exit_code = 0
-        return loss
-    except SystemExit as error:
-        exit_code = error.code if isinstance(error.code, int) else 1
-        raise
+            return _run(options, modules, trains)
     except KeyboardInterrupt:
-        exit_code = INTERRUPTED_EXIT_CODE
-        sys.exit(exit_code)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         has_started = any(module.has_started for module in modules)
         _print_error(error, Path(options["run_dir"]), has_started=has_started)
         raise failed_job() from error
-    finally:
-        finish_wandb(exit_code)
 
 
 def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> float | None:

@@ -28,7 +28,7 @@ def check_targets(options: Any, where: str = "") -> None:
         plain = {name: value for name, value in options.items() if name != "_target_" and not _is_target(value)}
         target = target_class(options, where)
         check_options(target, plain, where)
-        if target is WandbLogger:
+        if issubclass(target, WandbLogger):
             import wandb
 
             # WandbLogger hands what it does not know to wandb.init.

@@ -3,8 +3,13 @@
 import netrc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import distributed
+
+INTERRUPTED = 130
+"""What a shell says of a command that Ctrl-C ended."""
 
 
 def default_to_offline_wandb() -> None:
@@ -17,11 +22,29 @@ def default_to_offline_wandb() -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def finish_wandb(exit_code: int) -> None:
-    """End the wandb run of this process, if it has one, as the process ends. The next job of a sweep logs into a run of its own."""
-    # Only the logger imports wandb, which takes a second.
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code)
+@contextmanager
+def finishing_wandb() -> Iterator[None]:
+    """Ends the wandb run of this process, if it has one, with the process's own exit code.
+
+    The next job of a sweep logs into a run of its own. Lightning ends an interrupted run with 1; here it ends with 130.
+    """
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED
+        raise
+    except SystemExit as exit:
+        if isinstance(exit.__context__, KeyboardInterrupt):
+            exit.code = INTERRUPTED
+        # A message in place of a code is printed, and the code is 1.
+        exit_code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        raise
+    finally:
+        # Only the logger imports wandb, which takes a second.
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=exit_code)
 
 
 def leave_process_group() -> None:

@@ -1,0 +1,66 @@
+"""How far training and validation are, in the way of all long phases: a bar at a terminal, a line a minute elsewhere."""
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+from nvfp4_train.progress import Progress, progress
+
+
+class TrainingProgress(ProgressBar):
+    """Optimizer steps with the last logged loss, and the batches of every validation, on rank 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_shown = True
+        self._training: Progress | None = None
+        self._evaluation: Progress | None = None
+        self._last_step = 0
+        self._last_loss: Any = None
+
+    def disable(self) -> None:
+        self._is_shown = False
+
+    def enable(self) -> None:
+        self._is_shown = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self._training = progress("training", total=trainer.max_steps, start=self._last_step, is_shown=self._is_shown)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning has just waited for the device if it logged, and nothing runs there now: reading the loss costs no other wait.
+        loss = trainer.logged_metrics.get("train/loss")
+        if self._training is not None and self._is_shown and loss is not None and loss is not self._last_loss:
+            self._last_loss = loss
+            self._training.note(f"loss {float(loss):.4f}")
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:  # type: ignore[override]
+        if self._training is not None:
+            self._training.advance(trainer.global_step - self._last_step)
+        self._last_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation = progress(
+            "validation", total=int(sum(trainer.num_val_batches)), unit="batches", is_shown=self._is_shown
+        )
+
+    def on_validation_batch_end(self, *args: Any) -> None:  # type: ignore[override]
+        if self._evaluation is not None:
+            self._evaluation.advance()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+
+    def _close(self) -> None:
+        for bar in (self._evaluation, self._training):
+            if bar is not None:
+                bar.close()

@@ -1,0 +1,68 @@
+"""The wandb logger of a run that may be stopped and continued: what each process of it logs is a segment of one wandb run."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+OFFLINE = "offline-run-*"
+"""Names of the folders that wandb writes while it is offline, one for each segment."""
+
+
+class SegmentedWandbLogger(WandbLogger):
+    """Lets the steps of wandb (not those of the trainer, which are an axis of their own) go on from one segment to the next.
+
+    Online, wandb knows where the run stopped. Offline, each segment would begin at step 0 again, and rows of equal steps replace each
+    other when they are uploaded. So the next step is kept in a file beside the segments.
+    """
+
+    @wraps(WandbLogger.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Lightning 2.6.6 passes an option, as None, that wandb no longer has and warns of.
+        self._wandb_init.pop("anonymous", None)
+        self._has_begun = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        run, counter = self.experiment, self._counter()
+        if not self._has_begun:
+            self._has_begun = True
+            if (saved := _read(counter)) > run.step:
+                # No row is written: it sets the step of the next one.
+                run.log({}, step=saved)
+        # A run that is killed in between leaves a gap, not two rows of one step. A run that is disabled has no folder.
+        if counter.parent.is_dir():
+            _write(counter, run.step + 1)
+        super().log_metrics(metrics, step)
+
+    def where(self) -> str | None:
+        """For the user: where the run is seen, or what uploads it; None for a run that is disabled, and on other ranks."""
+        folder = self._counter().parent
+        waiting = [segment for segment in folder.glob(OFFLINE) if not any(segment.glob("*.synced"))]
+        if waiting:
+            joined = f"; joins its {len(waiting)} segments, with wandb 0.31 or later" if len(waiting) > 1 else ""
+            return f"wandb sync {shlex.quote(str(folder))}/{OFFLINE}{joined}"
+        # A property that warns where there is no address.
+        return None if getattr(self.experiment, "offline", True) else self.experiment.url
+
+    def _counter(self) -> Path:
+        return Path(self.save_dir or ".") / "wandb" / "next_step"
+
+
+def _read(counter: Path) -> int:
+    try:
+        return int(counter.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _write(counter: Path, step: int) -> None:
+    temporary = counter.with_suffix(".tmp")
+    temporary.write_text(f"{step}\n")
+    os.replace(temporary, counter)
