@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from nvfp4_train.checksums import CHECKSUMS, damaged_file, damaged_record, read_checksums
+from nvfp4_train.checksums import damaged_file, damaged_record, read_checksums
 
 SHARDED_STATE = "meta.pt"
 """File in the folder of a sharded checkpoint, under Lightning's name, with everything that is not sharded."""
@@ -63,8 +63,6 @@ class CheckpointFacts:
     """The optimizer step. None where nothing tells it."""
     fault: str | None = None
     """Why no run can continue from it, as the end of a sentence that begins with the path. None where one can."""
-    is_weights_only: bool = False
-    """Whether it is whole, but for the state of the optimizer. It can be exported."""
 
     def __str__(self) -> str:
         return f"{self.path} {self.fault or f'holds step {self.step}'}"
@@ -81,12 +79,32 @@ def inspect_checkpoint(path: Path, *, verify: bool = True) -> CheckpointFacts:
         return CheckpointFacts(path, None, CUT_SHORT)
     if not path.exists():
         return CheckpointFacts(path, None, "does not exist")
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if damage := None if is_empty_folder else find_damage(path, verify=verify):
+        return CheckpointFacts(path, None, damage)
+    state = path / SHARDED_STATE if path.is_dir() else path
+    if is_empty_folder or not zipfile.is_zipfile(state):
+        return CheckpointFacts(path, None, NO_CHECKPOINT)
     try:
-        facts = _inspect_folder(path) if path.is_dir() else _inspect_file(path)
-        damaged = _damaged(path) if verify and (facts.fault is None or facts.is_weights_only) else None
+        found = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
     except UNREADABLE as error:
-        return CheckpointFacts(path, None, f"is damaged: {first_line(error)}")
-    return facts if damaged is None else CheckpointFacts(path, facts.step, f"is damaged: {damaged} does not have its checksum")
+        return CheckpointFacts(path, None, f"{NO_CHECKPOINT}: {first_line(error)}")
+    step = found.get("global_step") if isinstance(found, dict) else None
+    if not isinstance(step, int):
+        return CheckpointFacts(path, None, NO_CHECKPOINT)
+    # Lightning leaves them out with save_weights_only, and has a list of them where there is no optimizer, too.
+    return CheckpointFacts(path, step, None if "lr_schedulers" in found else WEIGHTS_ONLY)
+
+
+def find_damage(path: Path, *, verify: bool = True) -> str | None:
+    """What of a checkpoint is missing or was changed, as the end of a sentence that begins with the path. None where it is whole.
+
+    With `verify` all of it is read, on all cores, and compared with its checksums. Checkpoints of older versions have none for shards.
+    """
+    try:
+        return _damage_of_folder(path, verify) if path.is_dir() else _damage_of_file(path, verify)
+    except UNREADABLE as error:
+        return f"is damaged: {first_line(error)}"
 
 
 def saved_step(path: Path) -> int | None:
@@ -113,57 +131,36 @@ def newest_complete(folder: Path, *, verify: bool = True) -> tuple[Path | None, 
     return newest, sorted(passed_over + partial, key=lambda facts: facts.path)
 
 
-def _inspect_file(path: Path) -> CheckpointFacts:
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        begin = file.read(len(ZIP_BEGIN))
+    return begin == ZIP_BEGIN[: len(begin)]
+
+
+def _damage_of_file(path: Path, verify: bool) -> str | None:
     # The directory of a zip archive stands at its end, so a file without it was cut short.
     if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            begin = file.read(4)
-        is_ours = begin == ZIP_BEGIN[: len(begin)]
-        return CheckpointFacts(path, None, f"{CUT_SHORT}: its end is missing, or damaged" if is_ours else NO_CHECKPOINT)
-    if record := damaged_record(path, without="data"):
-        return CheckpointFacts(path, None, f"is damaged: {record} does not have its checksum")
-    return _facts(path, path)
+        return f"{CUT_SHORT}: its end is missing, or damaged" if _begins_as_zip(path) else None
+    record = damaged_record(path, without=None if verify else "data")
+    return f"is damaged: {record} does not have its checksum" if record else None
 
 
-def _inspect_folder(path: Path) -> CheckpointFacts:
+def _damage_of_folder(path: Path, verify: bool) -> str | None:
     files = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
-    if not files.keys() & {SHARDED_STATE, INDEX, CHECKSUMS} and not any(name.endswith(".distcp") for name in files):
-        return CheckpointFacts(path, None, NO_CHECKPOINT)
     for name in (SHARDED_STATE, INDEX):
         if not files.get(name):
-            return CheckpointFacts(path, None, f"{CUT_SHORT}: {name} is {'empty' if name in files else 'missing'}")
-    # An older checkpoint has none.
+            return f"{CUT_SHORT}: {name} is {'empty' if name in files else 'missing'}"
     checksums = read_checksums(path) or {}
     for name, file in checksums.items():
         if files.get(name, 0) < file.num_bytes:
             has = f"has {files[name]} of {file.num_bytes} bytes" if name in files else "is missing"
-            return CheckpointFacts(path, None, f"{CUT_SHORT}: {name} {has}")
-        if files[name] > file.num_bytes:
-            return CheckpointFacts(path, None, f"is damaged: {name} has {files[name]} bytes, not {file.num_bytes}")
-    small = {name: checksums[name] for name in (SHARDED_STATE, INDEX) if name in checksums}
-    if damaged := damaged_file(path, small):
-        return CheckpointFacts(path, None, f"is damaged: {damaged} does not have its checksum")
-    if fault := _cut_short(path):
-        return CheckpointFacts(path, None, fault)
-    return _facts(path, path / SHARDED_STATE)
-
-
-def _facts(path: Path, state: Path) -> CheckpointFacts:
-    try:
-        found = torch.load(state, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(state))
-    except UNREADABLE as error:
-        return CheckpointFacts(path, None, f"{NO_CHECKPOINT} that can be read: {first_line(error)}")
-    step = found.get("global_step") if isinstance(found, dict) else None
-    if not isinstance(step, int):
-        return CheckpointFacts(path, None, NO_CHECKPOINT)
-    # Lightning leaves them out with save_weights_only, and has them where there are no optimizers, too.
-    is_weights_only = "lr_schedulers" not in found
-    return CheckpointFacts(path, step, WEIGHTS_ONLY if is_weights_only else None, is_weights_only)
-
-
-def _damaged(path: Path) -> str | None:
-    """The first part of a checkpoint that does not have its checksum."""
-    return damaged_file(path, read_checksums(path) or {}) if path.is_dir() else damaged_record(path)
+            return f"{CUT_SHORT}: {name} {has}"
+    checked = checksums if verify else {name: checksums[name] for name in (SHARDED_STATE, INDEX) if name in checksums}
+    if damaged := damaged_file(path, checked):
+        return f"is damaged: {damaged} does not have its checksum"
+    if not zipfile.is_zipfile(path / SHARDED_STATE):
+        return f"{CUT_SHORT}: {SHARDED_STATE} has no end"
+    return _cut_short(path)
 
 
 def _cut_short(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,10 @@ def _of_listing(listed: Any) -> int:
 
 
 def damaged_file(folder: Path, files: Mapping[str, Checksums]) -> str | None:
-    """The name of the first file of a folder that does not have its checksums. None where all have them."""
+    """The name of the first file of a folder that does not have its size and checksums. None where all have them."""
+    for name, file in files.items():
+        if (folder / name).stat().st_size != file.num_bytes:
+            return name
     pieces = [(name, number) for name, file in files.items() for number in range(len(file.pieces))]
 
     def is_damaged(piece: tuple[str, int]) -> bool:
@@ -117,46 +121,39 @@ def _crc32(path: Path, start: int) -> int:
     return crc
 
 
-def damaged_record(path: Path, *, without: str = "") -> str | None:
+def damaged_record(path: Path, *, without: str | None = None) -> str | None:
     """The name of the first record of a zip archive that does not have its checksum, without the archive's folder. None where all have.
 
-    Records in a folder named `without` are not read.
+    Records in a folder of the archive named `without` are not read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            records = [record for record in archive.infolist() if _is_read(record.filename, without)]
-
-            def is_damaged(record: zipfile.ZipInfo) -> bool:
-                try:
-                    with archive.open(record) as file:
-                        while file.read(READ_BYTES):
-                            pass
-                except _DAMAGE as error:
-                    _reraise_error_of_the_disk(error)
-                    return True
-                return False
-
-            for record, found in zip(records, in_threads(is_damaged, records), strict=True):
-                if found:
-                    return _within(record.filename)
-    except _DAMAGE as error:
+            names = {record: record.filename.partition("/")[2] or record.filename for record in archive.infolist()}
+            records = [record for record, name in names.items() if without is None or not name.startswith(f"{without}/")]
+            is_damaged = partial(_is_damaged, archive)
+            return next(
+                (names[record] for record, found in zip(records, in_threads(is_damaged, records), strict=True) if found), None
+            )
+    except DAMAGE as error:
         _reraise_error_of_the_disk(error)
         return "the directory of the archive"
-    return None
 
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OverflowError, OSError)
-"""What `zipfile` raises where the bytes of an archive were changed: OSError for a seek to a place before the first byte."""
+def _is_damaged(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(record) as file:
+            while file.read(READ_BYTES):
+                pass
+    except DAMAGE as error:
+        _reraise_error_of_the_disk(error)
+        return True
+    return False
+
+
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OverflowError, OSError)
+"""What `zipfile` raises where the bytes of an archive were changed; OSError where that leads to a place before the first byte."""
 
 
 def _reraise_error_of_the_disk(error: BaseException) -> None:
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         raise error
-
-
-def _within(name: str) -> str:
-    return name.partition("/")[2] or name
-
-
-def _is_read(name: str, without: str) -> bool:
-    return not without or not _within(name).startswith(f"{without}/")

@@ -7,24 +7,28 @@ import random
 import re
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import ROOT
+from running import ROOT, assert_same
 from torch.distributed.checkpoint import CheckpointException, Metadata, save
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from nvfp4_train import checksums
 from nvfp4_train.checkpoints import (
     check_same_weights,
+    inspect_checkpoint,
     newest_complete,
     read_checkpoint,
     saved_shapes,
     saved_step,
     shapes,
 )
-from nvfp4_train.saving import ShardedWriter, save_file
+from nvfp4_train.checksums import read_checksums
+from nvfp4_train.saving import ShardedWriter, remove_partials, save_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -125,21 +129,100 @@ def test_a_file_of_another_program_is_not_used(kind: str, tmp_path: Path) -> Non
     assert choose(tmp_path) == (whole, [foreign])
 
 
-@pytest.mark.parametrize(("save", "name"), [(save_one_file, ""), (save_folder, "meta.pt"), (save_folder, ".metadata")])
+PARTS = [(save_one_file, ""), *((save_folder, name) for name in ("meta.pt", ".metadata", "__0_0.distcp", "checksums.json"))]
+
+
+@pytest.mark.parametrize(("save", "name"), PARTS)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_damaged_file_raises_nothing(save: Any, name: str, tmp_path: Path) -> None:
+def test_damage_raises_nothing_and_is_named_or_changes_nothing(save: Any, name: str, tmp_path: Path) -> None:
     path = tmp_path / "7.ckpt"
     save(path)
+    whole = read_checkpoint(path)
     content, generator = (path / name).read_bytes(), random.Random(0)
     found = set()
-    for _ in range(1000):
+    for number in range(200):
         damaged = bytearray(content)
-        for _ in range(generator.choice((1, 4, 16))):
-            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        for _ in range(generator.choice((1, 1, 4, 16))):
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
         (path / name).write_bytes(damaged)
-        found.add(saved_step(path))
-    # Damage to the bytes of a tensor is not noticed.
-    assert found >= {None, 7}
+        assert saved_step(path) in (None, 7)
+        facts = inspect_checkpoint(path)
+        if facts.fault is None:
+            # Some bytes of a zip archive stand between its records.
+            assert save is save_one_file, f"{number}: {facts}"
+            assert_same(read_checkpoint(path), whole)
+        else:
+            assert name in facts.fault
+            assert "\n" not in facts.fault
+        found.add(facts.fault is None)
+    assert True not in found if path.is_dir() else found == {True, False}
+
+
+@pytest.mark.parametrize(("save", "name"), PARTS)
+def test_a_damaged_checkpoint_is_passed_over_by_name(save: Any, name: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "step-0000006.ckpt", tmp_path / "step-0000007.ckpt"
+    save(whole, 6)
+    save(broken, 7)
+    flip_a_bit(broken / name)
+    newest, (facts,) = newest_complete(tmp_path)
+    assert (newest, facts.path) == (whole, broken)
+    where = name or "data/0"
+    assert str(facts) == f"{broken} is damaged: {where} does not have its checksum"
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_piece_of_a_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
+    save_folder(tmp_path / "7.ckpt")
+    shard = tmp_path / "7.ckpt" / "__0_0.distcp"
+    content = shard.read_bytes()
+    pieces = read_checksums(tmp_path / "7.ckpt")["__0_0.distcp"].pieces
+    assert pieces == tuple(zlib.crc32(content[start : start + 1000]) for start in range(0, len(content), 1000))
+    assert inspect_checkpoint(tmp_path / "7.ckpt").fault is None
+    for place in (0, 999, 1000, len(content) // 2, len(content) - 1):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :])
+        assert inspect_checkpoint(tmp_path / "7.ckpt").fault == "is damaged: __0_0.distcp does not have its checksum"
+        # Without reading the weights nothing shows.
+        assert inspect_checkpoint(tmp_path / "7.ckpt", verify=False).fault is None
+
+
+def test_a_sharded_checkpoint_of_an_older_version_has_no_checksums(tmp_path: Path) -> None:
+    save_folder(tmp_path / "7.ckpt")
+    (tmp_path / "7.ckpt" / "checksums.json").unlink()
+    assert choose(tmp_path) == (tmp_path / "7.ckpt", [])
+
+
+def test_what_cannot_be_continued_from_says_why(tmp_path: Path) -> None:
+    def fault(path: Path) -> str | None:
+        (facts,) = {inspect_checkpoint(path, verify=verify) for verify in (False, True)}
+        return facts.fault
+
+    writer = ShardedWriter(tmp_path / "weights")
+    writer.start({"global_step": 7})
+    save({"state_dict": {"w": torch.ones(3)}}, storage_writer=writer, no_dist=True)
+    save_file({"global_step": 7, "state_dict": {}}, tmp_path / "weights.ckpt")
+    assert fault(tmp_path / "weights") == fault(tmp_path / "weights.ckpt") == "holds weights only, no state of the optimizer"
+    assert saved_step(tmp_path / "weights") == 7
+    assert fault(tmp_path / "none.ckpt") == "does not exist"
+    assert fault(tmp_path) == "was cut short: meta.pt is missing"
+    (tmp_path / "7.ckpt.partial").touch()
+    assert fault(tmp_path / "7.ckpt.partial") == "was cut short"
+    torch.save([1], tmp_path / "list.ckpt")
+    assert fault(tmp_path / "list.ckpt") == "is no checkpoint of a run"
+
+
+@pytest.mark.parametrize("save", [save_one_file, save_folder])
+def test_what_killed_processes_left_is_removed(save: Any, tmp_path: Path) -> None:
+    save(tmp_path / "6.ckpt", 6)
+    save(tmp_path / "7.ckpt", 7)
+    (tmp_path / "7.ckpt").rename(tmp_path / "7.ckpt.partial")
+    assert remove_partials(tmp_path) == [tmp_path / "7.ckpt.partial"]
+    assert os.listdir(tmp_path) == ["6.ckpt"]
 
 
 @pytest.mark.parametrize("save", [save_one_file, save_folder])

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, is_sharded_checkpoint, read_checkpoint, read_rest
+from nvfp4_train.checkpoints import UNREADABLE, SavedTensors, find_damage, is_sharded_checkpoint, read_checkpoint, read_rest
 from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.models.architecture import config_of
 from nvfp4_train.models.not_built import NotBuilt
@@ -41,10 +41,13 @@ def load_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Exportabl
 
     With `trust_remote_code` the code that came with the model may run; it is read beside the tokenizer.
 
-    Raises ValueError where the checkpoint cannot be exported. So do the weights of a folder, later, where they cannot be read.
+    All of it is read once, and compared with its checksums. Raises ValueError where the checkpoint is damaged, or cannot be exported.
+    So do the weights of a folder, later, where they cannot be read.
     """
     if not path.is_file() and not is_sharded_checkpoint(path):
         raise ValueError(f"checkpoint must be a file, or the folder of a sharded checkpoint, got {path}")
+    if damage := find_damage(path):
+        raise ValueError(f"{path} {damage}")
     try:
         checkpoint = read_rest(path) if is_sharded_checkpoint(path) else read_checkpoint(path)
     except (OSError, *UNREADABLE) as error:

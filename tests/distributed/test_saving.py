@@ -1,6 +1,9 @@
 """Checkpoints of sharded runs: written while training goes on, visible when complete, and failures are heard."""
 
+import errno
 import os
+import re
+import resource
 import signal
 import threading
 import time
@@ -16,11 +19,14 @@ from ranks import run_ranks
 from running import assert_same
 from small_runs import Tokens, make_module, make_trainer
 from torch import distributed
+from torch.distributed.checkpoint import CheckpointException
 
 from nvfp4_train.callbacks.preemption import Preempted, Preemption
 from nvfp4_train.checkpoints import newest_complete, read_checkpoint, saved_step
+from nvfp4_train.checksums import ChecksummedFile
+from nvfp4_train.errors import RunError
 from nvfp4_train.saving import ShardedWriter, save_file
-from nvfp4_train.strategy import FullyShardedStrategy
+from nvfp4_train.strategy import AnyCheckpointIO, FullyShardedStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -31,7 +37,7 @@ WINDOW = 4
 class HoldWriting(Callback):
     """Lets shards be written from the second micro-batch after a save on, or at the end; lists the folder at the first."""
 
-    def __init__(self, folder: str, fails_at: str = "", until_end: bool = False) -> None:
+    def __init__(self, folder: str, until_end: bool = False) -> None:
         self.folder = Path(folder)
         self.until_end = until_end
         self.listings: list[list[str]] = []
@@ -40,8 +46,6 @@ class HoldWriting(Callback):
 
         def held(writer: ShardedWriter, *args: Any) -> Any:
             assert self.may_write.wait(60)
-            if fails_at and fails_at in str(writer.path) and distributed.get_rank() == 1:
-                raise OSError("no space left on device")
             return write_data(writer, *args)
 
         ShardedWriter.write_data = held  # type: ignore[method-assign]
@@ -63,36 +67,31 @@ class HoldWriting(Callback):
         self.may_write.set()
 
 
-def save_every(steps: int, folder: str, asynchronous: bool, fails_at: str = "") -> dict[str, Any]:
-    """A run of three steps that saves every `steps` steps."""
-    hold = HoldWriting(folder, fails_at, until_end=steps > 1)
-    if not asynchronous:
-        hold.may_write.set()
-        hold.on_train_batch_start = lambda *_: None  # type: ignore[method-assign]
+def make_saving_trainer(folder: str, steps: int = 1, callbacks: tuple[Callback, ...] = (), **options: Any) -> Any:
+    """A run that saves every `steps` steps."""
     # One checkpoint is kept; every other is deleted as soon as Lightning has a newer one.
     checkpoints = ModelCheckpoint(
         folder, "{step}", auto_insert_metric_name=False, every_n_train_steps=steps, save_top_k=1, enable_version_counter=False
     )
-    trainer = make_trainer(
-        "fsdp2",
-        sharding={"async_checkpoint": asynchronous},
-        callbacks=(hold, checkpoints),
-        accumulate_grad_batches=WINDOW,
-        enable_checkpointing=True,
+    return make_trainer(
+        callbacks=(*callbacks, checkpoints), accumulate_grad_batches=WINDOW, enable_checkpointing=True, **options
     )
-    error = ""
-    try:
-        trainer.fit(make_module(), Tokens(3 * 2 * WINDOW))
-    except RuntimeError as raised:
-        error = f"{raised}: {raised.__cause__}"
-    return {"error": error, "listings": hold.listings, "step": trainer.global_step}
+
+
+def save_every(steps: int, folder: str, asynchronous: bool) -> dict[str, Any]:
+    """A run of three steps that saves every `steps` steps."""
+    hold = HoldWriting(folder, until_end=steps > 1)
+    if not asynchronous:
+        hold.may_write.set()
+        hold.on_train_batch_start = lambda *_: None  # type: ignore[method-assign]
+    trainer = make_saving_trainer(folder, steps, (hold,), how="fsdp2", sharding={"async_checkpoint": asynchronous})
+    trainer.fit(make_module(), Tokens(3 * 2 * WINDOW))
+    return {"listings": hold.listings}
 
 
 def save_both_ways(steps: int, folder: str) -> dict[str, Any]:
     """At once to `folder`/a, and in the background to `folder`/b."""
-    found = [save_every(steps, f"{folder}/{name}", name == "b") for name in "ab"]
-    assert not any(run["error"] for run in found)
-    return found[1]
+    return [save_every(steps, f"{folder}/{name}", name == "b") for name in "ab"][1]
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:
@@ -116,12 +115,111 @@ def test_what_is_written_is_what_was_when_it_was_saved(tmp_path: Path) -> None:
     assert_same_checkpoint(tmp_path / "a" / "2.ckpt", tmp_path / "b" / "2.ckpt")
 
 
-def test_a_failure_in_the_background_ends_training_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
-    for rank in run_ranks(2, save_every, 1, f"{tmp_path}", True, "2.ckpt"):
-        assert f"the checkpoint {tmp_path}/2.ckpt could not be written" in rank["error"]
-        assert "no space left on device" in rank["error"]
-        assert rank["step"] == 2
-    assert newest_complete(tmp_path) == (tmp_path / "1.ckpt", [tmp_path / "2.ckpt.partial"])
+FULL = [("meta.pt", False), ("__1_0.distcp", False), ("__1_0.distcp", True), (".metadata", False), ("checksums.json", True)]
+"""Files of a sharded checkpoint for which the disk may be full, and whether it is written in the background. Rank 1 writes a shard."""
+
+
+def save_on_a_disk_that_fails(folder: str, number: int) -> dict[str, list[Any]]:
+    """What ends a run whose second checkpoint meets an error of the disk, by how it is saved; with the steps that were done."""
+    failing = ""
+    write = ChecksummedFile.write
+
+    def limited(file: ChecksummedFile, data: Any) -> int:
+        if failing and failing in f"{file.raw.name}":
+            raise OSError(number, os.strerror(number))
+        return write(file, data)
+
+    ChecksummedFile.write = limited  # type: ignore[method-assign]
+    ended: dict[str, list[Any]] = {}
+
+    def run(name: str, path: str, **options: Any) -> None:
+        nonlocal failing
+        failing = path
+        trainer = make_saving_trainer(f"{folder}/{name}", how="fsdp2", **options)
+        with pytest.raises(RunError) as caught:
+            trainer.fit(make_module(), Tokens(3 * 2 * WINDOW))
+        ended[name] = [str(caught.value), trainer.global_step]
+
+    for name, asynchronous in FULL:
+        run(f"{name} {asynchronous}", f"2.ckpt.partial/{name}", sharding={"async_checkpoint": asynchronous})
+    run("file", "2.ckpt.partial", sharding={"save_distributed_checkpoint": False}, plugins=AnyCheckpointIO())
+    return ended
+
+
+def test_a_full_disk_is_named_on_every_rank_and_the_earlier_checkpoint_is_kept(tmp_path: Path) -> None:
+    ranks = run_ranks(2, save_on_a_disk_that_fails, f"{tmp_path}", errno.ENOSPC)
+    assert len(ranks[0]) == len(FULL) + 1
+    for rank in ranks:
+        for name, (message, step) in rank.items():
+            folder = tmp_path / name
+            assert re.fullmatch(
+                f"the disk of {folder} is full, with [0-9,]+ MB free: the checkpoint of step 2 was not written to {folder}/2.ckpt; "
+                "1.ckpt of step 1 is kept",
+                message,
+            ), message
+            assert step == 2
+            assert os.listdir(folder) == ["1.ckpt"]
+            assert newest_complete(folder) == (folder / "1.ckpt", [])
+
+
+def test_a_failure_that_is_not_of_the_disk_is_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(ChecksummedFile, "write", fail)
+    with pytest.raises(TypeError, match="a mistake"):
+        save_one_file(tmp_path / "7.ckpt", 7)
+    with pytest.raises(CheckpointException):
+        torch.distributed.checkpoint.save({}, storage_writer=ShardedWriter(tmp_path / "7.ckpt"), no_dist=True)
+
+
+def save_where_nothing_can_be_written(path: Path) -> str:
+    with pytest.raises(RunError) as caught:
+        save_one_file(path, 7)
+    assert isinstance(caught.value, OSError)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (errno.ENOSPC, r"the disk of {} is full, with [\d,]+ MB free"),
+        (errno.EDQUOT, "the quota on the disk of {} is used up"),
+        (errno.EROFS, "the disk of {} is read-only"),
+        (errno.EACCES, "{} must be writable for this user"),
+        (errno.EFBIG, "the file is larger than {} or a limit of the system allows"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_what_a_disk_does_not_take_is_named(number: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    save_one_file(tmp_path / "6.ckpt", 6)
+    monkeypatch.setattr(ChecksummedFile, "write", fail)
+    message = save_where_nothing_can_be_written(tmp_path / "7.ckpt")
+    target = tmp_path / "7.ckpt"
+    end = f": the checkpoint of step 7 was not written to {target}; 6.ckpt of step 6 is kept"
+    assert re.fullmatch(why.format(tmp_path) + re.escape(end), message), message
+    assert os.listdir(tmp_path) == ["6.ckpt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    message = save_where_nothing_can_be_written(tmp_path / "run" / "checkpoints" / "7.ckpt")
+    assert message.endswith(f"was not written to {tmp_path}/run/checkpoints/7.ckpt; there is no earlier one")
+
+
+def test_a_file_that_outgrows_a_limit_of_the_system_is_named(tmp_path: Path) -> None:
+    """Here the system itself ends the writing, in the middle of a tensor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        message = save_where_nothing_can_be_written(tmp_path / "7.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.startswith("the file is larger than ")
+    assert os.listdir(tmp_path) == []
 
 
 def preempt(folder: str) -> dict[str, Any]:

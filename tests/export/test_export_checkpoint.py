@@ -203,9 +203,27 @@ def cut_shard(model: Trained, tmp_path: Path) -> Path:
     return path
 
 
+def lost_shard(model: Trained, tmp_path: Path) -> Path:
+    path = save_sharded(model, tmp_path / "sharded.ckpt")
+    (path / "__0_0.distcp").unlink()
+    return path
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 def damaged_shard(model: Trained, tmp_path: Path) -> Path:
     path = save_sharded(model, tmp_path / "sharded.ckpt")
-    (path / "__0_0.distcp").write_bytes(bytes((path / "__0_0.distcp").stat().st_size))
+    flip_a_bit(path / "__0_0.distcp")
+    return path
+
+
+def damaged_file(model: Trained, tmp_path: Path) -> Path:
+    path = save_checkpoint(model, tmp_path / "run" / "last.ckpt")
+    flip_a_bit(path)
     return path
 
 
@@ -214,7 +232,7 @@ def damaged_shard(model: Trained, tmp_path: Path) -> Path:
     [
         (missing_file, "checkpoint must be a file"),
         (text_file, "no checkpoint that torch.load reads"),
-        (cut_file, "no checkpoint that torch.load reads"),
+        (cut_file, "last.ckpt was cut short, or its end is damaged"),
         (file_with_code, "no checkpoint that torch.load reads"),
         (unquantized_run, "hyper_parameters['export']"),
         (unknown_architecture, "no model_type 'nonesuch'"),
@@ -225,8 +243,10 @@ def damaged_shard(model: Trained, tmp_path: Path) -> Path:
             no_tensor_in_a_shard,
             "must hold tensors only under state_dict.model., got a value of another kind for state_dict.model.path",
         ),
-        (cut_shard, "sharded.ckpt was cut short: shards are missing"),
-        (damaged_shard, "sharded.ckpt: Weights only load failed"),
+        (cut_shard, "sharded.ckpt was cut short: __0_0.distcp has 5000 of "),
+        (lost_shard, "sharded.ckpt was cut short: __0_0.distcp is missing"),
+        (damaged_shard, "sharded.ckpt is damaged: __0_0.distcp does not have its checksum"),
+        (damaged_file, "last.ckpt is damaged: data/"),
     ],
 )
 def test_bad_checkpoint_ends_with_one_line_of_error(
