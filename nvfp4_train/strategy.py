@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -125,7 +126,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             if self.async_checkpoint and self.lightning_module.trainer.training:
                 if self._background_group is None:
                     # Threads must not share a group, and NCCL takes no CPU tensors.
-                    self._background_group = distributed.new_group(backend="gloo")
+                    self._background_group = distributed.new_group(backend="gloo", timeout=self._timeout)
                 future = async_save(state, storage_writer=writer, process_group=self._background_group)
                 self._in_flight = writer, cast("Future[Any]", future)
             else:
@@ -213,6 +214,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
             ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
         return checkpoint
+
+
+def timeout_of(trainer: Trainer) -> timedelta | None:
+    """How long a collective of the trainer's strategy waits for a rank; None for PyTorch's default."""
+    return getattr(trainer.strategy, "_timeout", None)
 
 
 class AnyCheckpointIO(TorchCheckpointIO):

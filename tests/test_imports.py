@@ -58,7 +58,21 @@ ALLOWED = {
         {"lightning", "transformers", "wandb"},
     ),
     "run": (
-        {"models", "losses", "checkpoints", "strategy", "data", "module", "progress", "callbacks", "plan", "run"},
+        {
+            "models",
+            "losses",
+            "checkpoints",
+            "saving",
+            "disk",
+            "export",
+            "strategy",
+            "data",
+            "module",
+            "progress",
+            "callbacks",
+            "plan",
+            "run",
+        },
         {"lightning", "hydra", "omegaconf", "wandb"},
     ),
 }

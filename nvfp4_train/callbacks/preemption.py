@@ -22,7 +22,7 @@ from nvfp4_train.errors import RunError
 from nvfp4_train.lightning_quirks import drop_sigterm_agreement, log_finished_step
 from nvfp4_train.module import QATModule
 from nvfp4_train.saving import remove
-from nvfp4_train.strategy import FullyShardedStrategy
+from nvfp4_train.strategy import FullyShardedStrategy, timeout_of
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later. 143 would not tell a saved run from one that SIGTERM killed."""
@@ -80,7 +80,8 @@ class Preemption(Checkpoint):
         if trainer.is_global_zero:
             self.marker.unlink(missing_ok=True)
         if distributed.is_available() and distributed.is_initialized() and trainer.world_size > 1:
-            self._group = distributed.new_group(backend="gloo")
+            # By default it would wait half an hour for a rank that hangs, whatever the strategy says.
+            self._group = distributed.new_group(backend="gloo", timeout=timeout_of(trainer))
             drop_sigterm_agreement(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]

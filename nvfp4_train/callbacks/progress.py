@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
 
 from nvfp4_train.progress import Progress, progress
 
@@ -24,6 +25,14 @@ class TrainingProgress(ProgressBar):
 
     def enable(self) -> None:
         self._is_shown = True
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether lines of the run are printed by `print`, past the bar."""
+        return self._is_shown
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        tqdm.write(" ".join(map(str, args)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step

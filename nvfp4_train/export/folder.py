@@ -43,6 +43,11 @@ def replacing_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iter
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def partial_folders(parent: Path) -> list[Path]:
+    """What killed processes left in a folder of the folders that `replacing_folder` was to make there."""
+    return sorted(parent.glob(".*.partial-*"))
+
+
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders, in one step where the system can."""
     if sys.platform == "linux":

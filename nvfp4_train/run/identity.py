@@ -4,9 +4,12 @@ import hashlib
 import os
 import re
 import time
+from itertools import count
 from pathlib import Path
 
 from torch.distributed import TCPStore
+
+_asked = count()
 
 
 def is_rank_zero() -> bool:
@@ -38,7 +41,8 @@ def of_rank_zero(name: str, value: str) -> str:
         return value
     # torchrun's own store, which outlives a restart of the ranks.
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    key = f"nvfp4_train/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # Jobs of a sweep ask one after the other.
+    key = f"nvfp4_train/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_asked)}"
     if is_rank_zero():
         store.set(key, value)
     return store.get(key).decode()

@@ -23,7 +23,7 @@ from nvfp4_train.run.compose import failed_job, save_config
 from nvfp4_train.run.identity import is_rank_zero
 from nvfp4_train.run.lock import lock_folder
 from nvfp4_train.run.process import default_to_offline_wandb, finishing_wandb, leave_process_group
-from nvfp4_train.run.resume import choose_checkpoint
+from nvfp4_train.run.resume import choose_checkpoint, clear_partials
 
 
 @finishing_wandb()
@@ -54,6 +54,8 @@ def run_job(options: dict[str, Any], *, trains: bool = True) -> float | None:
 
 def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> float | None:
     options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(options["run_dir"]) / "checkpoints")
+    if is_rank_zero():
+        clear_partials(Path(options["run_dir"]))
     trainer, module, data = build(options, trains=trains)
     modules.append(module)
     trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: save_config(options)))  # type: ignore[attr-defined]

@@ -50,6 +50,8 @@ OF_NO_USE: Mapping[str, tuple[Sequence[Any], str]] = {
     "fast_dev_run": ((False, 0), "set trainer.max_steps=2, which keeps loggers and checkpoints"),
     "barebones": ((False,), "logger=none trainer.enable_progress_bar=false leaves out what can be left out"),
     "enable_checkpointing": ((None, True), "callbacks.checkpoint=null callbacks.last_checkpoint=null leave out checkpoints"),
+    "callbacks": ((None,), "callbacks are the options of the group callbacks, each under a name"),
+    "logger": ((None,), "loggers are those of the group: logger=wandb, csv or none"),
     "sync_batchnorm": ((False,), "a language model has no batch norms"),
 }
 """Options of Lightning's Trainer that mean something else here: the values that change nothing, and what to set in their place."""

@@ -1,11 +1,14 @@
 """Where a run continues: the checkpoint that it starts from, what of its options must be as they were, and files of earlier runs."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nvfp4_train.checkpoints import inspect_checkpoint, newest_complete, read_unsharded
+from nvfp4_train.export.folder import partial_folders
 from nvfp4_train.run.identity import is_rank_zero, keep_earlier, of_rank_zero
+from nvfp4_train.saving import remove_partials
 
 OF_THE_SWITCH = (
     "quant.start_step",
@@ -65,6 +68,8 @@ def check_checkpoint(options: Mapping[str, Any]) -> None:
     if facts.fault is not None:
         raise ValueError(f"ckpt_path must be a checkpoint, or auto, got {ckpt_path!r}, which {facts.fault}")
     assert facts.step is not None
+    if (max_steps := options["trainer"].get("max_steps", facts.step)) < facts.step:
+        raise ValueError(f"trainer.max_steps must be at least {facts.step}, the step of {ckpt_path}, got {max_steps}")
     saved = read_unsharded(path).get("hyper_parameters", {}).get("options")
     if saved is not None:
         check_options(path, facts.step, saved, options)
@@ -105,6 +110,13 @@ def option_value(options: Mapping[str, Any], option: str) -> Any:
 def _shown(value: Any) -> str:
     """As it is written on a command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def clear_partials(run_dir: Path) -> None:
+    """Delete what killed runs left half-written in a folder, which takes the room of what is to come. Call it while it is locked."""
+    remove_partials(run_dir / "checkpoints")
+    for partial in partial_folders(run_dir):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def keep_earlier_metrics(run_dir: Path) -> None:
