@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partialmethod
 from typing import Any
 
-from torch import distributed
 from tqdm import tqdm
 
 LINE_EVERY_S = 60.0
@@ -94,11 +93,6 @@ def progress(
             **{"leave": False} | _options(is_shown),
         )
     )
-
-
-def is_first_rank() -> bool:
-    """Whether this is rank 0, or there are no ranks."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def at_terminal() -> bool:

@@ -20,13 +20,13 @@ KNOWN = (OSError, ValueError, ImportError, SafetensorError, pickle.UnpicklingErr
 
 
 @contextmanager
-def reading(what: str, path: str) -> Iterator[None]:
-    """Raise ValueError in place of what a loader raises. `what` names the option, or the model, and begins the line."""
+def reading(what: str, path: str, *others: type[Exception]) -> Iterator[None]:
+    """Raise ValueError in place of what a loader raises: `KNOWN` and `others`. `what` names the option, and begins the line."""
     try:
         yield
     except Exception as error:
         # `tokenizers` raises the class Exception itself. A damaged file may lead to anything.
-        if not isinstance(error, KNOWN) and type(error) is not Exception and damaged_settings(path) is None:
+        if not isinstance(error, (*KNOWN, *others)) and type(error) is not Exception and damaged_settings(path) is None:
             raise
         raise ValueError(f"{what}: {_fault(error, path)}") from error
 
@@ -42,7 +42,7 @@ def _fault(error: Exception, path: str) -> str:
         return f"the cache {place} cannot be used ({one_line(error)}); set HF_HOME to a folder that can be written"
     if isinstance(error, OSError) and not Path(path).exists():
         return f"could not be read as a local folder or reached as a hub name: {one_line(error)}"
-    return one_line(error)
+    return one_line(error) if isinstance(error, KNOWN) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(error: BaseException) -> str:

@@ -33,7 +33,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     what = (
         f"the tokenizer must be 'byte', a folder with tokenizer files or a reachable hub name; got {name!r}. Set data.tokenizer"
     )
-    with reading(what, name):
+    # Files without what a tokenizer needs lead to these.
+    with reading(what, name, KeyError, TypeError, AttributeError):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from nvfp4_train.models.causal_lm import ModelConfig, empty_model, read_original, refuse_other_tensors
 from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.models.weight_files import safetensors_files
-from nvfp4_train.progress import is_first_rank, progress
+from nvfp4_train.progress import progress
 from nvfp4_train.quant.experts import held_rows_first
 from nvfp4_train.quant.served import SERVED_DTYPE
 from nvfp4_train.reading import reading
@@ -138,7 +138,7 @@ class FolderWeights:
             for piece in self._pieces(name, state[name], name in rows_first):
                 by_file[self._file_of[piece.key]].append(piece)
         total = sum(piece.target.numel() for pieces in by_file.values() for piece in pieces)
-        with progress("loading", total=total, unit="weights", is_shown=is_first_rank()) as bar:
+        with progress("loading", total=total, unit="weights", is_shown=_is_first_rank()) as bar:
             for file, pieces in by_file.items():
                 with safe_open(file, "pt") as opened:
                     for piece in pieces:
@@ -171,6 +171,10 @@ class FolderWeights:
                         f"model.path={self.path!r}: {key} and {self._key_of[name]} differ, but its config ties them; set "
                         "tie_word_embeddings to false there"
                     )
+
+
+def _is_first_rank() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _read(opened: safe_open, piece: _Piece) -> Tensor:
