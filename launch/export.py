@@ -17,6 +17,7 @@ from nvfp4_train.export.masters import FromMasters
 from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import BOTH, folders_of, known_formats
 from nvfp4_train.export.writer import MAX_SHARD_BYTES
+from nvfp4_train.reading import reading
 
 
 def main() -> None:
@@ -60,15 +61,17 @@ def main() -> None:
             )
         is_copied = checkpoint.not_built is not None and checkpoint.not_built.kept and not args.without_original
         passed_through = PassedThrough(checkpoint.not_built, args.original or checkpoint.path) if is_copied else None
+        loaded = None
+        if tokenizer:
+            with reading(f"--tokenizer {tokenizer}", str(tokenizer)):
+                loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code)
         served = FromMasters(checkpoint.weights, checkpoint.manifest, checkpoint.config, checkpoint.quant_state)
         for format, folder in folders.items():
             report = export_model(
                 folder,
                 served,
                 format=format,
-                tokenizer=(
-                    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=args.trust_remote_code) if tokenizer else None
-                ),
+                tokenizer=loaded,
                 generation_config=checkpoint.generation_config,
                 max_shard_bytes=args.max_shard_bytes,
                 overwrite=args.overwrite,

@@ -21,7 +21,7 @@ class SegmentedWandbLogger(WandbLogger):
     other when they are uploaded. So the next step is kept in a file beside the segments.
     """
 
-    @wraps(WandbLogger.__init__)
+    @wraps(WandbLogger.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Lightning 2.6.6 passes an option, as None, that wandb no longer has and warns of.

@@ -13,8 +13,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import partialmethod
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -88,7 +89,7 @@ def progress(
             desc=description,
             total=total,
             initial=start,
-            unit=unit if unit == "B" else f" {unit}",
+            unit=unit if unit == "B" or at_terminal() else f" {unit}",
             unit_scale=unit == "B" or (total or 0) >= SCALED,
             **{"leave": False} | _options(is_shown),
         )
@@ -98,6 +99,20 @@ def progress(
 def at_terminal() -> bool:
     """Whether stderr is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def printing_above_bars() -> Iterator[None]:
+    """Let what is printed meanwhile stand above the bars of a terminal, line by line."""
+    if not (at_terminal() and sys.stdout.isatty()):
+        yield
+        return
+    above = _AboveBars(sys.stdout)
+    try:
+        with redirect_stdout(above):
+            yield
+    finally:
+        above.close()
 
 
 def tame_other_bars(*, is_shown: bool) -> None:
@@ -123,3 +138,24 @@ class _Lines(io.TextIOBase):
         if line := text.strip():
             print(line, file=sys.stderr, flush=True)
         return len(text)
+
+
+class _AboveBars(io.TextIOBase):
+    """Takes the bars away while it writes to `stream`, a line at a time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._unfinished = ""
+
+    def write(self, text: str) -> int:
+        lines, end, rest = (self._unfinished + text).rpartition("\n")
+        self._unfinished = rest
+        if end:
+            with tqdm.external_write_mode(file=sys.stderr):
+                self._stream.write(lines + end)
+                self._stream.flush()
+        return len(text)
+
+    def close(self) -> None:
+        self._stream.write(self._unfinished)
+        super().close()

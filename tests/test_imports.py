@@ -18,6 +18,7 @@ ALLOWED = {
     "metrics": (set(), set()),
     "progress": (set(), set()),
     "finite": (set(), set()),
+    "reading": (set(), set()),
     "loggers": (set(), {"lightning", "wandb"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
@@ -30,8 +31,8 @@ ALLOWED = {
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant", "metrics"}, set()),
-    "models": ({"kernels", "quant", "progress", "models"}, {"transformers"}),
-    "data": ({"lightning_quirks", "data"}, {"lightning", "transformers", "datasets"}),
+    "models": ({"kernels", "quant", "progress", "reading", "models"}, {"transformers"}),
+    "data": ({"lightning_quirks", "reading", "data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "disk", "parallel", "progress", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "disk", "saving"}, {"lightning"}),
     "module": (

@@ -1,12 +1,13 @@
 """How far training and validation are, in the way of all long phases: a bar at a terminal, a line a minute elsewhere."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from nvfp4_train.progress import Progress, progress
+from nvfp4_train.progress import Progress, printing_above_bars, progress
 
 
 class TrainingProgress(ProgressBar):
@@ -16,7 +17,8 @@ class TrainingProgress(ProgressBar):
         super().__init__()
         self._is_shown = True
         self._training: Progress | None = None
-        self._evaluation: Progress | None = None
+        self._validation: Progress | None = None
+        self._open = ExitStack()
         self._last_step = 0
         self._last_loss: Any = None
 
@@ -36,7 +38,10 @@ class TrainingProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
-        self._training = progress("training", total=trainer.max_steps, start=self._last_step, is_shown=self._is_shown)
+        bar = progress("training", total=trainer.max_steps, start=self._last_step, is_shown=self._is_shown)
+        self._training = self._open.enter_context(bar)
+        if self._is_shown:
+            self._open.enter_context(printing_above_bars())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Lightning has just waited for the device if it logged, and nothing runs there now: reading the loss costs no other wait.
@@ -49,27 +54,23 @@ class TrainingProgress(ProgressBar):
         if self._training is not None:
             self._training.advance(trainer.global_step - self._last_step)
         self._last_step = trainer.global_step
+        if self._last_step >= trainer.max_steps:
+            self._open.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        self._open.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        self._open.close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation = progress(
-            "validation", total=int(sum(trainer.num_val_batches)), unit="batches", is_shown=self._is_shown
-        )
+        number = int(sum(trainer.num_val_batches))
+        self._validation = progress("validation", total=number, unit="batches", is_shown=self._is_shown)
 
     def on_validation_batch_end(self, *args: Any) -> None:  # type: ignore[override]
-        if self._evaluation is not None:
-            self._evaluation.advance()
+        if self._validation is not None:
+            self._validation.advance()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._evaluation is not None:
-            self._evaluation.close()
-
-    def _close(self) -> None:
-        for bar in (self._evaluation, self._training):
-            if bar is not None:
-                bar.close()
+        if self._validation is not None:
+            self._validation.close()

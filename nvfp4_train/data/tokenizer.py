@@ -3,6 +3,8 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from nvfp4_train.reading import reading
+
 END_OF_TEXT = "<|endoftext|>"
 """The one special token of the byte tokenizer: begin, end and padding."""
 
@@ -28,13 +30,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """The tokenizer called `name`: "byte" is the built-in one, anything else a local folder or a hub name."""
     if name == "byte":
         return byte_tokenizer()
-    try:
+    what = (
+        f"the tokenizer must be 'byte', a folder with tokenizer files or a reachable hub name; got {name!r}. Set data.tokenizer"
+    )
+    # Files without what a tokenizer needs lead to these.
+    with reading(what, name, KeyError, TypeError, AttributeError):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer must be 'byte', a folder with tokenizer files or a reachable hub name; got {name!r}. "
-            f"Set data.tokenizer. The loader said: {error}"
-        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"packing needs a tokenizer with an end-of-sequence token; that of {name!r} has none. Set data.tokenizer to "

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from nvfp4_train.models.quirks import give_text_outputs_images
+from nvfp4_train.reading import one_line, reading
 
 OUTSIDE = "not part of the language model"
 """Why a linear of a tower or a projector stays in bf16."""
@@ -38,21 +39,29 @@ _remote_classes: dict[str, type[PreTrainedModel]] = {}
 def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a folder or hub name, and with `trust_remote_code` its class from the folder's own code.
 
-    Raises OSError where there is none, and ValueError where the folder has code of its own that is not trusted.
+    Raises ValueError where there is none, or it cannot be read, or the folder has code of its own that is not trusted or fails.
     """
+    where = f"model.path={path!r}"
+    with reading(where, path):
+        settings, _ = PretrainedConfig.get_config_dict(path)
+    if "auto_map" in settings and trust_remote_code:
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+            if reference := _code_reference(config):
+                config.architectures = [_trust(reference, path)]
+        except Exception as error:
+            # The code may raise anything.
+            raise ValueError(f"the code of {where} does not load: {type(error).__name__}: {one_line(error)}") from error
+        return config
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        raise ValueError(f"the code of model.path={path!r} does not load: {' '.join(str(error).split())}") from error
+        with reading(where, path):
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"model.path={path!r} has code of its own, which would run here; read it, then set model.trust_remote_code=true"
+            f"{where} has code of its own, which would run here; read it, then set model.trust_remote_code=true"
         ) from error
-    if trust_remote_code and (reference := _code_reference(config)):
-        config.architectures = [_trust(reference, path)]
-    return config
 
 
 def read_exported_config(folder: Path) -> PretrainedConfig:
@@ -154,12 +163,19 @@ def name_class(model: nn.Module) -> None:
 
 
 @contextmanager
-def naming_packages(cls: type[PreTrainedModel]) -> Iterator[None]:
-    """Raise ValueError where a part of a model (a tower of timm, say) needs a package that is not installed."""
+def naming_packages(cls: type[PreTrainedModel], attention: str | None = None) -> Iterator[None]:
+    """Raise ValueError where a part of a model (a tower of timm, say) needs a package that is not installed.
+
+    `attention` is the kernel that the user asked for, which may be no part of this transformers, or of a package that is missing.
+    """
     try:
         yield
-    except ImportError as error:
-        raise ValueError(f"{cls.__name__} needs a package that is not installed: {' '.join(str(error).split())}") from error
+    except (ImportError, ValueError) as error:
+        if attention is not None and "att" in str(error).lower():
+            raise ValueError(f"model.attn_implementation={attention!r} cannot be used: {one_line(error)}") from error
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{cls.__name__} needs a package that is not installed: {one_line(error)}") from error
 
 
 def parameters_outside(model: PreTrainedModel) -> set[str]:

@@ -18,7 +18,9 @@ from nvfp4_train.models.architecture import model_class, modules_outside, naming
 from nvfp4_train.models.originals import dequantizing, forget_quantization, take_quantization
 from nvfp4_train.models.quirks import compute_buffers_as_loaded, parameters_on_meta, take_rows_for_single_sequences
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
+from nvfp4_train.models.weight_files import weight_files
 from nvfp4_train.quant.served import SERVED_DTYPE
+from nvfp4_train.reading import reading
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -99,12 +101,7 @@ def read_original(config: ModelConfig) -> tuple[PretrainedConfig, dict[str, Any]
         return model_class(hf_config)[1], None
     if _looks_local(config.path) and not (Path(config.path) / "config.json").is_file():
         raise ValueError(f"model.path must be a folder with a config.json or a hub name, got {config.path!r}")
-    try:
-        hf_config = read_config(config.path, trust_remote_code=config.trust_remote_code)
-    except OSError as error:
-        raise ValueError(
-            f"model.path={config.path!r} could not be read as a local folder or reached as a hub name: {error}"
-        ) from error
+    hf_config = read_config(config.path, trust_remote_code=config.trust_remote_code)
     quantization = take_quantization(hf_config, config.path)
     try:
         return model_class(hf_config)[1], quantization
@@ -132,7 +129,7 @@ def load_frozen(config: ModelConfig) -> PreTrainedModel:
 def from_config(hf_config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
     """A model with random weights. Raises ValueError where it has no class, or needs a package that is not installed."""
     cls, hf_config = model_class(hf_config)
-    with naming_packages(cls):
+    with naming_packages(cls, options.get("attn_implementation")):
         return cls._from_config(hf_config, **options)
 
 
@@ -159,13 +156,17 @@ def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
     # A scale of FP8 that is rounded to bf16 beforehand gives other weights.
     dtype, options = options["dtype"], options if quantization is None else {**options, "dtype": torch.float32}
     cls, _ = model_class(hf_config)
-    with dequantizing(hf_config, quantization) as arguments, naming_packages(cls):
+    # Their faults would come without a name.
+    weight_files(config.path)
+    packages = naming_packages(cls, options["attn_implementation"])
+    with dequantizing(hf_config, quantization) as arguments, packages, reading(f"model.path={config.path!r}", config.path):
         # Tensors of another shape are refused with the others.
         loaded: Any = cls.from_pretrained(
             config.path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **options
         )
     model, info = loaded
-    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], map(str, info["mismatched_keys"]))
+    of_other_shape = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in info["mismatched_keys"]]
+    refuse_other_tensors(config.path, info["missing_keys"], info["unexpected_keys"], of_other_shape)
     if quantization is not None:
         forget_quantization(model)
         for parameter in model.parameters():

@@ -14,17 +14,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from nvfp4_train.models.causal_lm import ModelConfig, empty_model, read_original, refuse_other_tensors
 from nvfp4_train.models.sharding import local_rows
+from nvfp4_train.models.weight_files import safetensors_files
+from nvfp4_train.progress import progress
 from nvfp4_train.quant.experts import held_rows_first
 from nvfp4_train.quant.served import SERVED_DTYPE
+from nvfp4_train.reading import reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +80,10 @@ class FolderWeights:
         self._file_of: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            try:
-                with safe_open(file, "pt") as opened:
-                    for key in opened.keys():  # noqa: SIM118 (no mapping)
-                        self._file_of[key] = file
-                        self._shapes[key] = tuple(opened.get_slice(key).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"model.path={path!r}: {file} is no whole safetensors file: {error}") from error
+            with reading(f"model.path={path!r}: {file}", path), safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (no mapping)
+                    self._file_of[key] = file
+                    self._shapes[key] = tuple(opened.get_slice(key).get_shape())
         self._key_of: dict[str, str] = {}
         """Name on disk by name in the model, for tensors that are the same in both."""
         self._experts: dict[str, list[_ExpertPart]] = {}
@@ -139,10 +137,13 @@ class FolderWeights:
         for name in self._key_of | self._experts:
             for piece in self._pieces(name, state[name], name in rows_first):
                 by_file[self._file_of[piece.key]].append(piece)
-        for file, pieces in by_file.items():
-            with safe_open(file, "pt") as opened:
-                for piece in pieces:
-                    piece.target.copy_(_read(opened, piece))
+        total = sum(piece.target.numel() for pieces in by_file.values() for piece in pieces)
+        with progress("loading", total=total, unit="weights", is_shown=_is_first_rank()) as bar:
+            for file, pieces in by_file.items():
+                with safe_open(file, "pt") as opened:
+                    for piece in pieces:
+                        piece.target.copy_(_read(opened, piece))
+                        bar.advance(piece.target.numel())
         self._check_copies(state)
 
     def _pieces(self, name: str, tensor: Tensor, is_rows_first: bool) -> Iterator[_Piece]:
@@ -172,17 +173,12 @@ class FolderWeights:
                     )
 
 
+def _is_first_rank() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def _read(opened: safe_open, piece: _Piece) -> Tensor:
     return opened.get_tensor(piece.key) if piece.rows is None else opened.get_slice(piece.key)[piece.rows]
-
-
-def safetensors_files(path: str) -> list[str]:
-    """Paths on this machine, downloaded if need be; none if the weights are stored in another way."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            return [found] if name == SAFE_WEIGHTS_NAME else get_checkpoint_shard_files(path, found)[0]
-    return []
 
 
 def _expert_parts(model: PreTrainedModel, name: str, parameter: Tensor) -> list[_ExpertPart]:

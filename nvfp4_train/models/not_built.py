@@ -5,25 +5,26 @@ belongs into a layer that is built, or is a buffer that is computed, would not b
 """
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from nvfp4_train.models.causal_lm import ModelConfig, read_original
-from nvfp4_train.models.folder import is_ignored, safetensors_files
+from nvfp4_train.models.folder import is_ignored
 from nvfp4_train.models.layout import prefixes, shown
 from nvfp4_train.models.originals import SCALES_OF_FP8, SCALES_OF_INPUTS, block_of, dequantize_blocks
 from nvfp4_train.models.stored_dtypes import STORED_DTYPES, STORED_NAMES
+from nvfp4_train.models.weight_files import weight_files
 from nvfp4_train.quant.served import SERVED_DTYPE
+from nvfp4_train.reading import reading
 
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 """Buffers that every reader computes."""
@@ -117,31 +118,25 @@ def _layer(key: str) -> str | None:
 def original_files(path: str) -> dict[str, str]:
     """The file on this machine of every tensor of a folder or hub name."""
     file_of: dict[str, str] = {}
-    for file in safetensors_files(path) or _pickled_files(path):
+    for file in weight_files(path):
         with opened(file) as tensors:
             file_of |= dict.fromkeys(tensors.keys(), file)
     return file_of
 
 
-def _pickled_files(path: str) -> list[str]:
-    for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            return [found] if name == WEIGHTS_NAME else get_checkpoint_shard_files(path, found)[0]
-    return []
-
-
 @contextmanager
 def opened(file: str) -> Iterator[Any]:
     """The tensors of a file, with `keys`, `get_tensor` and, for safetensors, slices. Raises ValueError where it cannot be read."""
-    if not file.endswith(".safetensors"):
-        yield _Pickled(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-        return
-    try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+    is_pickled = not file.endswith(".safetensors")
+    with reading(file, file):
+        if is_pickled:
+            # Files of PyTorch before 1.6 are no archives, which alone can be mapped.
+            mmap = zipfile.is_zipfile(file)
+            found: Any = nullcontext(_Pickled(torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)))
+        else:
+            found = safe_open(file, "pt")
+    with found as tensors:
+        yield tensors
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
 from nvfp4_train.callbacks.progress import TrainingProgress
+from nvfp4_train.data.cache import check_data_cache
 from nvfp4_train.data.module import TextDataModule
 from nvfp4_train.models.architecture import positions
 from nvfp4_train.models.causal_lm import load_config
+from nvfp4_train.models.weight_files import check_folder
 from nvfp4_train.module import QATModule
 from nvfp4_train.run.compose import groups, make
 from nvfp4_train.run.options import check_parts, check_targets, check_trainer
@@ -47,8 +49,12 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
 
     configs = {name: make(node, name) for name, node in nodes.items()}
     model = configs["model"]
-    # A folder that cannot be trained is refused before its tokenizer is.
+    # A folder that cannot be trained is refused before its tokenizer is, and before any data is read.
     hf_config = load_config(model)
+    for option, path in (("model.path", model.path), ("loss.teacher_path", getattr(configs["loss"], "teacher_path", None))):
+        if path is not None:
+            check_folder(path, option)
+    check_data_cache()
     data = TextDataModule(
         configs.pop("data"), seed=options["seed"], model_path=model.path, trust_remote_code=model.trust_remote_code
     )
