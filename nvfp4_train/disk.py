@@ -42,16 +42,16 @@ def find_errno(error: BaseException | None) -> int | None:
 def not_written(path: Path, what: str, error: BaseException) -> DiskError | None:
     """The error to raise where `what`, at the path, could not be written: one line that names the disk's state.
 
-    None where the error did not come from the disk. Call it when what was written of it has been removed.
+    None where the error did not come from the system, or has words of its own. Call it when what was written has been removed.
     """
     if isinstance(error, DiskError):
         return error
-    number = find_errno(error)
+    number = None if isinstance(error, ValueError) else find_errno(error)
     if number is None:
         return None
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
     if number == errno.ENOSPC:
-        why = f"the disk of {folder} is full, with {_free(folder)} free"
+        why = f"the disk of {folder} is full, with {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
     elif number == errno.EDQUOT:
         why = f"the quota on the disk of {folder} is used up"
     elif number == errno.EFBIG:
@@ -59,9 +59,9 @@ def not_written(path: Path, what: str, error: BaseException) -> DiskError | None
     elif number == errno.EROFS:
         why = f"the disk of {folder} is read-only"
     elif number in (errno.EACCES, errno.EPERM):
-        why = f"{folder} must be writable for this user"
+        why = f"permission denied for {getattr(error, 'filename', None) or folder}"
     else:
-        why = os.strerror(number)
+        why = str(error) if isinstance(error, OSError) else os.strerror(number)
     return DiskError(f"{why}: {what} was not written to {path}")
 
 
@@ -83,7 +83,3 @@ def disk_errors_named(path: Path, what: str) -> Iterator[None]:
         if named is None:
             raise
         raise named from error
-
-
-def _free(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB"

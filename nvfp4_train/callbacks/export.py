@@ -12,6 +12,7 @@ from lightning import Callback, Trainer
 from torch import distributed
 
 from nvfp4_train.callbacks.run_facts import run_facts
+from nvfp4_train.errors import RunError
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks
 from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import folders_of
@@ -124,7 +125,7 @@ def first_rank_awaited() -> Iterator[None]:
     """No rank leaves the body before rank 0 has left it, however long that takes.
 
     A collective would fail after the timeout of its process group, by default half an hour; an export may take longer. Raises
-    RuntimeError on the other ranks where the body failed on rank 0.
+    RunError on the other ranks where the body failed on rank 0.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         yield
@@ -142,4 +143,4 @@ def first_rank_awaited() -> Iterator[None]:
         while not store.check([key]):
             time.sleep(0.2)
         if store.get(key) != b"done":
-            raise RuntimeError(FAILED_ON_FIRST_RANK)
+            raise RunError(FAILED_ON_FIRST_RANK)

@@ -23,14 +23,17 @@ from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.formats.base import Format
 from nvfp4_train.export.ignored import translate
 from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD, PackedFolder, format_of
+from nvfp4_train.export.phases import Phases, silent
 from nvfp4_train.export.readers.base import require
-from nvfp4_train.export.readers.disk import PIECE_BYTES, StoredTensor, read_header
+from nvfp4_train.export.readers.disk import StoredTensor, read_header
 from nvfp4_train.export.registry import find_format
 from nvfp4_train.export.shards import MAX_SHARD_BYTES, write_shards
 from nvfp4_train.export.unpack import Unpacked, decode, decode_by_reader
+from nvfp4_train.export.values import is_same
 from nvfp4_train.export.verify import VerifyReport, verify_export
 from nvfp4_train.kernels.scale_rules import ScaleRule
 from nvfp4_train.models.stored_dtypes import STORED_NAMES
+from nvfp4_train.parallel import in_threads
 from nvfp4_train.quant.manifest import QuantManifest
 
 PLAIN = "bf16"
@@ -63,10 +66,15 @@ class ConvertReport:
         return "\n".join(lines)
 
 
-def convert_folder(source: str | os.PathLike, target: str | os.PathLike, *, to: str, overwrite: bool = False) -> ConvertReport:
+def convert_folder(
+    source: str | os.PathLike, target: str | os.PathLike, *, to: str, overwrite: bool = False, progress: Phases = silent
+) -> ConvertReport:
     """Write the folder `target`, of the format `to` (of `TARGETS`), from an NVFP4 folder. All other files are copied.
 
+    `progress` is told of the bytes that were written, and compared.
+
     Raises:
+        DiskError: The disk takes no more; nothing is left of what was written.
         FileExistsError: The target exists and is not to be replaced.
         ValueError: The source is no NVFP4 folder, has that format already, or one of the folders lies in the other.
         ExportError: The source does not pass its verification, or the written folder does not; nothing is left of it.
@@ -86,12 +94,12 @@ def convert_folder(source: str | os.PathLike, target: str | os.PathLike, *, to: 
         if to == PLAIN:
             _write_json(partial / "config.json", {key: v for key, v in origin.config.items() if key != "quantization_config"})
             # Files cannot be those of the source: they would be 3.6 times as large.
-            write_shards(partial, Unpacked(origin, decode).file_groups(), MAX_SHARD_BYTES)
+            write_shards(partial, Unpacked(origin, decode).file_groups(), MAX_SHARD_BYTES, progress)
             verified = None
-            _compare_plain(origin, partial)
+            _compare_plain(origin, partial, progress)
         else:
             _write_configs(origin, to, partial)
-            _write_files(origin, find_format(to), partial)
+            _write_files(origin, find_format(to), partial, progress)
             verified = verify_export(partial, format=to)
             _compare(origin, PackedFolder(partial, to))
         _adapt_card(origin, to, verified, partial / CARD_FILE)
@@ -166,23 +174,26 @@ def _add_ignored(content: dict[str, Any], names: list[str]) -> None:
                 part[key] = list(dict.fromkeys([*part[key], *names]))
 
 
-def _write_files(origin: PackedFolder, format: Format, target: Path) -> None:
+def _write_files(origin: PackedFolder, format: Format, target: Path, progress: Phases) -> None:
     """Every file with the tensors of its modules in another format."""
     weight_map: dict[str, str] = {}
     num_bytes = 0
-    for file in origin.files:
-        tensors: dict[str, Tensor] = {}
-        for key in (key for key, stored in origin.stored.items() if stored.path == file):
-            found = origin.parts_of(key)
-            if found is None:
-                tensors[key] = origin.tensor(key)
-            elif found[1] == origin.reader.codes:
-                # With its parts, should they lie in other files.
-                tensors |= format.tensors(found[0], origin.weight(found[0]))
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, target / file.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    with progress("writing", total=sum(stored.num_bytes for stored in origin.stored.values()), unit="B") as bar:
+        for file in origin.files:
+            tensors: dict[str, Tensor] = {}
+            for key in (key for key, stored in origin.stored.items() if stored.path == file):
+                found = origin.parts_of(key)
+                if found is None:
+                    tensors[key] = origin.tensor(key)
+                elif found[1] == origin.reader.codes:
+                    # With its parts, should they lie in other files.
+                    tensors |= format.tensors(found[0], origin.weight(found[0]))
+            tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, target / file.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file.name)
+            of_file = sum(tensor.nbytes for tensor in tensors.values())
+            num_bytes += of_file
+            bar.advance(of_file)
     if (origin.path / INDEX).exists():
         _write_json(target / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
 
@@ -190,10 +201,15 @@ def _write_files(origin: PackedFolder, format: Format, target: Path) -> None:
 def _compare(origin: PackedFolder, written: PackedFolder) -> None:
     """Both readers find the same bytes and the same scales."""
     require("convert", written.quantized == origin.quantized, "the quantized modules are not those of the source")
+    parts = [(module, part) for module in origin.quantized for part in ("codes", "block_scales")]
+
+    def is_kept(of: tuple[str, str]) -> bool:
+        module, part = of
+        return is_same(*(folder.part(module, getattr(folder.reader, part)) for folder in (origin, written)))
+
+    for (module, part), same in zip(parts, in_threads(is_kept, parts), strict=True):
+        require("convert", same, f"{module} has other {part.replace('_', ' ')} than in the source")
     for module in origin.quantized:
-        for part in ("codes", "block_scales"):
-            tensors = (folder.part(module, getattr(folder.reader, part)) for folder in (origin, written))
-            require("convert", _is_same(*tensors), f"{module} has other {part.replace('_', ' ')} than in the source")
         first, second = origin.global_scale(module), written.global_scale(module)
         # Each reader may have taken a rounded inverse.
         limit = 0.0 if np.frexp(first)[0] == 0.5 else 2.0**-22 * float(first)
@@ -206,7 +222,7 @@ def _compare(origin: PackedFolder, written: PackedFolder) -> None:
     _compare_others(origin, written.stored, written.plain_keys())
 
 
-def _compare_plain(origin: PackedFolder, target: Path) -> None:
+def _compare_plain(origin: PackedFolder, target: Path, progress: Phases) -> None:
     """The source, decoded by its reader, is the plain folder."""
     stored = {key: tensor for file in target.glob("*.safetensors") for key, tensor in read_header(file).items()}
     expected = Unpacked(origin, decode_by_reader)
@@ -214,29 +230,24 @@ def _compare_plain(origin: PackedFolder, target: Path) -> None:
     scales = [origin.global_scale(module) for module in origin.quantized]
     # Of a global scale that is no power of two, the inverse is rounded: the value beside is as right.
     limit = 0 if all(np.frexp(scale)[0] == 0.5 for scale in scales) else 1
-    for group in expected.file_groups():
-        for key, tensor in group.load().items():
-            name = STORED_NAMES[tensor.dtype]
-            require(
-                "convert", (stored[key].dtype, stored[key].shape) == (name, tuple(tensor.shape)), f"{key} has another shape"
-            )
-            got, wanted = stored[key].bytes(), tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            is_equal = np.array_equal(got, wanted)
-            if not is_equal and limit and tensor.dtype is torch.bfloat16:
-                is_equal = int(np.abs(got.view(np.int16).astype(np.int32) - wanted.view(np.int16)).max(initial=0)) <= limit
-            require("convert", is_equal, f"{key} has other values than the source")
+    with progress("comparing", total=sum(tensor.num_bytes for tensor in stored.values()), unit="B") as bar:
+        for group in expected.file_groups():
+            for key, tensor in group.load().items():
+                shape = STORED_NAMES[tensor.dtype], tuple(tensor.shape)
+                require("convert", (stored[key].dtype, stored[key].shape) == shape, f"{key} has another shape")
+                got, wanted = stored[key].bytes(), tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                is_equal = np.array_equal(got, wanted)
+                if not is_equal and limit and tensor.dtype is torch.bfloat16:
+                    is_equal = int(np.abs(got.view(np.int16).astype(np.int32) - wanted.view(np.int16)).max(initial=0)) <= limit
+                require("convert", is_equal, f"{key} has other values than the source")
+                bar.advance(stored[key].num_bytes)
 
 
 def _compare_others(origin: PackedFolder, stored: Mapping[str, StoredTensor], keys: set[str]) -> None:
     require("convert", keys == origin.plain_keys(), "the unquantized tensors are not those of the source")
-    for key in keys:
-        require("convert", _is_same(origin.stored[key], stored[key]), f"{key} differs from the source")
-
-
-def _is_same(first: StoredTensor, second: StoredTensor) -> bool:
-    pieces = zip(first.pieces(PIECE_BYTES), second.pieces(PIECE_BYTES), strict=True)
-    is_alike = (first.dtype, first.shape) == (second.dtype, second.shape)
-    return is_alike and all(np.array_equal(a, b) for (_, a), (_, b) in pieces)
+    in_order = sorted(keys)
+    for key, same in zip(in_order, in_threads(lambda key: is_same(origin.stored[key], stored[key]), in_order), strict=True):
+        require("convert", same, f"{key} differs from the source")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nvfp4_train.disk import disk_errors_named
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -28,19 +30,21 @@ def check_target(folder: str | os.PathLike, overwrite: bool) -> Path:
 def replacing_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside the target, that takes the target's name if the body succeeds and is removed if it fails.
 
-    An old target is removed only after that. A process that is killed leaves `.NAME.partial-*` behind, never half a target.
+    An old target is removed only after that. A process that is killed leaves `.NAME.partial-*` behind, never half a target. Raises
+    DiskError, after the removal, where the body failed because the disk takes no more.
     """
     target = check_target(folder, overwrite)
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            _exchange(partial, target)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors_named(target, "the export"):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            if target.exists():
+                _exchange(partial, target)
+            else:
+                partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def partial_folders(parent: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from nvfp4_train.errors import RunError
 from nvfp4_train.export.formats.base import QuantizedTensor
 from nvfp4_train.export.masters import check_tensors, rows_at_once
 from nvfp4_train.export.served import ServedWeights, refuse_unless, to_served
@@ -60,7 +61,7 @@ class FromRanks(ServedWeights):
     def answered(self) -> Iterator[bool]:
         """Yield whether this rank is the writer. The writer's body runs while the other ranks answer it; theirs runs after that.
 
-        Raises RuntimeError on the other ranks where the writer's body failed. Where it failed within a gather (out of memory, say),
+        Raises RunError on the other ranks where the writer's body failed. Where it failed within a gather (out of memory, say),
         they wait in that gather. The launcher ends them when the writer has ended with its error.
         """
         if not self._has_part:
@@ -69,7 +70,7 @@ class FromRanks(ServedWeights):
             while (number := self._request(_DONE)) >= 0:
                 self._gather(self._names[number])
             if number == _FAILED:
-                raise RuntimeError(FAILED_ON_FIRST_RANK)
+                raise RunError(FAILED_ON_FIRST_RANK)
             yield False
         else:
             outcome = _FAILED

@@ -14,6 +14,7 @@ from nvfp4_train.models.folder import is_ignored
 from nvfp4_train.models.layout import HubLayout, prefixes, shown
 from nvfp4_train.models.not_built import KEPT_DTYPES, NotBuilt, describe, original_files, read_kept
 from nvfp4_train.models.stored_dtypes import STORED_DTYPES
+from nvfp4_train.parallel import in_threads
 
 
 class PassedThrough:
@@ -61,10 +62,13 @@ class PassedThrough:
 
     def check(self, stored: Mapping[str, StoredTensor]) -> int:
         """Compare the bytes on disk with the original. Raises ExportError. Returns the number of tensors."""
-        for key in self._not_built.kept:
+
+        def is_equal(key: str) -> bool:
             wanted = self.read(key).contiguous().view(-1).view(torch.uint8).numpy()
-            is_equal = all(np.array_equal(piece, wanted[where]) for where, piece in stored[key].pieces(PIECE_BYTES))
-            require("passed", is_equal, f"{key} differs from the tensor of {self.path}")
+            return all(np.array_equal(piece, wanted[where]) for where, piece in stored[key].pieces(PIECE_BYTES))
+
+        for key, equal in zip(self._not_built.kept, in_threads(is_equal, self._not_built.kept), strict=True):
+            require("passed", equal, f"{key} differs from the tensor of {self.path}")
         return len(self._not_built.kept)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nvfp4_train.export.phases import Phases, silent
+
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -20,13 +22,12 @@ class FileGroup:
     """The tensors by their names on disk, on the CPU and contiguous."""
 
 
-def write_shards(folder: Path, groups: Iterable[FileGroup], max_shard_bytes: int) -> int:
+def write_shards(folder: Path, groups: Iterable[FileGroup], max_shard_bytes: int, progress: Phases = silent) -> int:
     """Write groups into as many files as needed, with an index if there are several. Returns the number of files.
 
     Only the tensors of one file are in memory: a group is loaded when those before it are written, or when it fits beside them.
     """
     keys_of: list[list[str]] = []
-    total_bytes = 0
 
     def flush(shard: dict[str, Tensor]) -> None:
         # The final name has the number of files in it, which is known at the end only.
@@ -36,14 +37,17 @@ def write_shards(folder: Path, groups: Iterable[FileGroup], max_shard_bytes: int
 
     shard: dict[str, Tensor] = {}
     shard_bytes = 0
-    for group in groups:
-        if shard and shard_bytes + group.num_bytes > max_shard_bytes:
-            flush(shard)
-            shard_bytes = 0
-        shard |= group.load()
-        shard_bytes += group.num_bytes
-        total_bytes += group.num_bytes
-    flush(shard)
+    groups = list(groups)
+    total_bytes = sum(group.num_bytes for group in groups)
+    with progress("writing", total=total_bytes, unit="B") as bar:
+        for group in groups:
+            if shard and shard_bytes + group.num_bytes > max_shard_bytes:
+                flush(shard)
+                shard_bytes = 0
+            shard |= group.load()
+            shard_bytes += group.num_bytes
+            bar.advance(group.num_bytes)
+        flush(shard)
 
     num_shards = len(keys_of)
     if num_shards == 1:

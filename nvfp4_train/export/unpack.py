@@ -13,6 +13,7 @@ from torch import Tensor
 from nvfp4_train.export.masters import rows_at_once
 from nvfp4_train.export.packed_folder import PackedFolder
 from nvfp4_train.export.shards import FileGroup
+from nvfp4_train.export.values import Packed
 from nvfp4_train.kernels.fp4_kernel import fp4_dequantize
 from nvfp4_train.quant.served import SERVED_DTYPE
 
@@ -32,12 +33,9 @@ def decode_by_reader(folder: PackedFolder, module: str) -> Tensor:
     """By the reader of the format, in NumPy."""
     reader = folder.reader
     codes, scales = (folder.part(module, part) for part in (reader.codes, reader.block_scales))
-    num_rows = codes.shape[0]
     stored_scale = folder.part(module, reader.stored_scale).bytes().view(np.float32)[0]
-    step = rows_at_once(2 * codes.shape[1])
-    starts = [(row, min(step, num_rows - row)) for row in range(0, num_rows, step)]
-    decoded = [reader.decode(codes.bytes(*rows), scales.bytes(*rows), stored_scale) for rows in starts]
-    return torch.cat([torch.from_numpy(rows).to(SERVED_DTYPE) for rows in decoded])
+    bits = Packed(reader, codes, scales, stored_scale).decode_all()
+    return torch.from_numpy(bits.view(np.int16)).view(SERVED_DTYPE)
 
 
 class Unpacked:

@@ -24,7 +24,7 @@ exact product lies within 2^-21 of the boundary between the two.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,23 @@ import torch
 from torch import Tensor
 
 from nvfp4_train.export.passed_through import PassedThrough, passed_through_on_disk
+from nvfp4_train.export.phases import Phases, silent
 from nvfp4_train.export.readers.base import ExportError, Reader, require
-from nvfp4_train.export.readers.disk import E4M3_TABLE, StoredTensor, read_header, to_bf16_bits
+from nvfp4_train.export.readers.disk import E4M3_TABLE, StoredTensor, read_header
 from nvfp4_train.export.registry import find_reader
+from nvfp4_train.export.values import Packed, Piece, compare, plain_pieces
 from nvfp4_train.kernels.reference import BLOCK_SIZE, E4M3_MIN
 from nvfp4_train.models.architecture import read_exported_config
 from nvfp4_train.models.layout import HubLayout, shown
 from nvfp4_train.models.stored_dtypes import STORED_NAMES
+from nvfp4_train.parallel import in_threads
 from nvfp4_train.quant.inputs import InputSample
 from nvfp4_train.quant.policy import sibling_set
 
 FORBIDDEN_IN_KEYS = ("base_layer", "_orig_mod", "_fsdp", "quantizer", "amax", "zero_point", "weight_shape")
 SCALES_OF_ACTIVATIONS = (".input_scale", ".input_global_scale")
-ELEMENTS_AT_ONCE = 1 << 22
-"""Elements of a piece. Reading in pieces keeps the check's memory small next to the largest matrix."""
+SCALE_BYTES = np.flatnonzero((E4M3_TABLE >= E4M3_MIN) & (E4M3_TABLE <= 448))
+"""Block scales that a folder may hold, as bytes: E4M3 ascends with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +100,9 @@ def verify_export(
     input_scales: Mapping[str, Tensor] | None = None,
     inputs: Sequence[InputSample] = (),
     passed_through: PassedThrough | None = None,
+    progress: Phases = silent,
 ) -> VerifyReport:
-    """Check a folder, raising ExportError.
+    """Check a folder on all cores, raising ExportError.
 
     Args:
         folder: The folder.
@@ -108,6 +112,7 @@ def verify_export(
         inputs: Inputs of the training forward, with their codes.
         passed_through: Tensors of the original folder that the model's class does not build. Without, those that the class knows of are
             accepted as they are.
+        progress: Told of the bytes that were compared.
     """
     folder, reader = Path(folder), find_reader(format)
     is_selected, quantizes_inputs = _check_config(folder, reader)
@@ -121,7 +126,7 @@ def verify_export(
     _check_scales(exported)
     _check_siblings(exported)
     passed = 0 if passed_through is None else passed_through.check(stored)
-    compared = 0 if expected is None else _check_values(exported, expected)
+    compared = 0 if expected is None else _check_values(exported, expected, progress)
 
     num_parameters = sum(2 * exported.part(module, reader.codes).num_bytes for module in exported.quantized)
     part_bytes = sum(exported.part(module, part).num_bytes for module in exported.quantized for part in exported.parts(module))
@@ -320,9 +325,8 @@ def _compare_input(exported: _Exported, sample: InputSample) -> int:
 
 
 def _check_scales(exported: _Exported) -> None:
-    for module in exported.quantized:
-        counts = np.bincount(exported.part(module, exported.reader.block_scales).bytes(), minlength=256)
-        bad = [hex(byte) for byte in np.flatnonzero(counts).tolist() if not E4M3_MIN <= E4M3_TABLE[byte] <= 448]
+    modules = sorted(exported.quantized)
+    for module, bad in zip(modules, in_threads(lambda module: _bad_block_scales(exported, module), modules), strict=True):
         message = f"{module} holds the block scales {bad}: not finite, or below {E4M3_MIN}, which some kernels take for zero"
         require("scales", not bad, message)
         stored_scale = exported.stored_scale(module)
@@ -330,6 +334,13 @@ def _check_scales(exported: _Exported) -> None:
             is_usable = bool(np.isfinite(stored_scale) and stored_scale > 0 and np.isfinite(np.float32(1) / stored_scale))
         message = f"the global scale of {module} is stored as {stored_scale}: it or its inverse is not positive and finite"
         require("scales", is_usable, message)
+
+
+def _bad_block_scales(exported: _Exported, module: str) -> list[str]:
+    scales = exported.part(module, exported.reader.block_scales).bytes()
+    if SCALE_BYTES[0] <= scales.min(initial=SCALE_BYTES[0]) and scales.max(initial=SCALE_BYTES[0]) <= SCALE_BYTES[-1]:
+        return []
+    return [hex(byte) for byte in np.setdiff1d(scales, SCALE_BYTES).tolist()]
 
 
 def _check_siblings(exported: _Exported) -> None:
@@ -342,43 +353,28 @@ def _check_siblings(exported: _Exported) -> None:
                 require("siblings", first == second, f"{module} has the global scale {first} on disk, {sibling} has {second}")
 
 
-def _check_values(exported: _Exported, expected: Mapping[str, Tensor]) -> int:
+def _check_values(exported: _Exported, expected: Mapping[str, Tensor], progress: Phases) -> int:
     """Compare every tensor of the model. Returns their number."""
     layout = exported.layout
     missing, unknown = layout.tensors.keys() - expected.keys(), expected.keys() - layout.tensors.keys() - layout.aliases.keys()
     require("values", not missing and not unknown, f"expected weights: missing {shown(missing)}; unknown {shown(unknown)}")
-    packed = {f"{module}.weight" for module in exported.quantized}
+    num_bytes = sum(tensor.num_bytes for key, tensor in exported.stored.items() if key not in layout.not_built)
+    with progress("verifying", total=num_bytes, unit="B") as bar:
+        compare(_pieces(exported, expected), bar)
+    return len(layout.tensors)
+
+
+def _pieces(exported: _Exported, expected: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """All tensors of the model, each with the expected values, which are asked for one bundle at a time."""
+    layout, reader = exported.layout, exported.reader
     for names in layout.bundles:
         tensors = {name: expected[name].detach().to(layout.served_dtype(name)) for name in names}
         for key, tensor in layout.to_hub(tensors).items():
             tensor = tensor.cpu().contiguous()
-            if key in packed:
-                _compare_packed(exported, key.removesuffix(".weight"), tensor)
-                continue
-            wanted = tensor.view(-1).view(torch.uint8).numpy()
-            pieces = exported.stored[key].pieces(ELEMENTS_AT_ONCE)
-            is_equal = all(np.array_equal(piece, wanted[where]) for where, piece in pieces)
-            require("values", is_equal, f"{key} differs from the expected weight")
-    return len(layout.tensors)
-
-
-def _compare_packed(exported: _Exported, module: str, expected: Tensor) -> None:
-    num_rows, num_columns = expected.shape
-    want = expected.view(torch.int16).numpy().view(np.uint16)
-    codes, block_scales = (exported.part(module, part) for part in (exported.reader.codes, exported.reader.block_scales))
-    stored_scale = exported.stored_scale(module)
-    is_power_of_two = np.frexp(stored_scale)[0] == 0.5
-    step = max(1, ELEMENTS_AT_ONCE // num_columns)
-    num_wrong = 0
-    for row in range(0, num_rows, step):
-        count = min(step, num_rows - row)
-        decoded = exported.reader.decode(codes.bytes(row, count), block_scales.bytes(row, count), stored_scale)
-        right = to_bf16_bits(decoded) == want[row : row + count]
-        if not is_power_of_two:
-            for factor in (np.float32(1 - 2.0**-21), np.float32(1 + 2.0**-21)):
-                right |= to_bf16_bits(decoded * factor) == want[row : row + count]
-        num_wrong += int(np.count_nonzero(~right))
-    if num_wrong:
-        raise ExportError(
-            f"values: {module} decodes to {num_wrong} of {expected.numel()} values that differ from the expected weight"
-        )
+            module = key.removesuffix(".weight")
+            if key != module and module in exported.quantized:
+                codes, block_scales = (exported.part(module, part) for part in (reader.codes, reader.block_scales))
+                packed = Packed(reader, codes, block_scales, exported.stored_scale(module))
+                yield from packed.pieces(module, tensor.view(torch.int16).numpy().view(np.uint16))
+            else:
+                yield from plain_pieces(key, exported.stored[key], tensor.view(-1).view(torch.uint8).numpy())

@@ -24,6 +24,7 @@ from nvfp4_train.export.folder import check_target, replacing_folder
 from nvfp4_train.export.formats.base import Format, QuantizedTensor
 from nvfp4_train.export.masters import FromMasters
 from nvfp4_train.export.passed_through import PassedThrough
+from nvfp4_train.export.phases import Phases, silent
 from nvfp4_train.export.registry import find_format
 from nvfp4_train.export.served import ServedWeights
 from nvfp4_train.export.shards import MAX_SHARD_BYTES, FileGroup, write_shards
@@ -104,6 +105,7 @@ def export_model(
     passed_through: PassedThrough | None = None,
     files_from: str | os.PathLike | None = None,
     run: RunFacts | None = None,
+    progress: Phases = silent,
 ) -> ExportReport:
     """Write served weights as a folder, verify it from disk and give it its name. Asks `served` for one tensor at a time.
 
@@ -120,8 +122,10 @@ def export_model(
         passed_through: Tensors of the original folder that the model's class does not build; they are copied.
         files_from: A folder or hub name with the files that a reader needs beside weights and tokenizer: see `export.side_files`.
         run: What is known of the training, for the model card (README.md).
+        progress: Told of the bytes that were written, and compared.
 
     Raises:
+        DiskError: The disk takes no more; nothing is left of what was written.
         FileExistsError: The folder exists and is not to be replaced.
         ValueError: An option is wrong; nothing has been written.
         ExportError: The written folder failed its verification and was removed.
@@ -140,7 +144,7 @@ def export_model(
         if files_from is not None:
             copy_side_files(files_from, partial, tokenizer=tokenizer, code=has_own_code(served.layout.served_config))
         copied = () if passed_through is None else passed_through.file_groups()
-        shards = write_shards(partial, chain(writer.file_groups(), copied), max_shard_bytes)
+        shards = write_shards(partial, chain(writer.file_groups(), copied), max_shard_bytes, progress)
         scales = ((name, served.input_scale(name)) for name in served.manifest.names)
         verified = verify_export(
             partial,
@@ -149,6 +153,7 @@ def export_model(
             input_scales={name: scale for name, scale in scales if scale is not None},
             inputs=inputs,
             passed_through=passed_through,
+            progress=progress,
         )
         note = writer.format.note(served.layout, writer.hub_modules)
         text = card(

@@ -186,9 +186,9 @@ def save_where_nothing_can_be_written(path: Path) -> str:
         (errno.ENOSPC, r"the disk of {} is full, with [\d,]+ MB free"),
         (errno.EDQUOT, "the quota on the disk of {} is used up"),
         (errno.EROFS, "the disk of {} is read-only"),
-        (errno.EACCES, "{} must be writable for this user"),
+        (errno.EACCES, "permission denied for {}"),
         (errno.EFBIG, "the file is larger than {} or a limit of the system allows"),
-        (errno.EIO, "Input/output error"),
+        (errno.EIO, r"\[Errno 5\] Input/output error"),
     ],
 )
 def test_what_a_disk_does_not_take_is_named(number: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from whole import whole_tensors
 
 from nvfp4_train.callbacks.export import first_rank_awaited
 from nvfp4_train.checkpoints import read_checkpoint
+from nvfp4_train.errors import RunError
 from nvfp4_train.export import ExportError, export_compressed_tensors, export_model, gathered, masters, verify
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks, sharded_state
@@ -281,7 +282,7 @@ def wait_for_first_rank() -> str:
             if is_first:
                 raise KeyError("on the first")
 
-    with pytest.raises((KeyError, RuntimeError)) as error:
+    with pytest.raises((KeyError, RunError)) as error:
         fail()
     return str(error.value)
 
