@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import datasets
 
+from nvfp4_train.data.card import Configuration, configurations, split_by
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.reading import COMPRESSIONS, ReadError
 from nvfp4_train.data.rows import Columns, has_any
@@ -80,14 +81,8 @@ def find_files(
     except OSError as error:
         raise ValueError(f"{shown} does not exist; give a file, a folder, a hub dataset or 'python_stdlib'") from error
     if path.is_dir():
-        if config_name is not None:
-            if not (path / config_name).is_dir():
-                raise ValueError(
-                    f"data.config_name is a configuration of a hub dataset, or a folder inside of a local one; got "
-                    f"data.config_name={config_name!r}, and {shown} has no such folder. Set data.config_name=null."
-                )
-            path = path / config_name
-        files, notices = _of_folder(path, split, columns)
+        path, configuration = _configured(path, config_name)
+        files, notices = _of_folder(path, split, columns, configuration)
         for line in notices if tells else ():
             notice(f"{shown}: {line}")
         return files
@@ -144,7 +139,27 @@ def _raise_unreadable(error: OSError) -> None:
     raise ReadError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
 
 
-def _of_folder(root: Path, split: str, columns: Columns) -> tuple[tuple[LocalFile, ...], list[str]]:
+def _configured(root: Path, config_name: str | None) -> tuple[Path, Configuration | None]:
+    """(the folder to read, what its card says of the files of the configuration, where it says something)."""
+    by_name, default = configurations(root)
+    there = f"data.path={str(root)!r} has the configurations {', '.join(by_name)}" if by_name else ""
+    if config_name is None:
+        if by_name and default is None:
+            raise ValueError(f"{there}, by its card; set data.config_name to one of them")
+        return root, by_name[default] if default else None
+    if config_name in by_name:
+        return root, by_name[config_name]
+    if (root / config_name).is_dir():
+        return root / config_name, None
+    raise ValueError(
+        "data.config_name is a configuration of a hub dataset, or a folder inside of a local one; got "
+        f"data.config_name={config_name!r}, and {there or f'data.path={str(root)!r} has no such folder. Set data.config_name=null.'}"
+    )
+
+
+def _of_folder(
+    root: Path, split: str, columns: Columns, configuration: Configuration | None
+) -> tuple[tuple[LocalFile, ...], list[str]]:
     """(the files of the folder `root` that are read, lines that say what is not)."""
     shown = f"data.path={str(root)!r}"
     passed_over: list[str] = []
@@ -158,8 +173,12 @@ def _of_folder(root: Path, split: str, columns: Columns) -> tuple[tuple[LocalFil
             passed_over.append(str(within) if path.exists() else f"{within} (a broken link)")
         else:
             candidates.append(_Candidate(path, within, kind, stem, suffix))
+    by_card = {file: split_by(configuration, file.within) for file in candidates} if configuration else {}
+    if any(name is not None for name in by_card.values()):
+        passed_over += [str(file.within) for file, name in by_card.items() if name is None]
+        candidates = [file for file, name in by_card.items() if name is not None]
     candidates = _with_columns(_without_second_names(candidates), columns, passed_over)
-    split_of = _split_names(candidates)
+    split_of = _split_names(candidates, by_card)
     documents = _without_files_about(split_of, passed_over)
     if not documents:
         raise ValueError(f"the folder {shown} holds no file of a kind that is read: {' '.join(SUFFIXES)}")
@@ -178,9 +197,11 @@ def _of_folder(root: Path, split: str, columns: Columns) -> tuple[tuple[LocalFil
     return tuple(_stamped(file.path, file.kind) for file in real.values()), lines
 
 
-def _split_names(files: Sequence[_Candidate]) -> dict[_Candidate, str | None]:
+def _split_names(files: Sequence[_Candidate], by_card: Mapping[_Candidate, str | None]) -> dict[_Candidate, str | None]:
+    """The split of each file: what the card says, or its name."""
     names = {file: Name(file.within, file.stem, file.kind != "text") for file in files if file.suffix not in _NOTES_AND_SCRIPTS}
-    return dict.fromkeys(files) | dict(zip(names, name_splits(list(names.values())), strict=True))
+    by_name = dict(zip(names, name_splits(list(names.values())), strict=True))
+    return {file: canonical(told) if (told := by_card.get(file)) else by_name.get(file) for file in files}
 
 
 def _of_split(split_of: Mapping[_Candidate, str | None], split: str, shown: str) -> tuple[list[_Candidate], list[str]]:

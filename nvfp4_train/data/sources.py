@@ -132,7 +132,8 @@ def split_documents(documents: Dataset, val_fraction: float, *, column: str = "t
 
     train, val = side(False), side(True)
     if len(train) and len(val):
-        _check_share(_num_bytes(val, column) / _num_bytes(documents, column), len(val), len(documents), val_fraction)
+        share = _num_bytes(val, column) / max(_num_bytes(documents, column), 1)
+        _check_share(share, len(val), len(documents), val_fraction)
     return train, val
 
 
@@ -188,6 +189,10 @@ def cache_errors() -> Iterator[None]:
 
 
 def _files(path: str, split: str, config_name: str | None, columns: Columns, *, tells: bool = True) -> tuple[LocalFile, ...]:
+    if "://" in path:
+        raise ValueError(
+            f"data.path is a local path or the name of a hub dataset; got the address {path!r}. Download it first."
+        )
     if path != PYTHON_STDLIB:
         return find_files(Path(path).expanduser(), split=split, config_name=config_name, columns=columns, tells=tells)
     if split != "train" or config_name is not None:

@@ -330,8 +330,8 @@ def test_cards_notes_and_scripts_beside_tables_are_no_documents(tmp_path: Path, 
     write(tmp_path / "index.csv", "name,size\na,1\n")
     assert texts(tmp_path) == ["document"]
     line = (
-        "8 files were not read: LICENSE, LICENSE.txt, README.md, dataset_infos.json, index.csv (no column 'text'), loader.py, notes.md, "
-        "stats.json (no column 'text')"
+        "8 files were not read: LICENSE, LICENSE.txt, README.md, dataset_infos.json, index.csv (no column 'text'), loader.py, "
+        "notes.md, stats.json (no column 'text')"
     )
     assert line in caplog.text
 

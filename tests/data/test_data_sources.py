@@ -98,6 +98,11 @@ def test_a_missing_path_is_an_error_that_names_it() -> None:
         load_documents("/nowhere/corpus")
 
 
+def test_an_address_is_no_path() -> None:
+    with pytest.raises(ValueError, match=r"got the address 'https://host/a.jsonl'. Download it first"):
+        load_documents("https://host/a.jsonl")
+
+
 def test_an_unreachable_hub_name_is_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match=r"data.path='nobody/nothing': it is no local file or folder, and no hub dataset"):
         load_documents("nobody/nothing")

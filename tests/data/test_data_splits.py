@@ -186,6 +186,49 @@ def test_a_configuration_of_a_local_snapshot_is_a_folder_of_it(tmp_path: Path) -
         texts(tmp_path / "en" / "train-00000-of-00001.parquet", config_name="en")
 
 
+CARD = """---
+license: mit
+configs:
+- config_name: full
+  data_files:
+  - split: train
+    path: "data/*/*.jsonl"
+  - split: test
+    path: ["held/a.jsonl", "held/b[0-9].jsonl"]
+- config_name: sample
+  data_files: "sample/**"
+---
+# A data set
+"""
+
+
+def test_the_card_of_a_snapshot_says_which_files_are_which_split_of_a_configuration(tmp_path: Path) -> None:
+    names = [
+        "data/x/a.jsonl",
+        "data/y/test.jsonl",
+        "held/a.jsonl",
+        "held/b1.jsonl",
+        "held/c.jsonl",
+        "sample/z/a.jsonl",
+        "sample/test.jsonl",
+    ]
+    folder(tmp_path, *names)
+    (tmp_path / "README.md").write_text(CARD)
+    with pytest.raises(
+        ValueError, match=r"has the configurations full, sample, by its card; set data.config_name to one of them"
+    ):
+        texts(tmp_path)
+    with pytest.raises(ValueError, match=r"got data.config_name='other', and .* has the configurations full, sample"):
+        texts(tmp_path, config_name="other")
+    assert texts(tmp_path, config_name="full") == names[:2]
+    assert texts(tmp_path, config_name="full", split="test") == names[2:4]
+    assert texts(tmp_path, config_name="sample") == ["sample/z/a.jsonl"], "files that the card does not tell of by their names"
+    (tmp_path / "README.md").write_text(CARD.replace("config_name: full", "config_name: default"))
+    assert texts(tmp_path) == names[:2]
+    (tmp_path / "README.md").write_text("---\nconfigs: [unclosed\n---\n")
+    assert set(texts(tmp_path)) == {name for name in names if "test" not in name}
+
+
 def test_a_stream_is_read_until_there_are_enough_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
