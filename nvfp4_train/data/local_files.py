@@ -239,24 +239,30 @@ def _without_second_names(files: list[_Candidate]) -> list[_Candidate]:
 
 
 def _with_columns(files: list[_Candidate], columns: Columns, passed_over: list[str]) -> list[_Candidate]:
-    """`files` without settings and lists that are no documents: .json and .csv files that have none of the columns."""
+    """`files` without those that are no documents: settings, lists and the like, .json and .csv files that have none of the columns.
+
+    Where nothing else is there, or little, they stay, and reading them tells what is wrong.
+    """
     if not columns or len(files) == 1:
         return files
     reasons, broken = {}, {}
     for file in files:
-        if file.kind in ("json", "csv", "tsv"):
+        if file.kind == "text" and "text" not in columns:
+            reasons[file] = f"no column {' or '.join(map(repr, columns))}"
+        elif file.kind in ("json", "csv", "tsv"):
             try:
                 if not has_any(str(file.path.absolute()), file.kind, columns):
-                    reasons[file.within] = f"no column {' or '.join(map(repr, columns))}"
+                    reasons[file] = f"no column {' or '.join(map(repr, columns))}"
             except ReadError:
-                broken[file.within] = "no JSON of rows" if file.kind == "json" else f"no {file.kind.upper()}"
-    if all(file.kind == "text" or file.within in reasons or file.within in broken for file in files):
-        # Among text files, these are settings in a dialect of JSON; among tables they are damaged, which reading them says.
+                broken[file] = f"not readable as {file.kind}"
+    others = [file for file in files if file not in reasons and file not in broken]
+    if not any(file.kind != "text" for file in others):
+        # Among text files these are settings in a dialect of JSON; among tables they are damaged.
         reasons |= broken
-    if len(reasons) == len(files):
-        return files
-    passed_over += [f"{within} ({reason})" for within, reason in reasons.items()]
-    return [file for file in files if file.within not in reasons]
+        if sum(file.stem.lower() not in _ABOUT for file in others) <= len(reasons):
+            return files
+    passed_over += [f"{file.within} ({reason})" for file, reason in reasons.items()]
+    return [file for file in files if file not in reasons]
 
 
 def _without_files_about(split_of: Mapping[_Candidate, str | None], passed_over: list[str]) -> list[_Candidate]:

@@ -142,9 +142,7 @@ def _numbered_rows(file: str, kind: str, columns: Columns) -> Iterator[tuple[int
     if kind in ("text", "unknown"):
         text = read_text(file)
         if kind == "unknown" and "\0" in text:
-            raise ReadError(
-                f"{file} is not text: it has zero bytes. Files of other kinds are: text, jsonl, json, csv, tsv, parquet."
-            )
+            raise ReadError(f"{file} is not text: it has zero bytes, as files of other kinds have")
         yield 1, {"text": text}
         return
     with opened(file) as stream:

@@ -247,7 +247,9 @@ def _streamed_rows(
             raise ReadError(f"{place} has the columns {list(next(iter(stream), {}))}; got {', '.join(wanted)}")
         rows = (_converted(row, wanted, number, place) for number, row in enumerate(stream, 1))
         yield from _documents(rows, wanted, limit)
-    except (OSError, RuntimeError, DatasetsError) as error:
+    except ReadError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ReadError(f"{place} could not be streamed: {error}") from error
 
 

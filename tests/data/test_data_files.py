@@ -1,10 +1,12 @@
 """Reading local files: every format, every compression, and what is said of files that are damaged or passed over."""
 
 import bz2
+import errno
 import gzip
 import json
 import logging
 import lzma
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import zstandard
 
 from nvfp4_train.data import rows as rows_module
+from nvfp4_train.data import sources
 from nvfp4_train.data.sources import column_names, load_documents, load_rows
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -345,9 +348,33 @@ def test_a_folder_of_sources_or_notes_is_read_with_settings_named(tmp_path: Path
     write(tmp_path / "tsconfig.json", '{"a": 1, // comment\n}')
     write(tmp_path / "README.md", "about")
     assert texts(tmp_path) == ["x = 1", "train()", "assert x", "setup()"]
-    assert "3 files were not read: README.md, package.json (no column 'text'), tsconfig.json (no JSON of rows)" in caplog.text
+    assert (
+        "3 files were not read: README.md, package.json (no column 'text'), tsconfig.json (not readable as json)" in caplog.text
+    )
     write(tmp_path / "docs" / "guide.md", "guide")
     assert texts(tmp_path) == ["about", "guide", "x = 1", "train()", "assert x", "setup()"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"a": 1, ', "is not JSON"), ('[{"body": "x"}]', "has the columns ['body']; got data.text_column='text'")],
+    ids=["damaged", "other_column"],
+)
+def test_a_table_that_cannot_be_taken_is_an_error_where_it_is_what_is_there(tmp_path: Path, content: str, said: str) -> None:
+    """Its card and its script do not become the training text in its place."""
+    file = write(tmp_path / "data.json", content)
+    write(tmp_path / "README.md", "a card")
+    assert f"{file} {said}" in error_of(tmp_path)
+    write(tmp_path / "prepare.py", "a script")
+    assert f"{file} {said}" in error_of(tmp_path)
+
+
+def test_text_files_beside_the_table_of_another_column_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.jsonl", lines({"body": "a"}))
+    write(tmp_path / "notes.txt", "notes")
+    assert texts(tmp_path, text_column="body") == ["a"]
+    assert "1 file was not read: notes.txt (no column 'body')" in caplog.text
+    assert texts(tmp_path / "notes.txt") == ["notes"]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
@@ -415,3 +442,34 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytes
     file = write(tmp_path / "a.txt", "text")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nope"))
     assert "the cache of the data, /proc/nope, cannot be written" in error_of(file)
+
+
+def test_a_full_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_rows(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    file = write(tmp_path / "a.txt", "text")
+    monkeypatch.setattr(sources, "read_rows", read_rows)
+    message = error_of(file)
+    assert message.startswith("the cache of the data, ")
+    assert "No space left on device. Make room" in message
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "text")
+    write(tmp_path / "closed" / "b.txt", "text")
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert f"the folder {tmp_path / 'closed'} cannot be read: Permission denied" in error_of(tmp_path)
+
+
+def test_bytes_of_parquet_that_are_no_text_are_an_error_with_their_row(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", text=pa.array([b"good"] * 300 + [b"caf\xe9"], pa.binary()).view(pa.string()))
+    assert f"row 301 of {file} is not UTF-8 text" in error_of(file)

@@ -263,6 +263,16 @@ def test_a_stream_needs_an_end_and_the_column(monkeypatch: pytest.MonkeyPatch) -
         load_documents("owner/name", text_column="n", streaming=True, max_documents=3)
 
 
+def test_a_stream_that_breaks_off_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Any:
+        yield {"text": "a"}
+        raise ConnectionError("server disconnected")
+
+    monkeypatch.setattr(sources, "load_dataset", lambda *args, **options: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(ValueError, match=r"the hub dataset 'owner/name' could not be streamed: server disconnected"):
+        load_documents("owner/name", streaming=True, max_documents=3)
+
+
 def test_local_files_are_streamed_as_far_as_needed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n{"text": "2"}\nnot read so far')
     module = TextDataModule(DataConfig(path=str(tmp_path / "a.jsonl"), streaming=True, max_documents=2, seq_len=2), seed=0)
