@@ -1,7 +1,7 @@
 """What the card of a data set, the README.md of a hub snapshot, says of its configurations: which files are which split of which.
 
 The card begins with YAML between two lines of dashes. Each entry of its list `configs` has a `config_name`, and `data_files`: a
-pattern, a list of them, or a list of {split, path}.
+pattern, a list of them, or a list of {split, path}. Without them, everything in its folder `data_dir` is meant.
 """
 
 import re
@@ -29,10 +29,10 @@ def configurations(folder: Path) -> tuple[dict[str, Configuration], str | None]:
     found: dict[str, Configuration] = {}
     default = None
     for entry in entries if isinstance(entries, list) else ():
-        if not isinstance(entry, dict) or "data_files" not in entry:
+        if not isinstance(entry, dict) or not {"data_files", "data_dir"} & entry.keys():
             continue
         name = str(entry.get("config_name", "default"))
-        patterns = list(_patterns(entry["data_files"], str(entry.get("data_dir") or "")))
+        patterns = list(_patterns(entry.get("data_files", "**"), str(entry.get("data_dir") or "")))
         if patterns:
             found[name] = patterns
             if name == "default" or entry.get("default") is True:

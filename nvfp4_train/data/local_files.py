@@ -68,8 +68,8 @@ def find_files(
     """The files of `path`, in the order of their names. What is passed over is told where `tells` is true.
 
     A file that is named outright is read whatever it is called. Of a folder whose files are named as splits, those of `split` are read,
-    and files without such a name belong to training. `config_name` is a folder inside of it. A .json, .csv or .tsv file of a folder
-    that has none of `columns` is passed over.
+    and files without such a name belong to training. `config_name` is a configuration that its card tells of, or a folder inside of it.
+    A .json, .csv or .tsv file of a folder that has none of `columns` is passed over.
 
     Raises ValueError where nothing is left to read, or the split or the configuration is not there.
     """
@@ -164,12 +164,15 @@ def _of_folder(
     shown = f"data.path={str(root)!r}"
     passed_over: list[str] = []
     candidates: list[_Candidate] = []
-    for path in walk(root, _SKIPPED_FOLDERS, follows_links=True):
+    paths = dict.fromkeys(walk(root, _SKIPPED_FOLDERS, follows_links=True))
+    for path in paths:
         stem, suffix, kind = _parts(path)
         within = PurePosixPath(path.relative_to(root).as_posix())
         if kind == "arrow" and not path.with_name("state.json").exists():
             kind = None
-        if kind is None or not path.is_file() or path.name.lower() in _DESCRIPTIONS:
+        if path.suffix.lower() in COMPRESSIONS and path.with_suffix("") in paths:
+            passed_over.append(f"{within} ({path.stem} is there)")
+        elif kind is None or not path.is_file() or path.name.lower() in _DESCRIPTIONS:
             passed_over.append(str(within) if path.exists() else f"{within} (a broken link)")
         else:
             candidates.append(_Candidate(path, within, kind, stem, suffix))
@@ -219,7 +222,10 @@ def _of_split(split_of: Mapping[_Candidate, str | None], split: str, shown: str)
         return ", ".join(f"{name} ({_counted(counts[name])})" for name in sorted(filter(None, names)))
 
     if chosen is None:
-        raise ValueError(f"{shown} holds the splits {counted(counts)}, by the names of its files; got data.split={split!r}")
+        raise ValueError(
+            f"{shown} holds the splits {counted(counts)}, by the names of its files; got data.split={split!r}. Set data.split, or "
+            "name a file outright."
+        )
     line = f"data.split={split!r} is read, {_counted(sum(counts[name] for name in chosen))}"
     if None in chosen:
         line += f", with {counts[None]} whose name tells of no split"

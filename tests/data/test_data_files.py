@@ -98,6 +98,20 @@ def test_compressed_files_that_are_cut_short_or_damaged_are_errors_with_their_na
     assert str(file) in error_of(tmp_path)
 
 
+def test_a_file_and_its_compressed_copy_are_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.jsonl", lines({"text": "a"}))
+    write(tmp_path / "a.jsonl.gz", gzip.compress(lines({"text": "a"})))
+    assert texts(tmp_path) == ["a"]
+    assert "1 file was not read: a.jsonl.gz (a.jsonl is there)" in caplog.text
+
+
+def test_frames_of_zstd_that_hold_no_data_are_skipped(tmp_path: Path) -> None:
+    """Tools that compress in parallel write their sizes into such frames."""
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    write(tmp_path / "a.txt.zst", skippable + zstandard.compress(b"one ") + skippable + zstandard.compress(b"two") + skippable)
+    assert texts(tmp_path) == ["one two"]
+
+
 def test_zstd_frames_with_a_long_window_are_read(tmp_path: Path) -> None:
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()

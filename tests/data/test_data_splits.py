@@ -225,6 +225,8 @@ def test_the_card_of_a_snapshot_says_which_files_are_which_split_of_a_configurat
     assert texts(tmp_path, config_name="sample") == ["sample/z/a.jsonl"], "files that the card does not tell of by their names"
     (tmp_path / "README.md").write_text(CARD.replace("config_name: full", "config_name: default"))
     assert texts(tmp_path) == names[:2]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: held\n  data_dir: held\n---\n")
+    assert texts(tmp_path) == names[2:5]
     (tmp_path / "README.md").write_text("---\nconfigs: [unclosed\n---\n")
     assert set(texts(tmp_path)) == {name for name in names if "test" not in name}
 
