@@ -202,7 +202,11 @@ def _of_folder(
 
 def _split_names(files: Sequence[_Candidate], by_card: Mapping[_Candidate, str | None]) -> dict[_Candidate, str | None]:
     """The split of each file: what the card says, or its name."""
-    names = {file: Name(file.within, file.stem, file.kind != "text") for file in files if file.suffix not in _NOTES_AND_SCRIPTS}
+    names = {
+        file: Name(file.within, "" if file.suffix in _NOTES_AND_SCRIPTS else file.stem, file.kind != "text")
+        for file in files
+        if file.suffix != ".py"
+    }
     by_name = dict(zip(names, name_splits(list(names.values())), strict=True))
     return {file: canonical(told) if (told := by_card.get(file)) else by_name.get(file) for file in files}
 
