@@ -29,13 +29,15 @@ class DataConfig:
     """What is read, how it is cut, and how much of it is held out."""
 
     path: str = PYTHON_STDLIB
-    """"python_stdlib", a text, jsonl or parquet file or a folder of them, or the name of a hub dataset."""
+    """"python_stdlib", a text, jsonl, json, csv or parquet file or a folder of them, or the name of a hub dataset."""
     text_column: str = "text"
-    """The column of a jsonl, parquet or hub dataset that holds the text."""
+    """The column of a table or a hub dataset that holds the text; `a.b` is the field `b` of the column `a`."""
     split: str = "train"
-    """The split of a hub dataset."""
+    """The split of a hub dataset, or of a folder whose files are named as splits."""
     config_name: str | None = None
-    """The configuration of a hub dataset, where it has several."""
+    """The configuration of a hub dataset, where it has several, or a folder inside of a local one."""
+    streaming: bool = False
+    """Read until there are max_documents, and of a hub dataset fetch no more than that."""
     tokenizer: str = "auto"
     """"byte", a folder or hub name; "auto" is the tokenizer of the model's folder or hub name, or "byte" without one."""
     seq_len: int = 256
@@ -62,6 +64,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least 1, or null; got {value}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction must lie between 0 and 1; got {self.val_fraction}")
+        if self.streaming and self.max_documents is None:
+            raise ValueError("data.streaming=true reads until there are data.max_documents documents; set data.max_documents")
         for name in ("path", "text_column", "split", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"data.{name} must not be empty")
@@ -227,10 +231,13 @@ class TextDataModule(L.LightningDataModule):
         """(training, held-out) sequences. Where `prepare_data` ran before, all of it comes from the cache of `datasets`."""
         config = self.config
         documents = load_documents(
-            config.path, text_column=config.text_column, split=config.split, config_name=config.config_name
+            config.path,
+            text_column=config.text_column,
+            split=config.split,
+            config_name=config.config_name,
+            streaming=config.streaming,
+            max_documents=config.max_documents,
         )
-        if config.max_documents is not None:
-            documents = documents.select(range(min(config.max_documents, len(documents))))
         return pack_and_split(documents, self.tokenizer, seq_len=config.seq_len, val_fraction=config.val_fraction)
 
     def _rank_and_world_size(self) -> tuple[int, int]:

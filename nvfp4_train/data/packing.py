@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
-from nvfp4_train.data.sources import split_documents
+from nvfp4_train.data.notices import notice
+from nvfp4_train.data.sources import distinct_documents, split_documents
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +80,19 @@ def pack_and_split(
     """(training sequences, held-out sequences), at least one of each.
 
     Documents are held out by the hash of their content. Where that leaves a side without a sequence, as with one big file, the
-    last sequences are held out instead.
+    last sequences are held out instead, and of equal documents one is kept: a copy would stand on both sides.
     """
     sides = split_documents(documents, val_fraction)
     if all(len(side) for side in sides):
         train, val = (PackedSequences(tokenize(side, tokenizer), seq_len) for side in sides)
         if len(train) and len(val):
             return Subset(train, range(len(train))), Subset(val, range(len(val)))
+    num_given, documents = len(documents), distinct_documents(documents)
+    if num_copies := num_given - len(documents):
+        notice(
+            f"Too few different documents to hold some out: {num_copies} of {num_given} documents are copies of others and left out, "
+            "so that no text is both trained on and held out."
+        )
     packed = PackedSequences(tokenize(documents, tokenizer), seq_len)
     if len(packed) < 2:
         raise ValueError(
