@@ -38,8 +38,16 @@ class Checkpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._is_due = state_dict.get("is_due", False)
-        # What this run deletes after the checkpoint that it is continued from must not stand before what it still has to write.
-        self.best_k_models = {path: score for path, score in self.best_k_models.items() if Path(path).exists()}
+        # The files of some may be gone, if they were deleted after the checkpoint that the run is continued from; and fewer than
+        # before may be asked for, of which the others then stay where they are.
+        existing = [(path, score) for path, score in self.best_k_models.items() if Path(path).exists()]
+        ranked = sorted(existing, key=lambda entry: entry[1].item(), reverse=self.mode == "max")
+        self.best_k_models = dict(ranked[: self.save_top_k] if self.save_top_k > 0 else ranked)
+        if self.best_k_models:
+            self.best_model_path, *_, self.kth_best_model_path = *self.best_k_models, *self.best_k_models
+            self.best_model_score, self.kth_value = (
+                self.best_k_models[path] for path in (self.best_model_path, self.kth_best_model_path)
+            )
 
     def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
         super().setup(trainer, pl_module, stage)
