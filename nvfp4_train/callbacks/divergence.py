@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from nvfp4_train.finite import Diverged, bad_weights, describe, kinds, largest_weights
@@ -125,10 +124,9 @@ def _split(found: list[str], size: int) -> tuple[list[str], list[str]]:
 
 
 def _last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint that this run wrote or started from."""
-    paths = [str(trainer.ckpt_path or "")]
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            paths += [callback.best_model_path, callback.last_model_path, *callback.best_k_models]
-    existing = [Path(path) for path in paths if path and Path(path).exists()]
-    return max(existing, key=lambda path: path.stat().st_mtime, default=None)
+    """The newest checkpoint of this run, or that from which it started."""
+    folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+    paths = [path for folder in folders if folder for path in Path(folder).glob("*.ckpt")]
+    if trainer.ckpt_path is not None and not paths:
+        return Path(trainer.ckpt_path)
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
