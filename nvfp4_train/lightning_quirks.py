@@ -38,8 +38,8 @@ def log_finished_step(trainer: L.Trainer) -> None:
 def run_missing_validation(trainer: L.Trainer) -> None:
     """Run the validation of the step of the checkpoint that was restored, if that was saved before the validation or in it.
 
-    Call it when training starts. Lightning leaves out such a validation, or does the rest of it alone. Where the checkpoint is of the
-    end of training, Lightning also counts the last step twice in the numbers of the steps that it logs.
+    Call it when training starts, or at the end of a fit that had nothing left to train. Lightning leaves out such a validation, or
+    does the rest of it alone. Where the checkpoint is of the end of training, it also counts the last step twice in its logs.
     """
     loop = trainer.fit_loop.epoch_loop
     if not loop.restarting or trainer.num_training_batches != float("inf"):
@@ -51,8 +51,9 @@ def run_missing_validation(trainer: L.Trainer) -> None:
     for count in (progress.total, progress.current):
         count.completed = count.processed
     loop.update_restart_stage()
-    assert trainer.fit_loop._data_fetcher is not None
-    is_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    # Without training there is no fetcher any more. It is only asked for its class.
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    is_due = loop._should_check_val_fx(fetcher)
     # Lightning adds the step of a validation behind it.
     loop._batches_that_stepped = trainer.global_step - is_due
     if is_due and is_missing:

@@ -170,6 +170,22 @@ def test_the_ranking_goes_on_when_the_run_is_continued(
     assert names(tmp_path) == {f"{step}.ckpt" for step in left | {5, 6}}
 
 
+class EndInValidation(L.Callback):
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 4:
+            raise KeyError("killed")
+
+
+@pytest.mark.parametrize("quant", [{"start_step": 3}, {"enabled": False}], ids=["quantized", "not quantized"])
+def test_a_validation_that_was_cut_short_behind_the_last_step_is_made_up_for(quant: dict[str, Any], tmp_path: Path) -> None:
+    whole, rest = Losses(), Losses()
+    train(make_checkpoint(tmp_path / "whole", None, filename="{step}"), whole, make(**quant), max_steps=4)
+    with pytest.raises(KeyError, match="killed"):
+        train(make_checkpoint(tmp_path, None, filename="{step}"), EndInValidation(), make(**quant), max_steps=4)
+    train(make_checkpoint(tmp_path, None, filename="{step}"), rest, make(**quant), max_steps=4, ckpt_path=f"{tmp_path}/4.ckpt")
+    assert rest.validation == {4: whole.validation[4]}
+
+
 @pytest.mark.parametrize("options", [{"val_check_interval": 9}, {"limit_val_batches": 0}], ids=str)
 def test_a_run_without_validations_cannot_rank_by_them(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="monitor=val/loss .* needs a validation: trainer.val_check_interval must be at most"):

@@ -91,7 +91,7 @@ class BreakRow(L.Callback):
 def test_what_a_bad_loss_does_to_all_gradients_is_named_by_the_loss_and_the_first_step() -> None:
     module = make()
     module.optim_config = OptimConfig(lr=1e30)
-    with pytest.raises(Diverged, match=r"^step 2: the loss is not finite \(NaN\); no checkpoint was written before"):
+    with pytest.raises(Diverged, match=r"^step 2: the loss is not finite \(NaN\); there is no checkpoint yet"):
         train(module)
 
 
