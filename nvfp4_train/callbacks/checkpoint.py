@@ -8,6 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from nvfp4_train.callbacks.preemption import Preempted
 from nvfp4_train.errors import RunError
 from nvfp4_train.module import QATModule
 
@@ -85,7 +86,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
         # A run that was preempted has saved, and one that ends with a RunError cannot or must not.
-        if not isinstance(exception, RunError | SystemExit):
+        if not isinstance(exception, RunError | Preempted):
             super().on_exception(trainer, pl_module, exception)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:

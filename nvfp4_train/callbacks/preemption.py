@@ -60,6 +60,7 @@ class Preemption(Callback):
         self.marker = Path(marker)
         self._is_running = False
         self._is_ending = False
+        """Whether nothing is left but to end; signals no longer matter then."""
         self._exit_code = 0
         """The exit code that this rank was asked to end with; 0 if it was not asked."""
         self._interrupted_at = 0.0
