@@ -36,21 +36,24 @@ def log_finished_step(trainer: L.Trainer) -> None:
 
 
 def run_missing_validation(trainer: L.Trainer) -> None:
-    """Call it when a run has restored a checkpoint: run the validation of its step, if it was saved just before that.
+    """Run the validation of the step of the checkpoint that was restored, if that was saved before the validation or in it.
 
-    Lightning itself leaves it out, and one that was saved halfway through it does the second half alone. Beyond that, Lightning counts
-    the first step of the continued run twice in the numbers of logged steps if the checkpoint is of the end of training.
+    Call it when training starts, or at the end of a fit that had nothing left to train. Lightning leaves out such a validation, or
+    does the rest of it alone. Where the checkpoint is of the end of training, it also counts the last step twice in its logs.
     """
     loop = trainer.fit_loop.epoch_loop
     if not loop.restarting or trainer.num_training_batches != float("inf"):
         return
     progress: Any = loop.batch_progress
-    is_missing = progress.total.completed < progress.total.processed or loop.val_loop.restarted_mid_evaluation
+    validated: Any = loop.val_loop.batch_progress
+    is_validated = validated.is_last_batch and validated.current.completed == validated.current.ready
+    is_missing = progress.total.completed < progress.total.processed or not is_validated
     for count in (progress.total, progress.current):
         count.completed = count.processed
     loop.update_restart_stage()
-    assert trainer.fit_loop._data_fetcher is not None
-    is_due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    # Without training there is no fetcher any more. It is only asked for its class.
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    is_due = loop._should_check_val_fx(fetcher)
     # Lightning adds the step of a validation behind it.
     loop._batches_that_stepped = trainer.global_step - is_due
     if is_due and is_missing:

@@ -55,6 +55,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def copy(path: Path, target: Path) -> None:
+    """Give a checkpoint of either kind a second name. Both share the bytes on disk, where the disk can do that."""
+    partial = _partial(target)
+    remove(partial)
+    if path.is_dir():
+        shutil.copytree(path, partial, copy_function=_link)
+    else:
+        _link(path, partial)
+    _publish(partial, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def remove_partials(folder: Path) -> list[Path]:
     """Delete what killed processes left of checkpoints, and return the paths. No other run may write to the folder."""
     partials = sorted(folder.glob(f"*.ckpt{PARTIAL_SUFFIX}"))

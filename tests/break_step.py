@@ -24,22 +24,22 @@ class BreakStep(Callback):
             def broken(batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
                 loss = training_step(batch, batch_idx)
                 is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-                return loss + self.value if self._is_now(trainer, 1) and is_last else loss
+                return loss + self.value if self._is_now(trainer) and is_last else loss
 
             pl_module.training_step = broken  # type: ignore[method-assign]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if self.what == "gradient" and self._is_now(trainer, 1):
+        if self.what == "gradient" and self._is_now(trainer):
             gradient = pl_module.model.get_parameter(self.name).grad
             own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
             own.view(-1)[0] = self.value
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         is_first = batch_idx % trainer.accumulate_grad_batches == 0
-        if self.what == "weight" and self._is_now(trainer, 1) and is_first:
+        if self.what == "weight" and self._is_now(trainer) and is_first:
             weight = pl_module.model.get_parameter(self.name).detach()
             own = weight.to_local() if hasattr(weight, "to_local") else weight
             own.view(-1)[0] = self.value
 
-    def _is_now(self, trainer: Trainer, ahead: int) -> bool:
-        return trainer.global_step + ahead == self.step and trainer.global_rank == self.rank
+    def _is_now(self, trainer: Trainer) -> bool:
+        return trainer.global_step + 1 == self.step and trainer.global_rank == self.rank

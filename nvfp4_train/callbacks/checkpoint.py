@@ -8,8 +8,10 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from nvfp4_train.callbacks.preemption import Preempted
 from nvfp4_train.errors import RunError
 from nvfp4_train.module import QATModule
+from nvfp4_train.saving import copy
 
 _HELD_OUT = "val/"
 """What the names of metrics on held-out text begin with."""
@@ -38,8 +40,16 @@ class Checkpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._is_due = state_dict.get("is_due", False)
-        # What this run deletes after the checkpoint that it is continued from must not stand before what it still has to write.
-        self.best_k_models = {path: score for path, score in self.best_k_models.items() if Path(path).exists()}
+        # The files of some may be gone, if they were deleted after the checkpoint that the run is continued from; and fewer than
+        # before may be asked for, of which the others then stay where they are.
+        existing = [(path, score) for path, score in self.best_k_models.items() if Path(path).exists()]
+        ranked = sorted(existing, key=lambda entry: entry[1].item(), reverse=self.mode == "max")
+        self.best_k_models = dict(ranked[: self.save_top_k] if self.save_top_k > 0 else ranked)
+        if self.best_k_models:
+            self.best_model_path, *_, self.kth_best_model_path = *self.best_k_models, *self.best_k_models
+            self.best_model_score, self.kth_value = (
+                self.best_k_models[path] for path in (self.best_model_path, self.kth_best_model_path)
+            )
 
     def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
         super().setup(trainer, pl_module, stage)
@@ -75,9 +85,16 @@ class Checkpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        super().on_fit_end(trainer, pl_module)
+        # A run that was killed between its last two checkpoints has no step left to save behind.
+        last, restored = Path(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"), trainer.ckpt_path
+        if self.save_last and trainer.is_global_zero and restored and not last.exists():
+            copy(Path(restored), last)
+
     def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
         # A run that was preempted has saved, and one that ends with a RunError cannot or must not.
-        if not isinstance(exception, RunError | SystemExit):
+        if not isinstance(exception, RunError | Preempted):
             super().on_exception(trainer, pl_module, exception)
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:

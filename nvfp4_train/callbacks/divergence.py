@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from nvfp4_train.finite import Diverged, bad_weights, describe, kinds, largest_weights
@@ -105,8 +104,8 @@ class Divergence(Callback):
             if any(norms):
                 # The backward goes from the last parameter to the first, and a NaN that it meets goes with it.
                 of_parameter = dict(zip(map(id, pl_module.trained_parameters), norms, strict=True))
-                named = reversed([(name, of_parameter[id(weight)]) for name, weight in weights.items()])
-                self._end(trainer, step.number, describe("the gradient of", [pair for pair in named if pair[1]]))
+                named = [(name, of_parameter.get(id(weight), "")) for name, weight in weights.items()]
+                self._end(trainer, step.number, describe("the gradient of", [pair for pair in reversed(named) if pair[1]]))
         if bad := [(name, kind) for name, kind in zip(weights, found, strict=True) if kind]:
             self._end(trainer, trainer.global_step, describe("the weight", bad))
 
@@ -116,19 +115,12 @@ class Divergence(Callback):
             # The one that is being written is of an earlier look, and finite.
             trainer.strategy.finish_checkpoint()
         last = _last_checkpoint(trainer)
-        way_out = f"continue from {last} (ckpt_path=auto)" if last else "no checkpoint was written before; start anew"
+        way_out = f"continue from {last} (ckpt_path=auto)" if last else "there is no checkpoint yet; start again"
         raise Diverged(f"step {step}: {what}; {way_out} with a lower optim.lr, or another trainer.gradient_clip_val")
 
 
-def _split(found: list[str], size: int) -> tuple[list[str], list[str]]:
-    return found[:size], found[size:]
-
-
 def _last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint that this run wrote or started from."""
-    paths = [str(trainer.ckpt_path or "")]
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            paths += [callback.best_model_path, callback.last_model_path, *callback.best_k_models]
-    existing = [Path(path) for path in paths if path and Path(path).exists()]
-    return max(existing, key=lambda path: path.stat().st_mtime, default=None)
+    """The newest checkpoint in the folders that the run writes to."""
+    folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+    paths = [path for folder in folders if folder for path in Path(folder).glob("*.ckpt")]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)

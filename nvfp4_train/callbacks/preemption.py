@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning import Callback, Trainer
 from torch import distributed
 
 from nvfp4_train.errors import RunError
@@ -48,8 +47,8 @@ class Preempted(SystemExit):
         super().__init__(exit_code)
 
 
-class Preemption(Checkpoint):
-    """A signal to any one rank stops all ranks after the same optimizer step, behind all that other callbacks do at its end.
+class Preemption(Callback):
+    """A signal to any one rank stops all ranks after the same optimizer step.
 
     The ranks agree over a gloo group while the last micro-batch computes, so that nothing waits for the device. The checkpoint is
     `dirpath`/preempted-step-N.ckpt; it replaces those of earlier preemptions. Then the file `marker` appears, for launchers that
@@ -61,6 +60,7 @@ class Preemption(Checkpoint):
         self.marker = Path(marker)
         self._is_running = False
         self._is_ending = False
+        """Whether nothing is left but to end; signals no longer matter then."""
         self._exit_code = 0
         """The exit code that this rank was asked to end with; 0 if it was not asked."""
         self._interrupted_at = 0.0

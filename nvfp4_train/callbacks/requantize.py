@@ -5,6 +5,8 @@ from typing import Any
 from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from nvfp4_train.finite import Diverged
+from nvfp4_train.lightning_quirks import run_missing_validation
 from nvfp4_train.losses.base import num_positions
 from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
 from nvfp4_train.models.prepare import first_sequences
@@ -12,6 +14,7 @@ from nvfp4_train.module import QATModule, check_num_positions, sum_over_ranks
 from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.calibration import Batch, check_num_tokens
 from nvfp4_train.quant.policy import SERVINGS
+from nvfp4_train.quant.store import WeightStore
 
 Metrics = dict[tuple[str, str | None], float]
 """By name and serving; a serving of None is the one that was trained."""
@@ -99,6 +102,9 @@ class Requantize(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
         if VAL_LOSS_QUANTIZED not in pl_module.results:
+            if self._metrics_at_switch:
+                pl_module.update()
+            run_missing_validation(trainer)
             self._report_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -140,7 +146,7 @@ class Requantize(Callback):
             # A store that is not enabled belongs to a run that continues: its choices are those of the checkpoint.
             pl_module.update(refit=store.is_enabled and trainer.global_step % config.refit_every == 0)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            store.check_finite()
+            _check_finite(store)
 
     def _switch(self, trainer: Trainer, pl_module: QATModule) -> Metrics:
         """Begin with quantization. Returns the metrics of the quantized model."""
@@ -153,7 +159,7 @@ class Requantize(Callback):
             if trainer.is_global_zero:
                 print("\n".join(notes), flush=True)
         pl_module.update(refit=True)
-        pl_module.store.check_finite()
+        _check_finite(pl_module.store)
         quantized = _evaluate_quantized(trainer, pl_module)
         self._has_switched = True
         self._metrics_at_switch = _named(masters, MASTER_AT_SWITCH) | _named(quantized, PTQ)
@@ -169,6 +175,14 @@ def measure_of(trainer: Trainer, pl_module: QATModule) -> dict[str, Any]:
         "the loss": pl_module.options.get("loss"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_finite(store: WeightStore) -> None:
+    """Raise Diverged where weights are not finite; it is `callbacks.divergence` that says in which step that began."""
+    try:
+        store.check_finite()
+    except ValueError as error:
+        raise Diverged(str(error)) from None
 
 
 def _evaluate(trainer: Trainer, pl_module: QATModule, serving: str | None = None) -> Metrics:
