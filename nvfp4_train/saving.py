@@ -4,6 +4,7 @@ NAME.partial becomes NAME when all of it is on disk. A process that is killed me
 does not. The files of a sharded checkpoint get checksums while they are written, see `checksums`.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
