@@ -9,6 +9,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from nvfp4_train.data.sources import cache_errors
+
 COLUMNS = ("messages", "conversations")
 """The columns that hold conversations by their usual names."""
 TOOLS_COLUMN = "tools"
@@ -38,21 +40,27 @@ def normalized(rows: Dataset, column: str, path: str) -> Dataset:
     `rows` hold JSON text in `column` and, where there are tools, in `tools`. Raises ValueError, which names path and row, for what is
     no conversation.
     """
-    return rows.map(
-        _normalize,
-        batched=True,
-        with_indices=True,
-        input_columns=[column, TOOLS_COLUMN],
-        remove_columns=rows.column_names,
-        fn_kwargs={"column": column, "path": path},
-        features=Features({"text": Value("large_string"), "tools": Value("large_string"), "place": Value("int64")}),
-        desc="Reading conversations",
-    )
+    with cache_errors():
+        return rows.map(
+            _normalize,
+            batched=True,
+            with_indices=True,
+            input_columns=[column, TOOLS_COLUMN],
+            remove_columns=rows.column_names,
+            fn_kwargs={"column": column, "path": path},
+            features=Features({"text": Value("large_string"), "tools": Value("large_string"), "place": Value("int64")}),
+            desc="Reading conversations",
+        )
 
 
-def place_of(row: int) -> str:
-    """How errors call a row of the data."""
-    return f"row {row} of data.path"
+def has_messages(texts: list[str]) -> list[bool]:
+    """Of conversations as `normalized` gives them."""
+    return [bool(text) for text in texts]
+
+
+def place_of(number: int) -> str:
+    """How errors call a conversation: by its place among those that were read, the first being 0."""
+    return f"conversation {number} of data.path"
 
 
 def _normalize(
@@ -99,7 +107,8 @@ def read_message(message: Any) -> Message:
 
 def read_all_tools(text: str | None) -> list[Any] | None:
     """The tools of a conversation, JSON schemas. They, and each of them, may be JSON in a string. Raises ValueError for others."""
-    tools = _parsed(text)
+    # Itself JSON text of a column, which may be a string of JSON.
+    tools = _parsed(_parsed(text))
     if not tools:
         return None
     tools = [_parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
@@ -109,7 +118,7 @@ def read_all_tools(text: str | None) -> list[Any] | None:
 
 
 def _read_list(text: str | None, column: str) -> list[Any]:
-    messages = _parsed(text)
+    messages = _parsed(_parsed(text))
     if messages is None:
         return []
     if not isinstance(messages, list):

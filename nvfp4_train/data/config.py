@@ -10,9 +10,9 @@ class DataConfig:
     """What is read, how it is cut, what of it is predicted, and how much of it is held out."""
 
     path: str = PYTHON_STDLIB
-    """"python_stdlib", a text, jsonl or parquet file or a folder of them, or the name of a hub dataset."""
+    """"python_stdlib", a text, jsonl, json, csv or parquet file or a folder of them, or the name of a hub dataset."""
     text_column: str = "text"
-    """The column of a jsonl, parquet or hub dataset that holds the text."""
+    """The column of a table or a hub dataset that holds the text; `a.b` is the field `b` of the column `a`."""
     chat_column: str | None = "auto"
     """The column that holds conversations; "auto" is `messages` or `conversations` where there is no text column; null reads text.
 
@@ -21,7 +21,7 @@ class DataConfig:
     chat_template: str | None = None
     """A jinja file to render conversations with; null takes the tokenizer's own template."""
     train_on: str | None = None
-    """`all` tokens, or those that an `assistant` writes, ends of its turns among them; null is assistant for conversations, else all."""
+    """`all` tokens, or those that an `assistant` writes with the ends of its turns; null is assistant for conversations, else all."""
     special_tokens: str = "text"
     """What a special token that a document spells out is: `text`, or the `control` token, as if a template had put it there."""
     isolate_documents: bool = False
@@ -32,9 +32,11 @@ class DataConfig:
     conversations, split for text.
     """
     split: str = "train"
-    """The split of a hub dataset."""
+    """The split of a hub dataset, or of a folder whose files are named as splits."""
     config_name: str | None = None
-    """The configuration of a hub dataset, where it has several."""
+    """The configuration of a hub dataset, where it has several, or a folder inside of a local one."""
+    streaming: bool = False
+    """Read until there are max_documents, and of a hub dataset fetch no more than that."""
     tokenizer: str = "auto"
     """"byte", a folder or hub name; "auto" is the tokenizer of the model's folder or hub name, or "byte" without one."""
     seq_len: int = 256
@@ -66,6 +68,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least 1, or null; got {value}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction must lie between 0 and 1; got {self.val_fraction}")
+        if self.streaming and self.max_documents is None:
+            raise ValueError("data.streaming=true reads until there are data.max_documents documents; set data.max_documents")
         for name in ("path", "text_column", "split", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"data.{name} must not be empty")

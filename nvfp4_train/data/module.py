@@ -27,7 +27,7 @@ from nvfp4_train.data.identity import NUM_SEQUENCES, check_same_data, fingerprin
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.packing import Packing, left_out_of, pack_and_split
 from nvfp4_train.data.sequences import Sequences
-from nvfp4_train.data.sources import column_names, load_documents, load_rows
+from nvfp4_train.data.sources import cache_errors, column_names, load_documents, load_rows
 from nvfp4_train.data.stream import ScaledSequences, ScaledStream, StreamSampler
 from nvfp4_train.data.tokenizer import largest_id, load_tokenizer
 from nvfp4_train.lightning_quirks import rewind_to_last_step
@@ -208,12 +208,15 @@ class TextDataModule(L.LightningDataModule):
         column = self._chat_column()
         if column is None:
             documents = load_documents(
-                config.path, text_column=config.text_column, split=config.split, config_name=config.config_name
+                config.path,
+                text_column=config.text_column,
+                split=config.split,
+                config_name=config.config_name,
+                streaming=config.streaming,
+                max_documents=config.max_documents,
             )
         else:
             documents = self._load_conversations(column)
-        if config.max_documents is not None:
-            documents = documents.select(range(min(config.max_documents, len(documents))))
         packing = Packing(
             seq_len=config.seq_len,
             special_tokens=config.special_tokens,
@@ -236,8 +239,10 @@ class TextDataModule(L.LightningDataModule):
         """The column of conversations, or None for text. Raises ValueError where the options do not fit what is there."""
         config, column = self.config, self.config.chat_column
         if column == "auto":
-            names = column_names(config.path, split=config.split, config_name=config.config_name)
-            column = next((name for name in chat.COLUMNS if name in names and config.text_column not in names), None)
+            names = column_names(config.path, split=config.split, config_name=config.config_name, streaming=config.streaming)
+            column = next(
+                (name for name in chat.COLUMNS if name in names and config.text_column.split(".")[0] not in names), None
+            )
         if column is None and config.train_on == chat.ASSISTANT:
             raise ValueError(
                 f"data.train_on=assistant needs conversations, and data.path={config.path!r} is read as text; set data.chat_column to "
@@ -253,9 +258,12 @@ class TextDataModule(L.LightningDataModule):
             columns={column: "json", chat.TOOLS_COLUMN: "json"},
             split=config.split,
             config_name=config.config_name,
+            streaming=config.streaming,
+            max_rows=config.max_documents,
         )
         conversations = chat.normalized(rows, column, config.path)
-        documents = conversations.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
+        with cache_errors():
+            documents = conversations.filter(chat.has_messages, input_columns="text", batched=True)
         if not len(documents):
             raise ValueError(f"data.path={config.path!r} holds no conversation with messages in its column {column!r}")
         empty = len(conversations) - len(documents)

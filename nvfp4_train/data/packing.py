@@ -15,8 +15,9 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
 from nvfp4_train.data.chat_tokens import encode_chats
+from nvfp4_train.data.notices import notice
 from nvfp4_train.data.sequences import PackedSequences, Sequences, WholeDocuments
-from nvfp4_train.data.sources import split_documents
+from nvfp4_train.data.sources import cache_errors, distinct_documents, split_documents
 from nvfp4_train.data.tokenizer import surroundings
 
 log = logging.getLogger(__name__)
@@ -50,17 +51,18 @@ def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, packing: Pa
     columns = {"input_ids": [Value("int32")]}
     if packing.is_chat and packing.train_on == "assistant":
         columns["loss_mask"] = [Value("uint8")]
-    return documents.map(
-        partial(encode_chats, with_mask="loss_mask" in columns) if packing.is_chat else _encode,
-        batched=True,
-        batch_size=100,
-        writer_batch_size=100,
-        input_columns=["text", "tools", "place"] if packing.is_chat else "text",
-        remove_columns=documents.column_names,
-        fn_kwargs=options,
-        features=Features(columns),
-        desc="Tokenizing",
-    )
+    with cache_errors():
+        return documents.map(
+            partial(encode_chats, with_mask="loss_mask" in columns) if packing.is_chat else _encode,
+            batched=True,
+            batch_size=100,
+            writer_batch_size=100,
+            input_columns=["text", "tools", "place"] if packing.is_chat else "text",
+            remove_columns=documents.column_names,
+            fn_kwargs=options,
+            features=Features(columns),
+            desc="Tokenizing",
+        )
 
 
 def pack_and_split(
@@ -74,7 +76,7 @@ def pack_and_split(
     """(training sequences, held-out sequences), at least one of each.
 
     Documents are held out by the hash of their content. Where that leaves a side without a sequence, as with one big file, the
-    last sequences are held out instead.
+    last sequences are held out instead, and of equal documents one is kept: a copy would stand on both sides.
     """
     packing = packing or Packing(seq_len=seq_len)
     sides = split_documents(documents, val_fraction)
@@ -82,6 +84,12 @@ def pack_and_split(
         train, val = (_pack(tokenize(side, tokenizer, packing), tokenizer, packing) for side in sides)
         if len(train) and len(val):
             return Subset(train, range(len(train))), Subset(val, range(len(val)))
+    num_given, documents = len(documents), distinct_documents(documents)
+    if num_copies := num_given - len(documents):
+        notice(
+            f"Too few different documents to hold some out: {num_copies} of {num_given} documents are copies of others and left out, "
+            "so that no text is both trained on and held out."
+        )
     packed = _pack(tokenize(documents, tokenizer, packing), tokenizer, packing)
     if len(packed) < 2:
         left_out = left_out_of([packed])
