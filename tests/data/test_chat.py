@@ -19,7 +19,10 @@ from nvfp4_train.data.module import DataConfig, TextDataModule
         ({"from": "human", "value": "hi"}, {"role": "user", "content": "hi"}),
         ({"from": "gpt", "value": "hi", "weight": None}, {"role": "assistant", "content": "hi"}),
         ({"from": "observation", "value": "3"}, {"role": "tool", "content": "3"}),
-        ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": "ab"}),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": "ab"},
+        ),
         ({"role": "assistant", "content": None, "name": None}, {"role": "assistant", "content": ""}),
         ({"role": "tool", "content": "3", "name": "add"}, {"role": "tool", "content": "3", "name": "add"}),
         ({"role": "assistant", "content": "hi", "tool_calls": []}, {"role": "assistant", "content": "hi"}),
