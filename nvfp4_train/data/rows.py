@@ -142,9 +142,7 @@ def _numbered_rows(file: str, kind: str, columns: Columns) -> Iterator[tuple[int
     if kind in ("text", "unknown"):
         text = read_text(file)
         if kind == "unknown" and "\0" in text:
-            raise ReadError(
-                f"{file} is not text: it has zero bytes. Files of other kinds are: text, jsonl, json, csv, tsv, parquet."
-            )
+            raise ReadError(f"{file} is not text: it has zero bytes, as files of other kinds have")
         yield 1, {"text": text}
         return
     with opened(file) as stream:
@@ -162,7 +160,8 @@ def _json_lines(file: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[s
     for number, line in enumerate(lines, 1):
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
         place = f"row {number} of {file}"
         try:
@@ -184,22 +183,20 @@ def _json_document(file: str, stream: Any, columns: Columns) -> Iterator[tuple[i
         # A byte that is not UTF-8 becomes half of a surrogate pair, and an error in the row where it stands.
         yield from _json_array(file, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         return
-    first = stream.readline()
-    while first.isspace():
-        first = stream.readline()
-    first = first.removeprefix(BYTE_ORDER_MARK)
+    first = _through_a_line_with_content(stream)
     decode(first, f"row 1 of {file}")
-    second = b""
+    more = b""
     try:
         json.loads(first)
-        second = stream.readline()
+        more = _through_a_line_with_content(stream)
     except json.JSONDecodeError:
         # An object that goes over several lines.
         first += stream.read()
-    if second.strip():
-        yield from _json_lines(file, chain([first, second], stream))
+    if more.strip():
+        yield from _json_lines(file, chain(io.BytesIO(first + more), stream))
         return
-    if not first:
+    first = first.removeprefix(BYTE_ORDER_MARK)
+    if not first.strip():
         return
     try:
         whole = _object(json.loads(decode(first, file)), file)
@@ -211,6 +208,13 @@ def _json_document(file: str, stream: Any, columns: Columns) -> Iterator[tuple[i
         yield 1, whole
     if has_rows:
         yield from ((number, _object(row, f"row {number} of {file}")) for number, row in enumerate(lists[0], 1))
+
+
+def _through_a_line_with_content(stream: Any) -> bytes:
+    content = b""
+    while not content.strip() and (line := stream.readline()):
+        content += line
+    return content
 
 
 def _json_array(file: str, stream: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, Any]]]:

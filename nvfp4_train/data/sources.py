@@ -6,6 +6,7 @@ lies in the cache of `datasets`, of a stream as well; an edited file is read aga
 
 import hashlib
 import logging
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,16 +101,16 @@ def load_rows(
 
 def column_names(path: str, *, split: str = "train", config_name: str | None = None, streaming: bool = False) -> list[str]:
     """The names of the columns of `path`, as its first rows or its schema have them. Raises ValueError as `load_rows` does."""
-    if path == PYTHON_STDLIB or is_local(path):
-        try:
-            files = _files(path, split, config_name, {})
-            return list(
-                dict.fromkeys(name for file in files[:_MOST_FILES_FOR_COLUMNS] for name in first_columns(file.path, file.kind))
-            )
-        except ReadError as error:
-            raise ValueError(f"data.path={path!r}: {error}") from error
-    dataset = _from_hub(path, split, config_name, streaming=streaming)
-    return list(dataset.column_names or next(iter(dataset), {}))
+    try:
+        if path == PYTHON_STDLIB or is_local(path):
+            # Reading the rows tells what is passed over.
+            files = _files(path, split, config_name, {}, tells=False)
+            names = (name for file in files[:_MOST_FILES_FOR_COLUMNS] for name in first_columns(file.path, file.kind))
+            return list(dict.fromkeys(names))
+        dataset = _from_hub(path, split, config_name, streaming=streaming)
+        return list(dataset.column_names or next(iter(dataset), {}))
+    except ReadError as error:
+        raise ValueError(f"data.path={path!r}: {error}") from error
 
 
 def split_documents(documents: Dataset, val_fraction: float, *, column: str = "text") -> tuple[Dataset, Dataset]:
@@ -131,7 +132,8 @@ def split_documents(documents: Dataset, val_fraction: float, *, column: str = "t
 
     train, val = side(False), side(True)
     if len(train) and len(val):
-        _check_share(_num_bytes(val, column) / _num_bytes(documents, column), len(val), len(documents), val_fraction)
+        share = _num_bytes(val, column) / max(_num_bytes(documents, column), 1)
+        _check_share(share, len(val), len(documents), val_fraction)
     return train, val
 
 
@@ -158,7 +160,7 @@ def is_local(path: str) -> bool:
     is_written_like_a_path = (
         path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1 or path.endswith("/") or is_named_as_data(path)
     )
-    return is_written_like_a_path or Path(path).exists()
+    return is_written_like_a_path or os.path.exists(path)
 
 
 def stdlib_files() -> list[Path]:
@@ -186,9 +188,13 @@ def cache_errors() -> Iterator[None]:
         ) from error
 
 
-def _files(path: str, split: str, config_name: str | None, columns: Columns) -> tuple[LocalFile, ...]:
+def _files(path: str, split: str, config_name: str | None, columns: Columns, *, tells: bool = True) -> tuple[LocalFile, ...]:
+    if "://" in path:
+        raise ValueError(
+            f"data.path is a local path or the name of a hub dataset; got the address {path!r}. Download it first."
+        )
     if path != PYTHON_STDLIB:
-        return find_files(Path(path).expanduser(), split=split, config_name=config_name, columns=columns)
+        return find_files(Path(path).expanduser(), split=split, config_name=config_name, columns=columns, tells=tells)
     if split != "train" or config_name is not None:
         raise ValueError(
             f"data.path='{PYTHON_STDLIB}' has neither splits nor configurations; got data.split={split!r}, "
@@ -241,7 +247,9 @@ def _streamed_rows(
             raise ReadError(f"{place} has the columns {list(next(iter(stream), {}))}; got {', '.join(wanted)}")
         rows = (_converted(row, wanted, number, place) for number, row in enumerate(stream, 1))
         yield from _documents(rows, wanted, limit)
-    except (OSError, RuntimeError, DatasetsError) as error:
+    except ReadError:
+        raise
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ReadError(f"{place} could not be streamed: {error}") from error
 
 
@@ -272,9 +280,9 @@ def _no_document(columns: Columns) -> str:
 
 
 def _hub_rows(name: str, split: str, config_name: str | None, columns: Columns) -> Dataset:
-    dataset = _from_hub(name, split, config_name, streaming=False)
     place = f"the hub dataset {name!r}"
     try:
+        dataset = _from_hub(name, split, config_name, streaming=False)
         _, heads = check_columns(dataset.features.arrow_schema, columns, place)
         with cache_errors():
             rows = dataset.select_columns(heads).map(
@@ -313,8 +321,8 @@ def _from_hub(name: str, split: str, config_name: str | None, *, streaming: bool
         return load_dataset(name, name=config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ReadError(
-            f"data.path={name!r} is no local file or folder, and no hub dataset could be loaded by that name with "
-            f"data.split={split!r}, data.config_name={config_name!r}: {error}"
+            f"it is no local file or folder, and no hub dataset could be loaded by that name with data.split={split!r}, "
+            f"data.config_name={config_name!r}: {error}"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Which split of a data set a file belongs to, by its name and the folders that it lies in.
 
 The names are those that data sets on the hub have: the words train, validation, test and their other forms, set off by what is no
-letter. So `train-00000-of-00004.parquet`, `data/my_test_file.jsonl` and `dev/a.jsonl` name a split; `latest.jsonl` and `tests/` do not.
+letter. So `train-00000-of-00004.parquet`, `data/my_test_file.jsonl`, `testset.csv` and `dev/a.jsonl` name a split; `latest.jsonl` and
+`tests/` do not.
 
 Tables (jsonl, json, csv, parquet): a folder that is called like a split decides, then the name of the file, then a folder with such a
 word in its name. In `train_sft-00000-of-00003.parquet`, where the name goes on, `train_sft` is a split of its own; and beside such
@@ -9,7 +10,8 @@ files `unsupervised-00000-of-00001.parquet` is one.
 
 Text files are documents, with names of their own: `unit_test.txt` is one. So the whole name must be such a word (`train.txt`,
 `test-3.txt`), or what is left of it must be the name of another file of the folder (`wiki.test.tokens` beside `wiki.train.tokens`), or
-the folder is called so and lies beside one for training (`train/`, `test/`). Sources and Markdown never name a split.
+the folder is called so and lies beside one for training (`train/`, `test/`). For Markdown only the folders count, for sources nothing
+does: `testing.md` and `test/a.py` are documents.
 """
 
 import re
@@ -20,15 +22,15 @@ from pathlib import PurePosixPath
 _KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "test": ("test", "testing", "eval", "evaluation", "holdout", "heldout"),
 }
-_SPLIT_OF_WORD = {word: split for split, words in _KEYWORDS.items() for word in words}
+_SPLIT_OF_WORD = {word + tail: split for split, words in _KEYWORDS.items() for word in words for tail in ("", "set", "data")}
 _SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
 @dataclass(frozen=True)
 class Name:
-    """What the split of a file is read from: its path within the folder that is read, and the name without suffixes."""
+    """What the split of a file is read from: its path within the folder that is read, and its name without suffixes, or "" for none."""
 
     path: PurePosixPath
     stem: str
