@@ -23,6 +23,7 @@ from nvfp4_train.losses.next_token import NextTokenLoss
 from nvfp4_train.models.architecture import check_same_config
 from nvfp4_train.models.build import ModelBuilder, build_model
 from nvfp4_train.models.causal_lm import ModelConfig, choose_compute_dtype, compute_logits
+from nvfp4_train.models.isolation import check_isolation
 from nvfp4_train.models.not_built import NotBuilt
 from nvfp4_train.models.prepare import prepare
 from nvfp4_train.optim import OptimConfig, build_optimizer, take_options
@@ -160,6 +161,10 @@ class QATModule(L.LightningModule):
         self.quant_state = built.store.state
         # DDP would broadcast it in every forward; all ranks have the same.
         self._ddp_params_and_buffers_to_ignore = [f"quant_state.{name}" for name, _ in self.quant_state.named_buffers()]
+        if strategy is not None and getattr(self.trainer.datamodule, "isolates_documents", False):  # type: ignore[attr-defined]
+            check_isolation(self.model, device)
+            if isinstance(teacher := getattr(self.loss, "teacher", None), torch.nn.Module):
+                check_isolation(teacher, device, name="the teacher")
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V], in the dtype of the computation, of token ids [B, T]."""
@@ -181,7 +186,7 @@ class QATModule(L.LightningModule):
         self.log("train/lr", self.optimizers().param_groups[0]["lr"], prog_bar=True)  # type: ignore[union-attr]
         for name, value in metrics.items():
             self.log(f"train/{name}", value)
-        return loss
+        return loss * batch["loss_scale"][0] if "loss_scale" in batch else loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, metrics = self._loss(batch)

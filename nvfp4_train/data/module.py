@@ -7,116 +7,43 @@ the last one stopped, on however many ranks and with whatever batch size.
 """
 
 import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
-from nvfp4_train.data.packing import pack_and_split
-from nvfp4_train.data.sources import PYTHON_STDLIB, load_documents
-from nvfp4_train.data.tokenizer import load_tokenizer
+from nvfp4_train.data import chat
+from nvfp4_train.data.chat_tokens import check_template
+from nvfp4_train.data.config import DataConfig
+from nvfp4_train.data.identity import NUM_SEQUENCES, check_same_data, fingerprint, identity
+from nvfp4_train.data.notices import notice
+from nvfp4_train.data.packing import Packing, left_out_of, pack_and_split
+from nvfp4_train.data.sequences import Sequences
+from nvfp4_train.data.sources import cache_errors, column_names, load_documents, load_rows
+from nvfp4_train.data.stream import ScaledSequences, ScaledStream, StreamSampler
+from nvfp4_train.data.tokenizer import largest_id, load_tokenizer
 from nvfp4_train.lightning_quirks import rewind_to_last_step
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, how it is cut, and how much of it is held out."""
-
-    path: str = PYTHON_STDLIB
-    """"python_stdlib", a text, jsonl, json, csv or parquet file or a folder of them, or the name of a hub dataset."""
-    text_column: str = "text"
-    """The column of a table or a hub dataset that holds the text; `a.b` is the field `b` of the column `a`."""
-    split: str = "train"
-    """The split of a hub dataset, or of a folder whose files are named as splits."""
-    config_name: str | None = None
-    """The configuration of a hub dataset, where it has several, or a folder inside of a local one."""
-    streaming: bool = False
-    """Read until there are max_documents, and of a hub dataset fetch no more than that."""
-    tokenizer: str = "auto"
-    """"byte", a folder or hub name; "auto" is the tokenizer of the model's folder or hub name, or "byte" without one."""
-    seq_len: int = 256
-    """Tokens per sequence."""
-    batch_size: int = 8
-    """Sequences per rank and micro-batch."""
-    val_batch_size: int | None = None
-    """Sequences per rank and validation batch; null takes batch_size."""
-    val_fraction: float = 0.05
-    """Share of the documents that is held out."""
-    val_sequences: int = 64
-    """At most so many held-out sequences are used, over all ranks, spread evenly over the held-out text."""
-    max_documents: int | None = None
-    """Only the first so many documents are used; null takes all."""
-    num_workers: int = 0
-    """Processes that load batches, per rank and loader."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("batch_size", 1), ("val_sequences", 1), ("num_workers", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"data.{name} must be at least {least}; got {value}")
-        for name in ("val_batch_size", "max_documents"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, or null; got {value}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction must lie between 0 and 1; got {self.val_fraction}")
-        if self.streaming and self.max_documents is None:
-            raise ValueError("data.streaming=true reads until there are data.max_documents documents; set data.max_documents")
-        for name in ("path", "text_column", "split", "tokenizer"):
-            if not getattr(self, name):
-                raise ValueError(f"data.{name} must not be empty")
-
-    def check_positions(self, max_position_embeddings: int | None) -> None:
-        """Raises ValueError when the sequences are longer than the model takes."""
-        if max_position_embeddings is not None and self.seq_len > max_position_embeddings:
-            raise ValueError(
-                f"the model has {max_position_embeddings} positions; got data.seq_len={self.seq_len}. Lower data.seq_len."
-            )
-
-
-class StreamSampler(Sampler[list[int]]):
-    """One rank's part of the infinite stream of micro-batches, from position `start` on. It has no length."""
-
-    def __init__(
-        self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self.start + self.rank * self.batch_size
-        epoch, permutation = -1, torch.empty(0)
-        while True:
-            batch = []
-            for p in range(position, position + self.batch_size):
-                if p // self.num_samples != epoch:
-                    epoch = p // self.num_samples
-                    permutation = self._permutation(epoch)
-                batch.append(int(permutation[p % self.num_samples]))
-            yield batch
-            position += self.world_size * self.batch_size
-
-    def _permutation(self, epoch: int) -> Tensor:
-        state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
-        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(int(state[0])))
-
-
 class TextDataModule(L.LightningDataModule):
-    """Packed text for causal language models: batches {"input_ids": int64 [batch, seq_len]}.
+    """Packed text or conversations for causal language models: batches {"input_ids": int64 [batch, seq_len]}.
 
-    After `setup`, `train_sequences` and `val_sequences` count the sequences in use over all ranks.
+    Where not every token is predicted there are "loss_mask" and in training "loss_scale", and where documents are isolated
+    "position_ids", as `losses.base.Batch` says. After `setup`, `train_sequences` and `val_sequences` count the sequences in use over
+    all ranks, and `held_out_fingerprint` says which held-out ones these are: losses of two of them are not to be compared.
     """
 
     train_sequences: int
     val_sequences: int
+    held_out_fingerprint: str
 
     def __init__(
         self, config: DataConfig, *, seed: int, model_path: str | None = None, trust_remote_code: bool = False
@@ -130,23 +57,41 @@ class TextDataModule(L.LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._train: Subset | None = None
         self._val: Subset | None = None
-        self._resumed = {"step": 0, "position": 0}
+        self._resumed: dict[str, Any] = {"step": 0, "position": 0}
         """Optimizer steps done, and samples that they took on all ranks, when the run was resumed."""
+        self._fingerprint = ""
+        self._vocab_size: int | None = None
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether documents of a row must not see each other, which the model has to be able to."""
+        return self.config.isolate_documents
+
+    @property
+    def tokenizer_name(self) -> str:
+        name = self.config.tokenizer
+        return (self.model_path or "byte") if name == "auto" else name
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.config.tokenizer
-        name = (self.model_path or "byte") if name == "auto" else name
-        return load_tokenizer(name, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.tokenizer_name, trust_remote_code=self.trust_remote_code)
+        if (template := self.config.chat_template) is not None:
+            try:
+                tokenizer.chat_template = Path(template).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"data.chat_template={template!r} must be a file with a jinja template: {error}") from error
+        return tokenizer
 
     def check_model(self, vocab_size: int, max_position_embeddings: int | None) -> None:
         """Raises ValueError when the sequences are longer, or the ids larger, than the model takes. Needs no data."""
         self.config.check_positions(max_position_embeddings)
-        num_tokens = len(self.tokenizer)
-        if num_tokens > vocab_size:
+        self._vocab_size = vocab_size
+        # A special token that no text holds, and no template writes, may have no row: Gemma 3's image token in its text model.
+        largest = largest_id(self.tokenizer, with_special=self.config.special_tokens == "control")
+        if largest >= vocab_size:
             raise ValueError(
-                f"the model embeds {vocab_size} tokens; the tokenizer has {num_tokens} (data.tokenizer="
-                f"{self.config.tokenizer!r}). Set data.tokenizer to the model's own, or raise the model's vocab_size."
+                f"the model embeds {vocab_size} tokens; the tokenizer has {len(self.tokenizer)} with ids up to {largest} "
+                f"(data.tokenizer={self.config.tokenizer!r}). Set data.tokenizer to the model's own, or raise the model's vocab_size."
             )
 
     def prepare_data(self) -> None:
@@ -158,6 +103,8 @@ class TextDataModule(L.LightningDataModule):
             count = min(self.config.val_sequences, len(held_out))
             self._val = Subset(held_out, [i * len(held_out) // count for i in range(count)])
             self.train_sequences, self.val_sequences = len(self._train), count
+            self._fingerprint = fingerprint(self._train, NUM_SEQUENCES)
+            self.held_out_fingerprint = fingerprint(self._val)
         _, world_size = self._rank_and_world_size()
         if self.val_sequences < world_size:
             raise ValueError(
@@ -180,7 +127,15 @@ class TextDataModule(L.LightningDataModule):
             world_size=world_size,
             start=self._position(),
         )
-        return self._loader(self._train, sampler)
+        sequences, indices = _packed(self._train), self._train.indices
+        if not sequences.has_mask:
+            return self._loader(self._train, sampler)
+        scaled = ScaledStream(
+            sampler,
+            batches_per_step=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            num_counted=lambda sample: sequences.num_counted(indices[sample]),
+        )
+        return self._loader(ScaledSequences(self._train), scaled)
 
     def val_dataloader(self) -> DataLoader:
         """The rank's held-out sequences, rank::world_size, in equally many batches on every rank.
@@ -209,15 +164,35 @@ class TextDataModule(L.LightningDataModule):
         order = next(iter(StreamSampler(len(self._train), batch_size=num_sequences, seed=self.seed)))
         own = range(rank, -(-num_sequences // world_size) * world_size, world_size)
         return [
-            ({"input_ids": self._train[order[place % num_sequences]]["input_ids"][None]}, place < num_sequences)
+            ({name: x[None] for name, x in self._train[order[place % num_sequences]].items()}, place < num_sequences)
             for place in own
         ]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.trainer.global_step, "position": self._position()} if self.trainer else self._resumed
+    def state_dict(self) -> dict[str, Any]:
+        position = {"step": self.trainer.global_step, "position": self._position()} if self.trainer else dict(self._resumed)
+        return position | self._data_state()
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._resumed = dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint's position counts the sequences of other data; see data.restart."""
+        saved, given = state_dict, self._data_state()
+        self._resumed = {"step": saved["step"], "position": saved["position"]}
+        if not given:
+            return
+        if not self.config.restart:
+            check_same_data(saved, given)
+        elif saved.get("fingerprint") != given["fingerprint"] or not saved["restart"] or saved["identity"] != given["identity"]:
+            self._resumed["position"] = 0
+
+    def _data_state(self) -> dict[str, Any]:
+        """What the position counts; nothing before `setup`."""
+        if not self._fingerprint:
+            return {}
+        return {
+            "identity": identity(self.config, seed=self.seed, tokenizer=self.tokenizer_name),
+            "fingerprint": self._fingerprint,
+            "held_out": self.held_out_fingerprint,
+            "restart": self.config.restart,
+        }
 
     def _position(self) -> int:
         """Position in the stream at which the optimizer steps so far end."""
@@ -230,20 +205,87 @@ class TextDataModule(L.LightningDataModule):
     def _load(self) -> tuple[Subset, Subset]:
         """(training, held-out) sequences. Where `prepare_data` ran before, all of it comes from the cache of `datasets`."""
         config = self.config
-        documents = load_documents(
+        column = self._chat_column()
+        if column is None:
+            documents = load_documents(
+                config.path,
+                text_column=config.text_column,
+                split=config.split,
+                config_name=config.config_name,
+                streaming=config.streaming,
+                max_documents=config.max_documents,
+            )
+        else:
+            documents = self._load_conversations(column)
+        packing = Packing(
+            seq_len=config.seq_len,
+            special_tokens=config.special_tokens,
+            isolate_documents=config.isolate_documents,
+            too_long=config.too_long or ("split" if column is None else "cut"),
+            train_on=config.train_on or ("all" if column is None else chat.ASSISTANT),
+            is_chat=column is not None,
+        )
+        sides = pack_and_split(
+            documents, self.tokenizer, seq_len=config.seq_len, val_fraction=config.val_fraction, packing=packing
+        )
+        if column is not None:
+            self._check_ids(sides)
+        # Both may be parts of the same sequences.
+        if left_out := left_out_of(list({id(packed): packed for packed in map(_packed, sides)}.values())):
+            notice(f"data.path={config.path!r}: {left_out}")
+        return sides
+
+    def _chat_column(self) -> str | None:
+        """The column of conversations, or None for text. Raises ValueError where the options do not fit what is there."""
+        config, column = self.config, self.config.chat_column
+        if column == "auto":
+            names = column_names(config.path, split=config.split, config_name=config.config_name, streaming=config.streaming)
+            column = next(
+                (name for name in chat.COLUMNS if name in names and config.text_column.split(".")[0] not in names), None
+            )
+        if column is None and config.train_on == chat.ASSISTANT:
+            raise ValueError(
+                f"data.train_on=assistant needs conversations, and data.path={config.path!r} is read as text; set data.chat_column to "
+                "the column that holds them, or data.train_on=all"
+            )
+        return column
+
+    def _load_conversations(self, column: str) -> Dataset:
+        config = self.config
+        check_template(self.tokenizer, self.tokenizer_name)
+        rows = load_rows(
             config.path,
-            text_column=config.text_column,
+            columns={column: "json", chat.TOOLS_COLUMN: "json"},
             split=config.split,
             config_name=config.config_name,
             streaming=config.streaming,
-            max_documents=config.max_documents,
+            max_rows=config.max_documents,
         )
-        return pack_and_split(documents, self.tokenizer, seq_len=config.seq_len, val_fraction=config.val_fraction)
+        conversations = chat.normalized(rows, column, config.path)
+        with cache_errors():
+            documents = conversations.filter(chat.has_messages, input_columns="text", batched=True)
+        if not len(documents):
+            raise ValueError(f"data.path={config.path!r} holds no conversation with messages in its column {column!r}")
+        empty = len(conversations) - len(documents)
+        notice(
+            f"data.path={config.path!r}: {len(documents)} conversations of its column {column!r}"
+            + (f"; {empty} rows without messages are left out" if empty else "")
+        )
+        return documents
+
+    def _check_ids(self, sides: Iterable[Subset]) -> None:
+        """Templates write special tokens, of which `check_model` does not know."""
+        largest = max(_packed(side).tokens.largest_id() for side in sides)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise ValueError(
+                f"the model embeds {self._vocab_size} tokens; the conversations have ids up to {largest} (data.tokenizer="
+                f"{self.config.tokenizer!r}). Set data.tokenizer to the model's own, or raise the model's vocab_size."
+            )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, sequences: Subset, batches: Iterable[list[int]]) -> DataLoader:
+    def _loader(self, sequences: Any, batches: Iterable[list[Any]]) -> DataLoader:
         return DataLoader(
             sequences,
             batch_sampler=batches,
@@ -254,6 +296,12 @@ class TextDataModule(L.LightningDataModule):
             # Workers take their base seed from this generator. Without it a loader would draw from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _packed(side: Subset) -> Sequences:
+    packed = side.dataset
+    assert isinstance(packed, Sequences)
+    return packed
 
 
 def _ignore_interrupt(worker: int) -> None:

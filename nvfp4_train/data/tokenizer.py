@@ -1,5 +1,7 @@
 """Tokenizers: the built-in byte tokenizer, and any tokenizer of a local folder or the Hugging Face hub."""
 
+from collections.abc import Iterator
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -42,6 +44,46 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             "another one, or save this one with an eos_token."
         )
     return tokenizer
+
+
+def surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids before and behind those of a document's text: what the tokenizer itself puts there, and the end token, once.
+
+    Raises ValueError where it puts tokens elsewhere.
+    """
+    probe, text = next(_probes(tokenizer))
+    whole = tokenizer(probe)["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
+    if start is None:
+        raise ValueError(
+            f"the tokenizer must put its special tokens before and behind a text; it makes {whole} of {text}. Set data.tokenizer"
+        )
+    behind = whole[start + len(text) :]
+    return whole[:start], behind if behind[-1:] == [tokenizer.eos_token_id] else [*behind, tokenizer.eos_token_id]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of special tokens by their text: those that a text holds only where it is told to."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase, *, with_special: bool = True) -> int:
+    """The largest id that the tokenizer can give; without special tokens, but those that it puts around a text."""
+    special = set() if with_special else set(special_tokens(tokenizer).values())
+    before, behind = surroundings(tokenizer)
+    return max(*(index for index in tokenizer.get_vocab().values() if index not in special), *before, *behind)
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+    """Short texts with their ids, of which there are some. The first is "a", where the tokenizer knows it."""
+    for text in ("a", *tokenizer.get_vocab()):
+        try:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception:
+            # So `tokenizers` says that a text is in no token and that there is none for the unknown. It has no class of its own for it.
+            continue
+        if ids:
+            yield text, ids
 
 
 def _byte_alphabet() -> list[str]:

@@ -11,6 +11,9 @@ Batch = Mapping[str, Tensor]
 """`input_ids`, int64 [B, T], and whatever else a data module gives.
 
 `loss_mask`, bool [B, T], marks the tokens to be predicted: position t counts where token t + 1 is marked.
+`position_ids`, int64 [B, T], are there where rows hold documents that do not see each other: they start at 0 with each.
+`loss_scale`, float32 [B], is the factor of the batch's mean in a step, the same for all rows: with it the average over the batches of a
+step, on all ranks, is the mean over all of the step's positions that count.
 """
 
 

@@ -99,10 +99,11 @@ class DistillationLoss:
         for outputs in self._layers:
             outputs.start()
         if self._is_chunked:
-            return call_within(model, self._by_chunks, model, batch["input_ids"], positions)
-        student = WholeLogits(compute_logits(model, batch["input_ids"]).flatten(0, 1))
+            return call_within(model, self._by_chunks, model, batch, positions)
+        tokens = batch["input_ids"], batch.get("position_ids")
+        student = WholeLogits(compute_logits(model, *tokens).flatten(0, 1))
         with torch.no_grad():
-            teacher = WholeLogits(compute_logits(self.teacher, batch["input_ids"]).flatten(0, 1))
+            teacher = WholeLogits(compute_logits(self.teacher, *tokens).flatten(0, 1))
             found = self._compare(student, teacher, positions)
         return self._result(student, found, positions)
 
@@ -120,19 +121,20 @@ class DistillationLoss:
         )
         return False
 
-    def _by_chunks(self, model: nn.Module, input_ids: Tensor, positions: Positions) -> tuple[Tensor, dict[str, Tensor]]:
+    def _by_chunks(self, model: nn.Module, batch: Batch, positions: Positions) -> tuple[Tensor, dict[str, Tensor]]:
         """Called within the student."""
         assert self.teacher is not None
-        student = projected_logits(model, hidden_states(model, input_ids))
+        student = projected_logits(model, hidden_states(model, batch["input_ids"], batch.get("position_ids")))
         # Under FSDP2 a teacher whose output takes part in the backward would be gathered in it.
         with torch.no_grad():
-            found = call_within(self.teacher, self._against_teacher, student, input_ids, positions)
+            found = call_within(self.teacher, self._against_teacher, student, batch, positions)
         return self._result(student, found, positions)
 
-    def _against_teacher(self, student: Logits, input_ids: Tensor, positions: Positions) -> dict[str, Tensor]:
+    def _against_teacher(self, student: Logits, batch: Batch, positions: Positions) -> dict[str, Tensor]:
         """Called within the teacher."""
         assert self.teacher is not None
-        return self._compare(student, projected_logits(self.teacher, hidden_states(self.teacher, input_ids)), positions)
+        hidden = hidden_states(self.teacher, batch["input_ids"], batch.get("position_ids"))
+        return self._compare(student, projected_logits(self.teacher, hidden), positions)
 
     def _compare(self, student: Logits, teacher: Logits, positions: Positions) -> dict[str, Tensor]:
         function = mean_losses if student.takes_gradients else mean_metrics

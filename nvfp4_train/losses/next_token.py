@@ -15,7 +15,7 @@ class NextTokenLoss:
         """Needs no other model."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = compute_logits(model, batch["input_ids"])
+        logits = compute_logits(model, batch["input_ids"], batch.get("position_ids"))
         return next_token_loss(logits, batch["input_ids"], batch.get("loss_mask")), {}
 
 

@@ -16,7 +16,12 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from nvfp4_train.models.architecture import model_class, modules_outside, naming_packages, read_config
 from nvfp4_train.models.originals import dequantizing, forget_quantization, take_quantization
-from nvfp4_train.models.quirks import compute_buffers_as_loaded, parameters_on_meta, take_rows_for_single_sequences
+from nvfp4_train.models.quirks import (
+    compute_buffers_as_loaded,
+    parameters_on_meta,
+    several_documents_in_a_row,
+    take_rows_for_single_sequences,
+)
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.weight_files import weight_files
 from nvfp4_train.quant.served import SERVED_DTYPE
@@ -224,9 +229,21 @@ def plain_class(model: PreTrainedModel, dtype: torch.dtype = SERVED_DTYPE) -> Pr
     return plain.eval()
 
 
-def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of token ids [B, T]. Each row is one sequence without padding."""
-    return model(input_ids=input_ids, use_cache=False).logits
+def compute_logits(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of token ids [B, T].
+
+    Each row is one sequence without padding, or, with position_ids, int64 [B, T] that start at 0 with each document, several documents
+    that do not see each other: `models.isolation` checks whether a model keeps them apart.
+    """
+    return call_on_tokens(model, input_ids, position_ids).logits
+
+
+def call_on_tokens(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Any:
+    """The output of a transformers model, or of its body, as `compute_logits` calls it."""
+    if position_ids is None:
+        return model(input_ids=input_ids, use_cache=False)
+    with several_documents_in_a_row():
+        return model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from nvfp4_train.models.causal_lm import compute_logits
+from nvfp4_train.models.causal_lm import call_on_tokens, compute_logits
 from nvfp4_train.quant.undisturbed import undisturbed
 
 PROBE_TOKENS = 4
@@ -33,9 +33,9 @@ class LogitMap:
         return self.scale if self.cap is None else self.scale * (1 - (z / self.cap).square())
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """What the body of a transformers model gives its output embedding, [B, T, H], of token ids [B, T]."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore
+def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """What the body of a transformers model gives its output embedding, [B, T, H], of tokens as `compute_logits` takes them."""
+    return call_on_tokens(model.base_model, input_ids, position_ids).last_hidden_state  # type: ignore
 
 
 @torch.no_grad()

@@ -33,7 +33,8 @@ def prepare(
     device = next(model.parameters()).device
 
     def run(batch: Batch) -> None:
-        compute_logits(model, batch["input_ids"].to(device))
+        position_ids = batch.get("position_ids")
+        compute_logits(model, batch["input_ids"].to(device), None if position_ids is None else position_ids.to(device))
 
     calibration = calibrate(model, store.manifest, progress(batches), run)
     statistics, notes = calibration.statistics, list(calibration.notes)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
@@ -29,9 +30,33 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+_isolates_documents = ContextVar("isolates documents", default=False)
+
+
 def take_rows_for_single_sequences() -> None:
-    """Switch off transformers' search for several sequences in one row. The host would wait for its result in every forward."""
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    """Switch off transformers' search for several sequences in one row, but inside `several_documents_in_a_row`.
+
+    The host would wait for its result in every forward.
+    """
+    masking_utils.find_packed_sequence_indices = _documents_of
+
+
+@contextmanager
+def several_documents_in_a_row() -> Iterator[None]:
+    """Attention masks that are made in the context keep apart what the position ids of a forward count anew."""
+    token = _isolates_documents.set(True)
+    try:
+        yield
+    finally:
+        _isolates_documents.reset(token)
+
+
+def _documents_of(position_ids: Tensor) -> Tensor | None:
+    """The number of each token's document in its row, of position_ids [B, T]; None where rows are single sequences."""
+    if not _isolates_documents.get():
+        return None
+    steps = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1)
+    return (steps != 1).cumsum(-1)
 
 
 def give_text_outputs_images() -> None:

@@ -29,7 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # A head with a bias.
     "phi": {},
     # Hidden states that are scaled before the head, so logits are kept whole.
-    "minicpm3": {"dim_model_base": 16, "head_dim": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    "minicpm3": {
+        "dim_model_base": 16,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
 }
 
 

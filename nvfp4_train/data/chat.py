@@ -1,0 +1,188 @@
+"""Conversations: the rows of a chat data set, in both styles that are common, as the messages that chat templates take.
+
+{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
+{"conversations": [{"from": "human", "value": "..."}, ...]}
+"""
+
+import json
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from nvfp4_train.data.sources import cache_errors
+
+COLUMNS = ("messages", "conversations")
+"""The columns that hold conversations by their usual names."""
+TOOLS_COLUMN = "tools"
+
+ASSISTANT = "assistant"
+ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function", "ipython")
+_OTHER_NAMES = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "bing": ASSISTANT,
+    "bard": ASSISTANT,
+    "model": ASSISTANT,
+    "function_call": ASSISTANT,
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Names of roles in data, by those that templates know."""
+
+Message = dict[str, Any]
+
+
+def normalized(rows: Dataset, column: str, path: str) -> Dataset:
+    """One row per conversation: `text`, its messages as JSON, or "" where there are none; `tools`, JSON or None; `place`, for errors.
+
+    `rows` hold JSON text in `column` and, where there are tools, in `tools`. Raises ValueError, which names path and row, for what is
+    no conversation.
+    """
+    with cache_errors():
+        return rows.map(
+            _normalize,
+            batched=True,
+            with_indices=True,
+            input_columns=[column, TOOLS_COLUMN],
+            remove_columns=rows.column_names,
+            fn_kwargs={"column": column, "path": path},
+            features=Features({"text": Value("large_string"), "tools": Value("large_string"), "place": Value("int64")}),
+            desc="Reading conversations",
+        )
+
+
+def has_messages(texts: list[str]) -> list[bool]:
+    """Of conversations as `normalized` gives them."""
+    return [bool(text) for text in texts]
+
+
+def place_of(number: int) -> str:
+    """How errors call a conversation: by its place among those that were read, the first being 0."""
+    return f"conversation {number} of data.path"
+
+
+def _normalize(
+    conversations: list[str | None], tools: list[str | None], rows: list[int], column: str, path: str
+) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {"text": [], "tools": [], "place": rows}
+    for text, own_tools, row in zip(conversations, tools, rows, strict=True):
+        try:
+            messages = [read_message(message) for message in _read_list(text, column)]
+            read_tools = read_all_tools(own_tools)
+        except ValueError as error:
+            raise ValueError(f"{place_of(row)}={path!r}: {error}") from error
+        found["text"].append(json.dumps(messages, ensure_ascii=False) if messages else "")
+        found["tools"].append(json.dumps(read_tools, ensure_ascii=False) if read_tools else None)
+    return found
+
+
+def read_message(message: Any) -> Message:
+    """The message in the style of templates: a known role, content as a string, arguments of tool calls as objects.
+
+    Fields that are null, which columnar files have for each field of any row, are left out. Raises ValueError for what is no message.
+    """
+    if not isinstance(message, dict):
+        raise ValueError(f"a message must be an object with role and content, or from and value; got {_short(message)}")
+    message = _without_null(message)
+    given = message.pop("role", None) or message.pop("from", None)
+    message.pop("from", None)
+    role = _OTHER_NAMES.get(given, given)
+    if role not in ROLES:
+        raise ValueError(f"the role of a message must be one of {', '.join((*ROLES, *_OTHER_NAMES))}; got {given!r}")
+    content = message.pop("content", message.pop("value", ""))
+    if given == "function_call":
+        return {"role": role, "content": "", "tool_calls": [_as_call(call) for call in _read_calls(content)]}
+    read = {"role": role, "content": _read_content(content), **message}
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise ValueError(f"tool_calls must be a list; got {_short(calls)}")
+        read["tool_calls"] = [_with_arguments(call) for call in calls]
+    else:
+        # Templates ask whether there are any by whether the field is there.
+        read.pop("tool_calls", None)
+    return read
+
+
+def read_all_tools(text: str | None) -> list[Any] | None:
+    """The tools of a conversation, JSON schemas. They, and each of them, may be JSON in a string. Raises ValueError for others."""
+    # Itself JSON text of a column, which may be a string of JSON.
+    tools = _parsed(_parsed(text))
+    if not tools:
+        return None
+    tools = [_parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"tools must be a list of objects; got {_short(tools)}")
+    return [_without_null(tool) for tool in tools]
+
+
+def _read_list(text: str | None, column: str) -> list[Any]:
+    messages = _parsed(_parsed(text))
+    if messages is None:
+        return []
+    if not isinstance(messages, list):
+        raise ValueError(f"data.chat_column={column!r} must hold lists of messages; got {_short(messages)}")
+    return messages
+
+
+def _read_content(content: Any) -> str:
+    """The text of a message; that of all its parts, one after the other, where it comes in parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"the content of a message must be a string or a list of parts of text; got {_short(content)}")
+    parts = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f"only text can be trained on, and a message has a part {_short(part)}; leave such rows out")
+        parts.append(text)
+    return "".join(parts)
+
+
+def _read_calls(content: Any) -> list[Any]:
+    calls = _parsed(content)
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _as_call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, dict) or "name" not in call:
+        raise ValueError(f"a function_call must be JSON with name and arguments; got {_short(call)}")
+    return _with_arguments({"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}})
+
+
+def _with_arguments(call: Any) -> dict[str, Any]:
+    """The call with its arguments as an object: data has them as a string of JSON, and templates write JSON themselves."""
+    if not isinstance(call, dict):
+        raise ValueError(f"a tool call must be an object; got {_short(call)}")
+    function = call.get("function", call)
+    if not isinstance(function, dict):
+        raise ValueError(f"the function of a tool call must be an object; got {_short(function)}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and isinstance(read := _parsed(arguments, or_text=True), dict):
+        function = {**function, "arguments": read}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _parsed(value: Any, *, or_text: bool = False) -> Any:
+    """What JSON in a string says; anything else as it is. Raises ValueError where a string is no JSON, unless it may be text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        if or_text:
+            return value
+        raise ValueError(f"not readable as JSON ({error}): {_short(value)}") from error
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(own) for key, own in value.items() if own is not None}
+    return [_without_null(own) for own in value] if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

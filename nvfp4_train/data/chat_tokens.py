@@ -1,0 +1,237 @@
+"""Conversations as tokens: rendered by the tokenizer's chat template, with a mask of what the assistant writes.
+
+The ids are those of the whole rendered text. What the assistant writes is known as spans of characters, by the `{% generation %}` of
+the template or by what it renders of the messages before and up to each turn, and tokens are marked by their offsets.
+
+A special token that a message spells out stays text: it is broken up before the template runs, and the tokenizer knows the template's
+own special tokens by other names.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nvfp4_train.data.chat import ASSISTANT, Message, place_of
+from nvfp4_train.data.tokenizer import special_tokens
+
+Span = tuple[int, int]
+
+_OPEN, _CLOSE, _BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Characters that Unicode keeps out of all text. They stand around special tokens of the template, and within those of a message."""
+_PROBE_USER, _PROBE_ASSISTANT = "the question", "the answer"
+
+
+def encode_chats(
+    texts: list[str],
+    tools: list[str | None],
+    places: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: str = "text",
+    with_mask: bool = True,
+) -> dict[str, list[np.ndarray]]:
+    """Ids, and the mask of the assistant's tokens, of conversations as `chat.normalized` gives them.
+
+    Raises ValueError, which names the row, where the template cannot render one, or does not tell what of it the assistant writes.
+    """
+    encoder = _encoder(tokenizer, special_tokens)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", "loss_mask")[: 1 + with_mask]}
+    for text, own_tools, place in zip(texts, tools, places, strict=True):
+        try:
+            ids, mask = encoder.encode(json.loads(text), None if own_tools is None else json.loads(own_tools), with_mask)
+        except ValueError as error:
+            raise ValueError(f"{place_of(place)}: {error}") from error
+        found["input_ids"].append(ids)
+        if with_mask:
+            found["loss_mask"].append(mask)
+    return found
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ValueError where the tokenizer called `name` has no chat template, or cannot say where its tokens lie in a text."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"conversations need a chat template, and the tokenizer {name!r} has none; set data.chat_template to a jinja file, "
+            "data.tokenizer to a tokenizer with one, or data.chat_column=null to read data.text_column instead"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(f"conversations need a fast tokenizer (tokenizer.json), and {name!r} has none; set data.tokenizer")
+
+
+@lru_cache(maxsize=2)
+def _encoder(tokenizer: PreTrainedTokenizerBase, special: str) -> "_ChatEncoder":
+    return _ChatEncoder(tokenizer, special_tokens(tokenizer), breaks_literals=special == "text")
+
+
+@dataclass
+class _ChatEncoder:
+    tokenizer: PreTrainedTokenizerBase
+    special: dict[str, int]
+    breaks_literals: bool
+    """Whether special tokens in messages are text."""
+    pattern: re.Pattern = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_length = sorted(self.special, key=len, reverse=True)
+        # Without special tokens nothing matches.
+        self.pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
+
+    def encode(self, messages: list[Message], tools: list[Any] | None, with_mask: bool) -> tuple[np.ndarray, np.ndarray]:
+        """int32 ids and a uint8 mask."""
+        if self.breaks_literals:
+            messages, tools = _in_strings(messages, self._break), _in_strings(tools, self._break)
+        text, generated = self._render(messages, tools, with_generation=with_mask)
+        encoding = self._backend.encode(self._marked(text), add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        for there, here in self._own_ids.items():
+            ids[np.array(encoding.ids) == there] = here
+        spans = [] if not with_mask else generated if generated is not None else self._turns(messages, tools, text)
+        return ids, self._mask(text, spans, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
+
+    def _mask(self, text: str, spans: list[Span], offsets: np.ndarray) -> np.ndarray:
+        """uint8 [T]: 1 for tokens that lie in the spans. Offsets, [T, 2], are in the marked text."""
+        starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+        mask = np.zeros(len(offsets), dtype=np.uint8)
+        place, marked_place = 0, 0
+        for start, end in spans:
+            first = marked_place + len(self._marked(text[place:start]))
+            inside = self._marked(text[start:end])
+            place, marked_place = end, first + len(inside)
+            is_inside = (starts < marked_place) & (ends > first)
+            for token in np.flatnonzero(is_inside & (starts < first)):
+                # White space of the header and of the content in one token: that is not what follows the header.
+                is_inside[token] = bool(inside[: ends[token] - first].strip())
+            mask |= is_inside
+        return mask
+
+    def _render(
+        self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False, with_generation: bool = False
+    ) -> tuple[str, list[Span] | None]:
+        """The text, and what the template says that the assistant writes of it. With `prompt` the header of its next turn ends it."""
+        template = self.tokenizer.get_chat_template(None, tools)
+        special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        marks = with_generation and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        try:
+            # It is annotated to return a string.
+            found: Any = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marks,
+                **special,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template does not take this conversation: {error}") from error
+        rendered, spans = found
+        return rendered[0], [(start, end) for start, end in spans[0]] if marks else None
+
+    def _turns(self, messages: list[Message], tools: list[Any] | None, text: str) -> list[Span]:
+        """The assistant's turns in `text`, from behind their headers to their end tokens."""
+        spans = []
+        try:
+            for number, message in enumerate(messages):
+                if message["role"] != ASSISTANT:
+                    continue
+                before, _ = self._render(messages[:number], tools, prompt=True)
+                upto, _ = self._render(messages[: number + 1], tools)
+                if not (text.startswith(upto) and upto.startswith(before)):
+                    return self._turns_by_headers(messages, text)
+                start = len(before)
+                if not self._frame[0]:
+                    # There is no prompt: what stands before the content is a header, if it is anything.
+                    start += max(0, upto[start:].find(message["content"].strip()))
+                spans.append((start, self._end_of_turn(text, start, len(upto))))
+        except ValueError:
+            # A template may take whole conversations alone.
+            return self._turns_by_headers(messages, text)
+        return spans
+
+    def _end_of_turn(self, text: str, start: int, end: int) -> int:
+        """`end`, or that of the last special token if nothing but white space follows it."""
+        ends = [match.end() for match in self.pattern.finditer(text, start, end)]
+        return ends[-1] if ends and not text[ends[-1] : end].strip() else end
+
+    def _turns_by_headers(self, messages: list[Message], text: str) -> list[Span]:
+        """The turns where the template renders a turn otherwise once others follow: from header to end token, both by a probe."""
+        header, end_tokens = self._frame
+        starts = [match.end() for match in re.finditer(re.escape(header), text)] if header else []
+        if len(starts) == sum(message["role"] == ASSISTANT for message in messages):
+            ends = [self._first_end(text, start, stop) for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+            if None not in ends:
+                return [(start, end) for start, end in zip(starts, ends, strict=True) if end is not None]
+        raise ValueError(
+            "the chat template does not tell what the assistant writes: it renders a turn otherwise once others follow, and has no "
+            f"header of its own for it ({header!r} and {sorted(end_tokens)} were looked for). Set data.train_on=all, or "
+            "data.chat_template to a template with {% generation %}"
+        )
+
+    def _first_end(self, text: str, start: int, stop: int) -> int | None:
+        _, end_tokens = self._frame
+        return next((match.end() for match in self.pattern.finditer(text, start, stop) if match[0] in end_tokens), None)
+
+    @cached_property
+    def _frame(self) -> tuple[str, set[str]]:
+        """The header of an assistant's turn, and the special tokens that end one, last or not; empty where a probe has none."""
+        user, answer = {"role": "user", "content": _PROBE_USER}, {"role": ASSISTANT, "content": _PROBE_ASSISTANT}
+        try:
+            asked, prompted = self._render([user], None)[0], self._render([user], None, prompt=True)[0]
+            answered = [self._render([user, answer, *more], None)[0] for more in ([], [user])]
+        except ValueError:
+            return "", set()
+        ends = [self.pattern.search(text, text.rfind(_PROBE_ASSISTANT)) for text in answered if _PROBE_ASSISTANT in text]
+        return prompted.removeprefix(asked) if prompted.startswith(asked) else "", {match[0] for match in ends if match}
+
+    def _break(self, text: str) -> str:
+        if any(char in text for char in (_OPEN, _CLOSE, _BREAK)):
+            raise ValueError("a message holds one of the characters U+FDD0 to U+FDD2, which are in no text; leave it out")
+        return self.pattern.sub(lambda match: f"{match[0][0]}{_BREAK}{match[0][1:]}", text)
+
+    def _marked(self, text: str) -> str:
+        """A rendered text, or a part of it that cuts no special token, for `_backend`."""
+        if not self.breaks_literals:
+            return text
+        return self.pattern.sub(lambda match: f"{_OPEN}{match[0]}{_CLOSE}", text).replace(_BREAK, "")
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """The tokenizer without what it adds to a text, and with special tokens under the names that `_marked` gives them."""
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        state |= {"post_processor": None, "truncation": None, "padding": None}
+        if self.breaks_literals:
+            names = {token: f"{_OPEN}{token}{_CLOSE}" for token in self.special}
+            for token in state["added_tokens"]:
+                token["content"] = names.get(token["content"], token["content"])
+            model = state["model"]
+            if isinstance(model.get("vocab"), dict):
+                model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+            else:
+                model["vocab"] = [[names.get(token, token), *rest] for token, *rest in model["vocab"]]
+            if model.get("unk_token") in names:
+                model["unk_token"] = names[model["unk_token"]]
+        return Tokenizer.from_str(json.dumps(state))
+
+    @cached_property
+    def _own_ids(self) -> dict[int, int]:
+        """The tokenizer's ids of added tokens by those of `_backend`, where they differ."""
+        added = self.tokenizer.added_tokens_decoder
+        names = {index: self._marked(token.content) if token.special else token.content for index, token in added.items()}
+        pairs = {self._backend.token_to_id(name): index for index, name in names.items()}
+        return {there: here for there, here in pairs.items() if there is not None and there != here}
+
+
+def _in_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with a change of every string in it, keys among them."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _in_strings(own, change) for key, own in value.items()}
+    return [_in_strings(own, change) for own in value] if isinstance(value, list) else value
