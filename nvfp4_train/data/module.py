@@ -8,6 +8,7 @@ the last one stopped, on however many ranks and with whatever batch size.
 
 import signal
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def prepare_data(self) -> None:
-        self._load()
+        # What is wrong is raised by `setup`, on every rank. Here it would leave the others waiting for this one.
+        with suppress(ValueError):
+            self._load()
 
     def setup(self, stage: str | None = None) -> None:
         if self._train is None or self._val is None:
