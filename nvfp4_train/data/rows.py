@@ -51,9 +51,16 @@ def wanted(columns: Columns) -> str:
 
 
 def first_columns(file: str, kind: str) -> list[str]:
-    """The names of the columns of `file`: those of its schema or header, or of its first hundred rows."""
-    rows = (row for _, row in islice(_numbered_rows(file, kind, {}), 100))
-    return list(dict.fromkeys(name for row in rows for name in row))
+    """The names of the columns of `file`: those of its schema or header, or of its first hundred rows, or of those before a bad one."""
+    names: dict[str, None] = {}
+    try:
+        for _, row in islice(_numbered_rows(file, kind, {}), 100):
+            names.update(dict.fromkeys(row))
+    except ReadError:
+        # It may lie behind what is read at all.
+        if not names:
+            raise
+    return list(names)
 
 
 def has_any(file: str, kind: str, columns: Columns) -> bool:
