@@ -47,7 +47,7 @@ def not_written(path: Path, what: str, error: BaseException) -> DiskError | None
         return None
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
     if number == errno.ENOSPC:
-        why = f"the disk of {folder} is full, with {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        why = f"the disk of {folder} is full, with {shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
     elif number == errno.EDQUOT:
         why = f"the quota on the disk of {folder} is used up"
     elif number == errno.EFBIG:

@@ -1,13 +1,15 @@
-"""Lightning's strategy for FSDP2, with the sizes of the device mesh taken from the run, and checkpoints that every strategy reads."""
+"""Lightning's strategies: FSDP2 with the sizes of the device mesh taken from the run, DDP, and checkpoints that every strategy reads."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import distributed
 from torch.distributed.checkpoint import CheckpointException, async_save, load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -99,12 +101,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if not self._save_distributed_checkpoint:
-            failure: Exception | None = None
-            try:
-                super().save_checkpoint(checkpoint, filepath, storage_options)
-            except DiskError as error:
-                failure = error
-            self._raise_on_all_ranks(failure)
+            _save_from_rank_zero(self, partial(super().save_checkpoint, checkpoint, filepath, storage_options))
             return
         assert storage_options is None
         self.finish_checkpoint()
@@ -116,9 +113,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
             try:
                 writer.start(checkpoint)
             except Exception as error:
-                failure = writer.failure(error, is_rank_zero=True)
+                failure = writer.failure(error)
                 failure.__cause__ = error
-        self._raise_on_all_ranks(failure)
+        _raise_on_all_ranks(self, failure)
         assert self.lightning_module is not None
         try:
             # A caller outside of training expects a checkpoint when this returns.
@@ -131,12 +128,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             else:
                 save(state, storage_writer=writer)
         except CheckpointException as error:
-            raise writer.failure(error, is_rank_zero=self.is_global_zero) from error
-
-    def _raise_on_all_ranks(self, failure: Exception | None) -> None:
-        """Raise the failure of rank 0, if there is one, on every rank: the others would wait for it."""
-        if (of_first := self.broadcast(failure)) is not None:
-            raise failure or of_first
+            raise writer.failure(error) from error
 
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint in flight is complete, then delete those that it replaces.
@@ -151,7 +143,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             future.result()
         # CheckpointException derives from BaseException; `except Exception` does not catch it.
         except (Exception, CheckpointException) as error:
-            raise writer.failure(error, is_rank_zero=self.is_global_zero) from error
+            raise writer.failure(error) from error
         for earlier in replaced:
             super().remove_checkpoint(earlier)
 
@@ -213,6 +205,29 @@ class FullyShardedStrategy(ModelParallelStrategy):
             ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, by_name(state, ordered), options=options)
         return checkpoint
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Lightning's DDP, in which every rank hears that a checkpoint could not be written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        _save_from_rank_zero(self, partial(super().save_checkpoint, checkpoint, filepath, storage_options))
+
+
+def _save_from_rank_zero(strategy: ParallelStrategy, save: Callable[[], None]) -> None:
+    """Save, on all ranks, what rank 0 alone writes. DiskError on every rank where the disk does not take it."""
+    failure = None
+    try:
+        save()
+    except DiskError as error:
+        failure = error
+    _raise_on_all_ranks(strategy, failure)
+
+
+def _raise_on_all_ranks(strategy: ParallelStrategy, failure: Exception | None) -> None:
+    """Raise the failure of rank 0, if there is one, on every rank: the others would wait for it."""
+    if (of_first := strategy.broadcast(failure)) is not None:
+        raise failure or of_first
 
 
 class AnyCheckpointIO(TorchCheckpointIO):
