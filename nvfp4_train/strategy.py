@@ -1,4 +1,4 @@
-"""Lightning's strategies: FSDP2 with the sizes of the device mesh taken from the run, DDP, and checkpoints that every strategy reads."""
+"""Lightning's strategies for FSDP2, with the sizes of the device mesh taken from the run, and DDP; both read all checkpoints."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
