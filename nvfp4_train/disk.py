@@ -17,9 +17,6 @@ _OF_RUST = re.compile(r"os error (\d+)")
 class DiskError(RunError, OSError):
     """Something could not be written, for a reason that lies with the disk. Its message is one line."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 def find_errno(error: BaseException | None) -> int | None:
     """The number of the system's error that an error came from; None where it came from none."""
