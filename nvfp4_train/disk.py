@@ -21,9 +21,6 @@ OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 class DiskError(RunError, OSError):
     """Something could not be written, for a reason that lies with the disk. Its message is one line."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 def find_errno(error: BaseException | None) -> int | None:
     """The number of the system's error that an error came from; None where it came from none."""
@@ -51,7 +48,7 @@ def not_written(path: Path, what: str, error: BaseException) -> DiskError | None
         return None
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
     if number == errno.ENOSPC:
-        why = f"the disk of {folder} is full, with {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        why = f"the disk of {folder} is full, with {shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
     elif number == errno.EDQUOT:
         why = f"the quota on the disk of {folder} is used up"
     elif number == errno.EFBIG:

@@ -123,11 +123,12 @@ class ShardedWriter(FileSystemWriter):
         write_checksums(_partial(self._target), checksums)
         _publish(_partial(self._target), self._target)
 
-    def failure(self, error: BaseException, *, is_rank_zero: bool) -> Exception:
-        """The error to raise where writing failed on any rank: DiskError where the disk is the reason. Rank 0 removes what there is."""
-        if is_rank_zero:
-            with suppress(OSError):
-                remove(_partial(self._target))
+    def failure(self, error: BaseException) -> Exception:
+        """The error to raise where writing failed on any rank, and no rank writes any more: DiskError where the disk is the reason.
+
+        Removes what was written, from every rank: the first to raise may end the others.
+        """
+        shutil.rmtree(_partial(self._target), ignore_errors=True)
         return _not_saved(self._target, self._step, first_failure(error)) or RuntimeError(
             f"the checkpoint {self._target} could not be written; an earlier one is kept, and ckpt_path=auto continues from it"
         )

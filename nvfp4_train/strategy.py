@@ -1,14 +1,16 @@
-"""Lightning's strategy for FSDP2, with the sizes of the device mesh taken from the run, and checkpoints that every strategy reads."""
+"""Lightning's strategies for FSDP2, with the sizes of the device mesh taken from the run, and DDP; both read all checkpoints."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import distributed
 from torch.distributed.checkpoint import CheckpointException, async_save, load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -100,12 +102,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if not self._save_distributed_checkpoint:
-            failure: Exception | None = None
-            try:
-                super().save_checkpoint(checkpoint, filepath, storage_options)
-            except DiskError as error:
-                failure = error
-            self._raise_on_all_ranks(failure)
+            _save_from_rank_zero(self, partial(super().save_checkpoint, checkpoint, filepath, storage_options))
             return
         assert storage_options is None
         self.finish_checkpoint()
@@ -117,9 +114,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
             try:
                 writer.start(checkpoint)
             except Exception as error:
-                failure = writer.failure(error, is_rank_zero=True)
+                failure = writer.failure(error)
                 failure.__cause__ = error
-        self._raise_on_all_ranks(failure)
+        _raise_on_all_ranks(self, failure)
         assert self.lightning_module is not None
         try:
             # A caller outside of training expects a checkpoint when this returns.
@@ -132,12 +129,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             else:
                 save(state, storage_writer=writer)
         except CheckpointException as error:
-            raise writer.failure(error, is_rank_zero=self.is_global_zero) from error
-
-    def _raise_on_all_ranks(self, failure: Exception | None) -> None:
-        """Raise the failure of rank 0, if there is one, on every rank: the others would wait for it."""
-        if (of_first := self.broadcast(failure)) is not None:
-            raise failure or of_first
+            raise writer.failure(error) from error
 
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint in flight is complete, then delete those that it replaces.
@@ -152,7 +144,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             future.result()
         # CheckpointException derives from BaseException; `except Exception` does not catch it.
         except (Exception, CheckpointException) as error:
-            raise writer.failure(error, is_rank_zero=self.is_global_zero) from error
+            raise writer.failure(error) from error
         for earlier in replaced:
             super().remove_checkpoint(earlier)
 
@@ -219,6 +211,29 @@ class FullyShardedStrategy(ModelParallelStrategy):
 def timeout_of(trainer: Trainer) -> timedelta | None:
     """How long a collective of the trainer's strategy waits for a rank; None for PyTorch's default."""
     return getattr(trainer.strategy, "_timeout", None)
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Lightning's DDP, in which every rank hears that a checkpoint could not be written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        _save_from_rank_zero(self, partial(super().save_checkpoint, checkpoint, filepath, storage_options))
+
+
+def _save_from_rank_zero(strategy: ParallelStrategy, save: Callable[[], None]) -> None:
+    """Save, on all ranks, what rank 0 alone writes. DiskError on every rank where the disk does not take it."""
+    failure = None
+    try:
+        save()
+    except DiskError as error:
+        failure = error
+    _raise_on_all_ranks(strategy, failure)
+
+
+def _raise_on_all_ranks(strategy: ParallelStrategy, failure: Exception | None) -> None:
+    """Raise the failure of rank 0, if there is one, on every rank: the others would wait for it."""
+    if (of_first := strategy.broadcast(failure)) is not None:
+        raise failure or of_first
 
 
 class AnyCheckpointIO(TorchCheckpointIO):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,8 @@ def _passed_through(module: QATModule) -> PassedThrough | None:
     return PassedThrough(module.not_built, module.model_config.path)
 
 
+DONE = "done"
+SECONDS_TO_SPEAK = 1
 _waits = count()
 
 
@@ -125,22 +127,29 @@ def first_rank_awaited() -> Iterator[None]:
     """No rank leaves the body before rank 0 has left it, however long that takes.
 
     A collective would fail after the timeout of its process group, by default half an hour; an export may take longer. Raises
-    RunError on the other ranks where the body failed on rank 0.
+    RunError on the other ranks where the body failed on rank 0, with the reason where that was a RunError.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         yield
         return
     store, key = distributed.distributed_c10d._get_default_store(), f"nvfp4_train/exports/{next(_waits)}"
     if distributed.get_rank() == 0:
-        outcome = "failed"
+        outcome = FAILED_ON_FIRST_RANK
         try:
             yield
-            outcome = "done"
+            outcome = DONE
+        except RunError as error:
+            outcome = str(error)
+            raise
         finally:
             store.set(key, outcome)
     else:
-        yield
+        # Where the first rank writes with the help of this one, this one may hear of the failure within the body.
+        with suppress(RunError):
+            yield
         while not store.check([key]):
             time.sleep(0.2)
-        if store.get(key) != b"done":
-            raise RunError(FAILED_ON_FIRST_RANK)
+        if (outcome := store.get(key).decode()) != DONE:
+            # The first rank speaks first: torchrun ends all ranks when one has ended.
+            time.sleep(SECONDS_TO_SPEAK)
+            raise RunError(outcome)

@@ -16,7 +16,7 @@ from nvfp4_train.export.readers.disk import StoredTensor, to_bf16_bits
 from nvfp4_train.kernels.reference import BLOCK_SIZE
 from nvfp4_train.parallel import in_threads
 
-READ_ELEMENTS = 1 << 22
+READ_ELEMENTS = 1 << 21
 """Elements of a piece, which a thread reads at once. Reading in pieces keeps memory small next to the largest matrix."""
 DECODED_ELEMENTS = 1 << 19
 """Elements that are decoded at once; the intermediate results fit into a core's cache."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -22,7 +21,7 @@ from nvfp4_train.optim import OptimConfig
 from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.sharded import ShardedWeightStore
 from nvfp4_train.quant.store import WeightStore
-from nvfp4_train.strategy import AnyCheckpointIO, FullyShardedStrategy
+from nvfp4_train.strategy import AnyCheckpointIO, FullyShardedStrategy, ReplicatedStrategy
 
 # Rows of 16, 32, 48 and 64: three ranks cannot share most of them evenly.
 LLAMA = {
@@ -158,7 +157,7 @@ def strategy(name: str, **options: Any) -> Any:
     if name == "fsdp2":
         return FullyShardedStrategy(**options)
     if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+        return ReplicatedStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     return "auto"
 
 

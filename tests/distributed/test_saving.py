@@ -132,10 +132,10 @@ def save_on_a_disk_that_fails(folder: str, number: int) -> dict[str, list[Any]]:
     ChecksummedFile.write = limited  # type: ignore[method-assign]
     ended: dict[str, list[Any]] = {}
 
-    def run(name: str, path: str, **options: Any) -> None:
+    def run(name: str, path: str, how: str = "fsdp2", **options: Any) -> None:
         nonlocal failing
         failing = path
-        trainer = make_saving_trainer(f"{folder}/{name}", how="fsdp2", **options)
+        trainer = make_saving_trainer(f"{folder}/{name}", how=how, **options)
         with pytest.raises(RunError) as caught:
             trainer.fit(make_module(), Tokens(3 * 2 * WINDOW))
         ended[name] = [str(caught.value), trainer.global_step]
@@ -143,17 +143,18 @@ def save_on_a_disk_that_fails(folder: str, number: int) -> dict[str, list[Any]]:
     for name, asynchronous in FULL:
         run(f"{name} {asynchronous}", f"2.ckpt.partial/{name}", sharding={"async_checkpoint": asynchronous})
     run("file", "2.ckpt.partial", sharding={"save_distributed_checkpoint": False}, plugins=AnyCheckpointIO())
+    run("replicated", "2.ckpt.partial", "ddp")
     return ended
 
 
 def test_a_full_disk_is_named_on_every_rank_and_the_earlier_checkpoint_is_kept(tmp_path: Path) -> None:
     ranks = run_ranks(2, save_on_a_disk_that_fails, f"{tmp_path}", errno.ENOSPC)
-    assert len(ranks[0]) == len(FULL) + 1
+    assert len(ranks[0]) == len(FULL) + 2
     for rank in ranks:
         for name, (message, step) in rank.items():
             folder = tmp_path / name
             assert re.fullmatch(
-                f"the disk of {folder} is full, with [0-9,]+ MB free: the checkpoint of step 2 was not written to {folder}/2.ckpt; "
+                f"the disk of {folder} is full, with [0-9,.]+ MB free: the checkpoint of step 2 was not written to {folder}/2.ckpt; "
                 "1.ckpt of step 1 is kept",
                 message,
             ), message
@@ -183,7 +184,7 @@ def save_where_nothing_can_be_written(path: Path) -> str:
 @pytest.mark.parametrize(
     ("number", "why"),
     [
-        (errno.ENOSPC, r"the disk of {} is full, with [\d,]+ MB free"),
+        (errno.ENOSPC, r"the disk of {} is full, with [\d,.]+ MB free"),
         (errno.EDQUOT, "the quota on the disk of {} is used up"),
         (errno.EROFS, "the disk of {} is read-only"),
         (errno.EACCES, "permission denied for {}"),

@@ -270,25 +270,33 @@ def test_a_rank_that_dies_leaves_no_folder(rank: int, how: str, shown: str, tmp_
     assert not (tmp_path / "export").exists()
 
 
-def wait_for_first_rank() -> str:
-    """Longer than a collective would, and what the other rank hears of an error."""
+def wait_for_first_rank() -> list[str]:
+    """Longer than a collective would, and what the other rank hears of errors: a fault, and what the user can correct."""
     _set_pg_timeout(timedelta(seconds=2))
     is_first = distributed.get_rank() == 0
     with first_rank_awaited():
         time.sleep(4 if is_first else 0)
+    _set_pg_timeout(timedelta(seconds=60))
 
-    def fail() -> None:
+    def fail(error: Exception) -> None:
         with first_rank_awaited():
             if is_first:
-                raise KeyError("on the first")
+                raise error
+            raise RunError("heard of a failure")
 
-    with pytest.raises((KeyError, RunError)) as error:
-        fail()
-    return str(error.value)
+    heard = []
+    for fault in (KeyError("on the first"), RunError("the disk is full")):
+        with pytest.raises((KeyError, RunError)) as error:
+            fail(fault)
+        heard.append(str(error.value))
+    return heard
 
 
 def test_ranks_wait_for_the_first_however_long_it_exports() -> None:
-    assert run_ranks(2, wait_for_first_rank) == ["'on the first'", FAILED_ON_FIRST_RANK]
+    assert run_ranks(2, wait_for_first_rank) == [
+        ["'on the first'", "the disk is full"],
+        [FAILED_ON_FIRST_RANK, "the disk is full"],
+    ]
 
 
 MB = 1_000_000

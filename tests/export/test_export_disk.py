@@ -53,7 +53,7 @@ def test_a_full_disk_ends_the_script_with_one_line(
 
     checkpoint = save_checkpoint(cases("llama"), tmp_path / "run" / "last.ckpt")
     monkeypatch.setattr(shards, "save_file", fail)
-    with pytest.raises(SystemExit, match=rf"^error: the disk of {tmp_path} is full, with [\d,]+ MB free: the export was not"):
+    with pytest.raises(SystemExit, match=rf"^error: the disk of {tmp_path} is full, with [\d,.]+ MB free: the export was not"):
         run_script(monkeypatch, checkpoint, tmp_path / "out")
     assert os.listdir(tmp_path) == ["run"]
 
