@@ -46,7 +46,7 @@ class SegmentedWandbLogger(WandbLogger):
         folder = self._counter().parent
         waiting = [segment for segment in folder.glob(OFFLINE) if not any(segment.glob("*.synced"))]
         if waiting:
-            joined = f"; joins its {len(waiting)} segments, with wandb 0.31 or later" if len(waiting) > 1 else ""
+            joined = f"  # joins its {len(waiting)} segments, with wandb 0.31 or later" if len(waiting) > 1 else ""
             return f"wandb sync {shlex.quote(str(folder))}/{OFFLINE}{joined}"
         # A property that warns where there is no address.
         return None if getattr(self.experiment, "offline", True) else self.experiment.url
