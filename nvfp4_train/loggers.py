@@ -41,15 +41,17 @@ class SegmentedWandbLogger(WandbLogger):
             _write(counter, run.step + 1)
         super().log_metrics(metrics, step)
 
-    def where(self) -> str | None:
-        """For the user: where the run is seen, or what uploads it; None for a run that is disabled, and on other ranks."""
+    def address(self) -> str | None:
+        """Where the run is seen; None while it is offline or disabled."""
+        # A disabled run has no such property, and an offline one warns where it is asked for its address.
+        return None if getattr(self.experiment, "offline", True) else self.experiment.url
+
+    def upload_command(self) -> str | None:
+        """What uploads the segments that were logged offline, in their order; None where there are none."""
         folder = self._counter().parent
         waiting = [segment for segment in folder.glob(OFFLINE) if not any(segment.glob("*.synced"))]
-        if waiting:
-            joined = f"; joins its {len(waiting)} segments, with wandb 0.31 or later" if len(waiting) > 1 else ""
-            return f"wandb sync {shlex.quote(str(folder))}/{OFFLINE}{joined}"
-        # A property that warns where there is no address.
-        return None if getattr(self.experiment, "offline", True) else self.experiment.url
+        joined = f"  # joins its {len(waiting)} segments, with wandb 0.31 or later" if len(waiting) > 1 else ""
+        return f"wandb sync {shlex.quote(str(folder))}/{OFFLINE}{joined}" if waiting else None
 
     def _counter(self) -> Path:
         return Path(self.save_dir or ".") / "wandb" / "next_step"

@@ -157,5 +157,6 @@ class _AboveBars(io.TextIOBase):
         return len(text)
 
     def close(self) -> None:
-        self._stream.write(self._unfinished)
+        if not self.closed:
+            self._stream.write(self._unfinished)
         super().close()

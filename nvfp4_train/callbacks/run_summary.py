@@ -67,6 +67,9 @@ class RunSummary(Callback):
         for lines in (pl_module.original_note, pl_module.not_built):
             if lines:
                 print(lines, flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, SegmentedWandbLogger) and (address := logger.address()):
+                print(f"wandb: {address}", flush=True)
         # An export from a checkpoint finds the tokenizer here, and what lies beside it in the folder of the model.
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         tokenizer.save_pretrained(self.tokenizer_dir)
@@ -96,6 +99,7 @@ class RunSummary(Callback):
             known = [f"{text} {pl_module.results[key]:{form}}" for text, key, form in parts if key in pl_module.results]
             return f"  {label:<16}{', '.join(known)}\n" if known else ""
 
+        wandb = [logger for logger in trainer.loggers if isinstance(logger, SegmentedWandbLogger)]
         folders = [
             name
             for name in ("export", "export_modelopt", "checkpoints", "metrics.csv", "metrics.json", "wandb")
@@ -124,9 +128,7 @@ class RunSummary(Callback):
             + row("memory", ("peak GiB of a GPU", PEAK_GIB, ".3f"))
             + row("export", ("bytes", EXPORT_BYTES, ",.0f"))
             + "".join(
-                f"  {'wandb':<16}{where}\n"
-                for logger in trainer.loggers
-                if isinstance(logger, SegmentedWandbLogger) and (where := logger.where())
+                f"  {'wandb':<16}{line}\n" for logger in wandb for line in (logger.address(), logger.upload_command()) if line
             )
             + f"  {'files':<16}{self.run_dir}/{{{','.join(folders)}}}",
             flush=True,

@@ -171,8 +171,9 @@ def naming_packages(cls: type[PreTrainedModel], attention: str | None = None) ->
     try:
         yield
     except (ImportError, ValueError) as error:
-        if attention is not None and "att" in str(error).lower():
-            raise ValueError(f"model.attn_implementation={attention!r} cannot be used: {one_line(error)}") from error
+        said = one_line(error.__cause__ or error)
+        if attention is not None and ("attention" in said.lower() or "attn" in said):
+            raise ValueError(f"model.attn_implementation={attention!r} cannot be used: {said}") from error
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"{cls.__name__} needs a package that is not installed: {one_line(error)}") from error

@@ -161,7 +161,7 @@ def _load_exactly(config: ModelConfig, options: Mapping[str, Any]) -> PreTrained
     # A scale of FP8 that is rounded to bf16 beforehand gives other weights.
     dtype, options = options["dtype"], options if quantization is None else {**options, "dtype": torch.float32}
     cls, _ = model_class(hf_config)
-    # Their faults would come without a name.
+    # Errors of safetensors name no file.
     weight_files(config.path)
     packages = naming_packages(cls, options["attn_implementation"])
     with dequantizing(hf_config, quantization) as arguments, packages, reading(f"model.path={config.path!r}", config.path):

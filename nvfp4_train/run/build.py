@@ -63,7 +63,7 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
 
     callbacks = [make(node, f"callbacks.{name}") for name, node in parts["callbacks"].items()]
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    if trainer_options.get("enable_progress_bar", True) and not has_own_bar:
+    if trainer_options.get("enable_progress_bar") is not False and not has_own_bar:
         callbacks.append(TrainingProgress())
     keep_earlier_metrics(Path(options["run_dir"]))
     loggers = [make(node, f"logger.{name}") for name, node in parts["logger"].items()]

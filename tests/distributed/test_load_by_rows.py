@@ -194,7 +194,7 @@ def test_a_folder_with_other_tensors_is_refused_by_name(fault: str, tmp_path: Pa
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     file = min(save("llama", tmp_path).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=f"{file.name} is no whole safetensors file"):
+    with pytest.raises(ValueError, match=f"{file.name} is cut short"):
         open_folder(ModelConfig(path=str(tmp_path)))
 
 

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from running import ROOT, SMALL
+from transformers import AutoConfig
 
+from nvfp4_train.callbacks.progress import TrainingProgress
 from nvfp4_train.run import build as run
 from nvfp4_train.run.compose import compose_options, groups
 
@@ -60,8 +63,39 @@ def test_what_build_accepts_is_built(tmp_path: Path) -> None:
 
 
 def test_an_option_of_wandb_is_checked(tmp_path: Path) -> None:
+    """Lightning's, and those that it hands on."""
     with pytest.raises(ValueError, match=r"logger.wandb.entitty: no such option; did you mean entity\?"):
         build(tmp_path, "logger=wandb", "+logger.wandb.entitty=me")
+    with pytest.raises(ValueError, match=r"logger.wandb.offline must be bool, got 'flase'"):
+        build(tmp_path, "logger=wandb", "+logger.wandb.offline=flase")
+
+
+@pytest.mark.parametrize(
+    ("override", "bars"),
+    [
+        ("trainer.enable_progress_bar=true", [TrainingProgress]),
+        ("trainer.enable_progress_bar=null", [TrainingProgress]),
+        ("trainer.enable_progress_bar=false", []),
+        ("+callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar", [TQDMProgressBar]),
+    ],
+)
+def test_a_run_has_one_bar_or_none(override: str, bars: list[type[ProgressBar]], tmp_path: Path) -> None:
+    options, _ = compose_options(ROOT, [*SMALL, f"run_dir={tmp_path}", "logger=none", override])
+    trainer, *_ = run.build(options)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    assert [type(callback) for callback in callbacks if isinstance(callback, ProgressBar)] == bars
+
+
+def test_a_damaged_folder_is_refused_before_any_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    AutoConfig.for_model("llama").save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(run, "TextDataModule", None)
+    for option, more in (("model.path", ()), ("loss.teacher_path", ("loss=distillation",))):
+        with pytest.raises(
+            ValueError, match=rf"^{option}='{folder}': .*model.safetensors is no safetensors file, or cut short"
+        ):
+            build(tmp_path, *more, f"{option}={folder}")
 
 
 def test_a_group_is_an_argument_of_the_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

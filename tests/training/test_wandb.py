@@ -74,8 +74,9 @@ def test_segments_of_a_run(tmp_path: Path) -> None:
 
     output = results[-1].stdout + results[-1].stderr
     (line,) = [line for line in output.splitlines() if "wandb sync" in line]
-    assert f"wandb sync {run_dir}/wandb/offline-run-*; joins its 4 segments" in line
+    assert f"wandb sync {run_dir}/wandb/offline-run-*  # joins its 4 segments" in line
     assert "wandb:" not in output, "its own summary of hundreds of series, and its warnings"
+    assert "\r" not in output, "a bar in a log file"
 
 
 @pytest.mark.parametrize(
