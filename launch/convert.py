@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from nvfp4_train.export.convert import TARGETS, convert_folder
+from nvfp4_train.progress import progress
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is verified")
     args = parser.parse_args()
     try:
-        report = convert_folder(args.source, args.target, to=args.to, overwrite=args.overwrite)
+        report = convert_folder(args.source, args.target, to=args.to, overwrite=args.overwrite, progress=progress)
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     print(report)

@@ -17,6 +17,7 @@ from nvfp4_train.export.masters import FromMasters
 from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import BOTH, folders_of, known_formats
 from nvfp4_train.export.writer import MAX_SHARD_BYTES
+from nvfp4_train.progress import progress
 from nvfp4_train.reading import reading
 
 
@@ -77,6 +78,7 @@ def main() -> None:
                 overwrite=args.overwrite,
                 passed_through=passed_through,
                 files_from=args.original or checkpoint.tokenizer,
+                progress=progress,
             )
             print(report, flush=True)
     except (RunError, ValueError, OSError) as error:

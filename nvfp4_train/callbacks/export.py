@@ -20,6 +20,7 @@ from nvfp4_train.export.replicated import FromStore
 from nvfp4_train.export.served import ServedWeights
 from nvfp4_train.export.writer import MAX_SHARD_BYTES, ExportReport, export_model
 from nvfp4_train.module import QATModule
+from nvfp4_train.progress import progress
 from nvfp4_train.quant.inputs import InputSample, record_inputs
 from nvfp4_train.quant.sharded import ShardedWeightStore
 
@@ -68,6 +69,7 @@ class Export(Callback):
             "inputs": self._record_inputs(trainer, pl_module),
             "files_from": pl_module.model_config.path,
             "run": run_facts(trainer, pl_module, self.command),
+            "progress": progress,
         }
         reports: list[ExportReport] = []
         with first_rank_awaited():

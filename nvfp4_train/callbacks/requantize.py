@@ -73,7 +73,7 @@ class Requantize(Callback):
 
     def _forget_other_measures(self, pl_module: QATModule, ours: dict[str, Any]) -> None:
         """Drop metrics at the switch that are of other held-out text or another loss: those of the end would be no pair with them."""
-        if others := [name for name, value in self._measured_by.items() if ours.get(name) not in (None, value)]:
+        if others := changed(self._measured_by, ours):
             pl_module.print(
                 f"what was measured at the switch is left out: {' and '.join(others)} changed since, so the end cannot be compared"
             )
@@ -175,6 +175,11 @@ def measure_of(trainer: Trainer, pl_module: QATModule) -> dict[str, Any]:
         "the loss": pl_module.options.get("loss"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def changed(saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Names of what is another in two results of `measure_of`."""
+    return [name for name in saved.keys() & ours.keys() if saved[name] != ours[name]]
 
 
 def _check_finite(store: WeightStore) -> None:

@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
+from nvfp4_train.callbacks.requantize import changed, measure_of
 from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.loggers import SegmentedWandbLogger
 from nvfp4_train.metrics import (
@@ -43,16 +44,23 @@ class RunSummary(Callback):
         self.run_dir = Path(run_dir)
         self.tokenizer_dir = Path(tokenizer_dir)
         self._validations: list[dict[str, float]] = []
+        self._measured_by: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
+        return {"validations": self._validations, "measured_by": self._measured_by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = list(state_dict["validations"])
+        self._measured_by = dict(state_dict.get("measured_by", {}))
 
     def on_validation_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if found and trainer.state.fn == TrainerFn.FITTING:
+            measured_by = measure_of(trainer, pl_module)
+            if changed(self._measured_by, measured_by):
+                # Those so far are in the metrics.csv of their own run.
+                self._validations = []
+            self._measured_by = measured_by
             self._validations.append({"step": trainer.global_step} | found)
 
     def on_fit_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]

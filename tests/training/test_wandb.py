@@ -69,7 +69,7 @@ def test_segments_of_a_run(tmp_path: Path) -> None:
     steps = [row["_step"] for segment in logged for row in segment]
     assert all(earlier < later for earlier, later in pairwise(steps)), steps
     # What is drawn is drawn over the steps of the trainer.
-    assert [row["trainer/global_step"] for row in first if "train/loss" in row][:2] == [0, 1]
+    assert [row["trainer/global_step"] for row in first if "train/loss" in row][:3] == [0, 1, 2]
     assert [row["trainer/global_step"] for row in last if "train/loss" in row] == [3, 4, 5, 6, 7]
 
     output = results[-1].stdout + results[-1].stderr
