@@ -27,6 +27,13 @@ Span = tuple[int, int]
 
 _OPEN, _CLOSE, _BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 """Characters that Unicode keeps out of all text. They stand around special tokens of the template, and within those of a message."""
+_DATE = {
+    "%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%A": "Friday", "%a": "Fri",
+    "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM",
+}  # fmt: skip
+_REPLACED = "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+_FIXED_DATE = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
+"""Before a template that asks for today's date: tokens must be the same on every day and host. The line end is not rendered."""
 _PROBE_USER, _PROBE_ASSISTANT = "the question", "the answer"
 
 
@@ -117,6 +124,8 @@ class _ChatEncoder:
     ) -> tuple[str, list[Span] | None]:
         """The text, and what the template says that the assistant writes of it. With `prompt` the header of its next turn ends it."""
         template = self.tokenizer.get_chat_template(None, tools)
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
         special: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         marks = with_generation and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         try:

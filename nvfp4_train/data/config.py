@@ -70,8 +70,8 @@ class DataConfig:
             raise ValueError(f"data.val_fraction must lie between 0 and 1; got {self.val_fraction}")
         if self.streaming and self.max_documents is None:
             raise ValueError("data.streaming=true reads until there are data.max_documents documents; set data.max_documents")
-        for name in ("path", "text_column", "split", "tokenizer"):
-            if not getattr(self, name):
+        for name in ("path", "text_column", "chat_column", "chat_template", "split", "tokenizer"):
+            if getattr(self, name) == "":
                 raise ValueError(f"data.{name} must not be empty")
         for name, choices in (
             ("train_on", ("all", "assistant", None)),

@@ -242,7 +242,13 @@ class TextDataModule(L.LightningDataModule):
         """The column of conversations, or None for text. Raises ValueError where the options do not fit what is there."""
         config, column = self.config, self.config.chat_column
         if column == "auto":
-            names = column_names(config.path, split=config.split, config_name=config.config_name, streaming=config.streaming)
+            try:
+                names = column_names(
+                    config.path, split=config.split, config_name=config.config_name, streaming=config.streaming
+                )
+            except ValueError:
+                # It looks at more rows than may be asked for. What is wrong with those that are, reading them tells.
+                names = []
             column = next(
                 (name for name in chat.COLUMNS if name in names and config.text_column.split(".")[0] not in names), None
             )

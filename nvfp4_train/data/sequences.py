@@ -23,13 +23,11 @@ class Tokens:
         """`documents` has one row per document: a list of int32, and one of uint8 as long."""
         self.documents = documents
         table = documents.with_format("arrow")[:]
-        lists = table["input_ids"].chunks
+        self._lists = table["input_ids"].chunks
         self.chunks = {
             name: [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table[name].chunks] for name in table.column_names
         }
-        lengths = [chunk.value_lengths().to_numpy() for chunk in lists]
         self.ends = np.cumsum([len(chunk) for chunk in self.chunks["input_ids"]], dtype=np.int64)
-        self._lengths = lengths
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -41,7 +39,7 @@ class Tokens:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64."""
-        return np.concatenate([*self._lengths, []]).astype(np.int64)
+        return np.concatenate([*(_lengths(chunk) for chunk in self._lists), np.empty(0, dtype=np.int64)])
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -62,8 +60,9 @@ class Tokens:
     def first_marked(self) -> np.ndarray:
         """Place in each document of the first token that the mask marks and that has one before it, int64; 2^62 where there is none."""
         found = []
-        for mask, lengths in zip(self.chunks["loss_mask"], self._lengths, strict=True):
-            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        for mask, lists in zip(self.chunks["loss_mask"], self._lists, strict=True):
+            lengths = _lengths(lists)
+            starts = np.cumsum(lengths) - lengths
             marked = np.flatnonzero(mask)
             marked = np.append(marked[~np.isin(marked, starts)], _NOWHERE)
             following = marked[np.searchsorted(marked, starts)] - starts
@@ -201,6 +200,11 @@ class WholeDocuments(Sequences):
     def __reduce__(self) -> tuple:
         options = {"cut": self.cut, "pad_id": self.pad_id, "isolate": self.isolate}
         return _unpickled, (WholeDocuments, self.tokens.documents, self.seq_len, options)
+
+
+def _lengths(lists: Any) -> np.ndarray:
+    """Of each list of a chunk, int64."""
+    return lists.value_lengths().to_numpy().astype(np.int64)
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -188,3 +188,11 @@ def test_white_space_that_header_and_content_share_is_not_marked() -> None:
     ids, marked = encode([{"role": "user", "content": "one"}, {"role": "assistant", "content": " two"}], tokenizer)
     assert 300 in ids
     assert marked == ["two<|im_end|>"]
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}x{% endif %}"], ids=["plain", "line end", "block"])
+def test_a_template_that_writes_the_date_writes_one_date(start: str) -> None:
+    """Else the tokens of a run that is resumed the next day would be others."""
+    date = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %Y-%m-%d') }}{% endif %}"
+    dated, undated = (chat_tokenizer(start + part + GENERATION) for part in (date, "26 Jul 2024, 2024-07-26"))
+    assert encode(TURNS, dated) == encode(TURNS, undated)
