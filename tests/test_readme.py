@@ -32,9 +32,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     interpreter, launcher, *arguments = shlex.split(script)
     assert (interpreter, launcher) == (".venv/bin/python", "launch/train.py")
     start = time.monotonic()
-    # A user has both cores.
-    launch(run_dir, *arguments, small=False, threads=2)
-    assert time.monotonic() - start < 240, "under four minutes on two cores"
+    # The other core has tests of its own, for which two threads would wait.
+    launch(run_dir, *arguments, small=False, threads=1)
+    assert time.monotonic() - start < 240, "under four minutes on one core, so on two as well"
     return run_dir
 
 

@@ -26,8 +26,9 @@ def check_isolation(model: nn.Module, device: torch.device, *, name: str = "the 
     config = model.config.get_text_config()  # type: ignore
     generator = torch.Generator().manual_seed(0)
     shape = len(LENGTHS), sum(LENGTHS[0])
-    first, second = (torch.randint(config.vocab_size, shape, generator=generator) for _ in range(2))
-    is_first = torch.stack([torch.arange(shape[1]) < lengths[0] for lengths in LENGTHS])
+    # Lightning builds models with the GPU as the default device.
+    first, second = (torch.randint(config.vocab_size, shape, generator=generator, device="cpu") for _ in range(2))
+    is_first = torch.stack([torch.arange(shape[1], device="cpu") < lengths[0] for lengths in LENGTHS])
     in_another_row = torch.cat((first[:1], second[1:]))
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in LENGTHS]).to(device)
 

@@ -4,12 +4,9 @@ import hashlib
 import os
 import re
 import time
-from itertools import count
 from pathlib import Path
 
 from torch.distributed import TCPStore
-
-_asked = count()
 
 
 def is_rank_zero() -> bool:
@@ -35,14 +32,21 @@ def choose_run_id() -> str:
     return of_rank_zero("run_id", now)
 
 
-def of_rank_zero(name: str, value: str) -> str:
-    """The value of rank 0 on every rank that torchrun started; without torchrun, the rank's own."""
+_jobs: dict[str, list[str]] = {}
+"""By name of a value, the run folders of the jobs of a sweep that asked for it: ranks go through them in the same order."""
+
+
+def of_rank_zero(name: str, value: str, run_dir: str = "") -> str:
+    """The value of rank 0 on every rank that torchrun started, for the run in a folder; without torchrun, the rank's own."""
     if not _has_agent_store():
         return value
     # torchrun's own store, which outlives a restart of the ranks.
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    # Jobs of a sweep ask one after the other.
-    key = f"nvfp4_train/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_asked)}"
+    jobs = _jobs.setdefault(name, [])
+    if run_dir not in jobs:
+        jobs.append(run_dir)
+    job = jobs.index(run_dir)
+    key = f"nvfp4_train/{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" + (f"/{job}" if job else "")
     if is_rank_zero():
         store.set(key, value)
     return store.get(key).decode()

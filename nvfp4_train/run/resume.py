@@ -36,7 +36,7 @@ def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
             print(f"ckpt_path=auto: {facts.path} {fault} and is not used{colon}{detail}")
         print(f"ckpt_path=auto: {'no checkpoint yet, from the first step' if newest is None else newest}", flush=True)
     # Ranks that start from different steps would wait for each other forever.
-    chosen = of_rank_zero("checkpoint", "" if newest is None else str(newest))
+    chosen = of_rank_zero("checkpoint", "" if newest is None else str(newest), str(folder))
     if chosen and not Path(chosen).exists():
         raise ValueError(
             f"run_dir must be on storage that all ranks share: rank 0 continues from {chosen}, which is not found here"
