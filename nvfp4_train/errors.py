@@ -7,6 +7,9 @@ class RunError(Exception):
     Before training begins a ValueError does the same; after that, a ValueError is a fault of ours.
     """
 
+    is_on_all_ranks = False
+    """Whether every rank raises it, so that one of them says it for all."""
+
 
 class JobFailed(Exception):
     """A job of a sweep has ended with an error that has been printed. The others go on, and the sweep ends with exit code 1."""

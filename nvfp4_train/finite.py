@@ -12,6 +12,8 @@ from nvfp4_train.errors import RunError
 class Diverged(RunError):
     """A loss, a gradient or a weight is NaN or Inf. Raised on all ranks."""
 
+    is_on_all_ranks = True
+
 
 @torch.no_grad()
 def gradient_norms(parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

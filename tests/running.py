@@ -49,7 +49,8 @@ def train_command(
 def train_environment(threads: int = 1) -> dict[str, str]:
     """The test helpers are importable as callbacks, and two ranks share two cores."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET")}
-    return environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": str(threads)}
+    path = os.pathsep.join(filter(None, [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    return environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
 def launch(

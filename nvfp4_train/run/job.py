@@ -70,6 +70,8 @@ def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> flo
 
 def _print_error(error: Exception, run_dir: Path, *, has_started: bool) -> None:
     """A line for what the user can correct, else the traceback."""
+    if isinstance(error, RunError) and error.is_on_all_ranks and not is_rank_zero():
+        return
     of_user = (RunError,) if has_started else (RunError, ValueError, OSError, MisconfigurationException)
     line = disk_error(error, run_dir) or (str(error) if isinstance(error, of_user) else None)
     if line is None:

@@ -232,7 +232,7 @@ def damaged_file(model: Trained, tmp_path: Path) -> Path:
     [
         (missing_file, "checkpoint must be a file"),
         (text_file, "no checkpoint that torch.load reads"),
-        (cut_file, "last.ckpt was cut short, or its end is damaged"),
+        (cut_file, "last.ckpt was cut short: its end is missing, or damaged"),
         (file_with_code, "no checkpoint that torch.load reads"),
         (unquantized_run, "hyper_parameters['export']"),
         (unknown_architecture, "no model_type 'nonesuch'"),
