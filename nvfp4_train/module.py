@@ -191,7 +191,7 @@ class QATModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, metrics = self._loss(batch)
         for name, value in {"loss": loss, **metrics}.items():
-            self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True, batch_size=num_positions(batch))
+            self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True, batch_size=float(num_positions(batch)))  # type: ignore[arg-type]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.model is not None, "configure_model has not run"

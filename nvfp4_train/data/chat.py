@@ -108,7 +108,9 @@ def read_message(message: Any) -> Message:
 def read_all_tools(text: str | None) -> list[Any] | None:
     """The tools of a conversation, JSON schemas. They, and each of them, may be JSON in a string. Raises ValueError for others."""
     # Itself JSON text of a column, which may be a string of JSON.
-    tools = _parsed(_parsed(text))
+    tools = _parsed(text)
+    # Columns of text have "" where there are none.
+    tools = _parsed(tools) if not isinstance(tools, str) or tools.strip() else None
     if not tools:
         return None
     tools = [_parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]

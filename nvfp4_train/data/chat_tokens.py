@@ -8,6 +8,7 @@ own special tokens by other names.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,13 +96,44 @@ class _ChatEncoder:
         """int32 ids and a uint8 mask."""
         if self.breaks_literals:
             messages, tools = _in_strings(messages, self._break), _in_strings(tools, self._break)
-        text, generated = self._render(messages, tools, with_generation=with_mask)
+        messages, text, generated = self._rendered_with_calls(messages, tools, with_mask)
         encoding = self._backend.encode(self._marked(text), add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
         for there, here in self._own_ids.items():
             ids[np.array(encoding.ids) == there] = here
         spans = [] if not with_mask else generated if generated is not None else self._turns(messages, tools, text)
         return ids, self._mask(text, spans, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
+
+    def _rendered_with_calls(
+        self, messages: list[Message], tools: list[Any] | None, with_mask: bool
+    ) -> tuple[list[Message], str, list[Span] | None]:
+        """The messages as the template takes them, and what `_render` gives of them. Raises ValueError where tool calls get lost.
+
+        DeepSeek's templates write calls where there is no content, and take their arguments as text.
+        """
+        if not any(message.get("tool_calls") for message in messages):
+            return messages, *self._render(messages, tools, with_generation=with_mask)
+        failures = []
+        for form in (messages, [_as_sent(message) for message in messages]):
+            try:
+                text, generated = self._render(form, tools, with_generation=with_mask)
+            except ValueError as error:
+                failures.append(error)
+                continue
+            without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+            try:
+                is_lost = self._render(without, tools)[0] == text
+            except ValueError:
+                is_lost = False
+            if not is_lost:
+                return form, text, generated
+        raise (
+            failures[0]
+            if len(failures) == 2
+            else ValueError(
+                "the chat template leaves out the tool calls of this conversation; set data.chat_template to one that has them"
+            )
+        )
 
     def _mask(self, text: str, spans: list[Span], offsets: np.ndarray) -> np.ndarray:
         """uint8 [T]: 1 for tokens that lie in the spans. Offsets, [T, 2], are in the marked text."""
@@ -156,8 +188,11 @@ class _ChatEncoder:
                     return self._turns_by_headers(messages, text)
                 start = len(before)
                 if not self._frame[0]:
-                    # There is no prompt: what stands before the content is a header, if it is anything.
-                    start += max(0, upto[start:].find(message["content"].strip()))
+                    # There is no prompt: what stands before the content is a header, if it is anything. The content may be part of it.
+                    probed, _ = self._render([*messages[:number], {"role": ASSISTANT, "content": _PROBE_ASSISTANT}], tools)
+                    header = probed[start:].partition(_PROBE_ASSISTANT)[0]
+                    if upto.startswith(header, start):
+                        start += len(header)
                 spans.append((start, self._end_of_turn(text, start, len(upto))))
         except ValueError:
             # A template may take whole conversations alone.
@@ -184,8 +219,15 @@ class _ChatEncoder:
         )
 
     def _first_end(self, text: str, start: int, stop: int) -> int | None:
-        _, end_tokens = self._frame
-        return next((match.end() for match in self.pattern.finditer(text, start, stop) if match[0] in end_tokens), None)
+        header, end_tokens = self._frame
+        opening = self.pattern.match(header)
+        for match in self.pattern.finditer(text, start, stop):
+            if match[0] in end_tokens:
+                return match.end()
+            if opening and match[0] == opening[0]:
+                # The next turn begins: this one has an end token of its own, as gpt-oss's tool calls have.
+                return match.start()
+        return None
 
     @cached_property
     def _frame(self) -> tuple[str, set[str]]:
@@ -197,7 +239,14 @@ class _ChatEncoder:
         except ValueError:
             return "", set()
         ends = [self.pattern.search(text, text.rfind(_PROBE_ASSISTANT)) for text in answered if _PROBE_ASSISTANT in text]
-        return prompted.removeprefix(asked) if prompted.startswith(asked) else "", {match[0] for match in ends if match}
+        start = self._common(prompted, [asked])
+        end = self._common(prompted, answered)
+        return prompted[start:end], {match[0] for match in ends if match}
+
+    def _common(self, text: str, others: list[str]) -> int:
+        """The length of what `text` begins with as all `others` do, without a part of a special token."""
+        length = len(os.path.commonprefix([text, *others]))
+        return next((match.start() for match in self.pattern.finditer(text) if match.start() < length < match.end()), length)
 
     def _break(self, text: str) -> str:
         if any(char in text for char in (_OPEN, _CLOSE, _BREAK)):
@@ -235,6 +284,22 @@ class _ChatEncoder:
         names = {index: self._marked(token.content) if token.special else token.content for index, token in added.items()}
         pairs = {self._backend.token_to_id(name): index for index, name in names.items()}
         return {there: here for there, here in pairs.items() if there is not None and there != here}
+
+
+def _as_sent(message: Message) -> Message:
+    """The message as an API gives it: no content beside tool calls, and their arguments as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": _with_text(call["function"])} if "function" in call else _with_text(call)
+        for call in message["tool_calls"]
+    ]
+    return {**message, "content": message["content"] or None, "tool_calls": calls}
+
+
+def _with_text(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    return function if isinstance(arguments, str) else {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _in_strings(value: Any, change: Callable[[str], str]) -> Any:
