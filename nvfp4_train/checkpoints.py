@@ -31,6 +31,8 @@ SHARDED_STATE = "meta.pt"
 INDEX = ".metadata"
 """The index of its shards, as torch.distributed.checkpoint names it."""
 ZIP_BEGIN = b"PK\x03\x04"
+SET_ASIDE = "set-aside"
+"""Folder among checkpoints with those that no run continues from, nor replaces."""
 PARTIAL_SUFFIX = ".partial"
 """Suffix of the name of a checkpoint that is being written, see `saving`."""
 UNREADABLE = (
@@ -117,7 +119,9 @@ def newest_complete(folder: Path, *, verify: bool = True) -> tuple[Path | None, 
 
     With `verify` the newest is read as a whole, see `inspect_checkpoint`, and those before it where it is damaged.
     """
-    found = [inspect_checkpoint(path, verify=False) for path in sorted(folder.glob("*.ckpt"))]
+    # A name with a metric (step=8-val/loss=3.1.ckpt) makes a folder.
+    paths = [path for path in sorted(folder.rglob("*.ckpt")) if SET_ASIDE not in path.relative_to(folder).parts]
+    found = [inspect_checkpoint(path, verify=False) for path in paths]
     passed_over = [facts for facts in found if facts.fault]
     newest = None
     for facts in sorted((facts for facts in found if not facts.fault), key=lambda facts: facts.step or 0, reverse=True):
@@ -127,7 +131,7 @@ def newest_complete(folder: Path, *, verify: bool = True) -> tuple[Path | None, 
             newest = facts.path
             break
         passed_over.append(facts)
-    partial = [inspect_checkpoint(path) for path in folder.glob(f"*.ckpt{PARTIAL_SUFFIX}")]
+    partial = [inspect_checkpoint(path) for path in folder.rglob(f"*.ckpt{PARTIAL_SUFFIX}")]
     return newest, sorted(passed_over + partial, key=lambda facts: facts.path)
 
 
@@ -147,6 +151,9 @@ def _damage_of_file(path: Path, verify: bool) -> str | None:
 
 def _damage_of_folder(path: Path, verify: bool) -> str | None:
     files = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    if not files.keys() & {SHARDED_STATE, INDEX} and not any(name.endswith(".distcp") for name in files):
+        # The folder of a run, say.
+        return None
     for name in (SHARDED_STATE, INDEX):
         if not files.get(name):
             return f"{CUT_SHORT}: {name} is {'empty' if name in files else 'missing'}"

@@ -66,8 +66,11 @@ def disk_error(error: BaseException, folder: Path) -> str | None:
     """The line of `not_written` for an error of the system while a file below the folder was written; None for any other error."""
     if not isinstance(error, OSError) or find_errno(error) not in OF_THE_DISK:
         return None
-    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder / "a file"
-    return str(not_written(path, path.name, error))
+    if isinstance(error, DiskError):
+        return str(error)
+    # The system names the file where it was opened, not where it was written.
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder / "metrics.csv"
+    return str(not_written(path, path.name if error.filename else "a log", error))
 
 
 @contextmanager

@@ -113,6 +113,11 @@ class QATModule(L.LightningModule):
                 "trainer.precision=32-true, or model.compute_dtype=bfloat16"
             )
 
+        if self.model_config.attn_implementation == "flex_attention" and self.trainer.strategy.root_device.type == "cpu":
+            raise ValueError(
+                "model.attn_implementation=flex_attention computes no gradients on a CPU; set another, or trainer=gpu"
+            )
+
     def on_train_start(self) -> None:
         # Every strategy has restored its checkpoint by now, and with it the options of the run that saved it.
         schedule: Any = self.lr_schedulers()

@@ -20,6 +20,7 @@ from torch.futures import Future
 
 from nvfp4_train.checkpoints import (
     PARTIAL_SUFFIX,
+    SET_ASIDE,
     SHARDED_STATE,
     first_failure,
     first_line,
@@ -74,9 +75,19 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
+def set_aside(path: Path) -> Path:
+    """Move a checkpoint into the folder `SET_ASIDE` beside it, where no run looks for one or replaces one. Returns where it is."""
+    target, number = path.parent / SET_ASIDE / path.name, 0
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{path.stem}.{number}{path.suffix}")
+    target.parent.mkdir(exist_ok=True)
+    return path.rename(target)
+
+
 def remove_partials(folder: Path) -> list[Path]:
     """Delete what killed processes left of checkpoints, and return the paths. No other run may write to the folder."""
-    partials = sorted(folder.glob(f"*.ckpt{PARTIAL_SUFFIX}"))
+    partials = sorted(folder.rglob(f"*.ckpt{PARTIAL_SUFFIX}"))
     for path in partials:
         remove(path)
     return partials

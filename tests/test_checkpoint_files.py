@@ -209,7 +209,7 @@ def test_what_cannot_be_continued_from_says_why(tmp_path: Path) -> None:
     assert fault(tmp_path / "weights") == fault(tmp_path / "weights.ckpt") == "holds weights only, no state of the optimizer"
     assert saved_step(tmp_path / "weights") == 7
     assert fault(tmp_path / "none.ckpt") == "does not exist"
-    assert fault(tmp_path) == "was cut short: meta.pt is missing"
+    assert fault(tmp_path) == "is no checkpoint of a run"
     (tmp_path / "7.ckpt.partial").touch()
     assert fault(tmp_path / "7.ckpt.partial") == "was cut short"
     torch.save([1], tmp_path / "list.ckpt")

@@ -45,6 +45,7 @@ ALLOWED = {
             "quant",
             "models",
             "losses",
+            "disk",
             "export",
             "saving",
             "strategy",

@@ -169,10 +169,13 @@ class Requantize(Callback):
 
 
 def measure_of(trainer: Trainer, pl_module: QATModule) -> dict[str, Any]:
-    """What makes two validation losses comparable: the held-out sequences and the options of the loss, where they are known."""
+    """What makes two validation losses comparable, where it is known."""
+    quant = pl_module.quant_config
     found = {
         "the held-out text": getattr(trainer.datamodule, "held_out_fingerprint", None),  # type: ignore[attr-defined]
         "the loss": pl_module.options.get("loss"),
+        "the dtype of the computation": str(pl_module.compute_dtype),
+        "the quantization": [quant.enabled, quant.rule, quant.global_scale, quant.activations],
     }
     return {name: value for name, value in found.items() if value is not None}
 

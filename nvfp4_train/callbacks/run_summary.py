@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from nvfp4_train.callbacks.requantize import changed, measure_of
+from nvfp4_train.disk import disk_errors_named
 from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.loggers import SegmentedWandbLogger
 from nvfp4_train.metrics import (
@@ -150,8 +151,12 @@ class RunSummary(Callback):
             results["validations"] = self._validations
         path = self.run_dir / "metrics.json"
         temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        try:
+            with disk_errors_named(path, "the results of the run"):
+                temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvfp4_train.errors import JobFailed
-from nvfp4_train.run.identity import choose_run_id, is_rank_zero, keep_earlier, wandb_id
+from nvfp4_train.run.identity import choose_run_id, keep_earlier, wandb_id
 
-PATH_OPTIONS = ("ckpt_path", "model.path", "data.path", "data.tokenizer", "loss.teacher_path")
+PATH_OPTIONS = ("ckpt_path", "model.path", "data.path", "data.tokenizer", "data.chat_template", "loss.teacher_path")
 """Options that may be paths, of the folder in which the command was given."""
 
 
@@ -151,10 +151,8 @@ def groups(options: dict[str, Any]) -> dict[str, Any]:
 def save_config(options: Mapping[str, Any]) -> None:
     """Write the files that Hydra would write itself, but once the run is accepted, and with the options that it uses.
 
-    Those of an earlier run in the folder that differ are kept under a numbered name.
+    Those of an earlier run in the folder that differ are kept under a numbered name. Call it on one rank.
     """
-    if not is_rank_zero():
-        return
     folder = Path(options["run_dir"]) / ".hydra"
     folder.mkdir(exist_ok=True)
     written = {"config.yaml": dict(options), "overrides.yaml": list(HydraConfig.get().overrides.task)}

@@ -26,7 +26,7 @@ def choose_run_id() -> str:
         return run_id
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return now
-    if not _has_agent_store():
+    if not has_agent_store():
         raise ValueError("set RUN_ID to one value on all ranks: this launcher gives them none, and they share a run folder")
     # "none" is the id of every run to which none was given.
     return of_rank_zero("run_id", now)
@@ -38,7 +38,7 @@ _jobs: dict[str, list[str]] = {}
 
 def of_rank_zero(name: str, value: str, run_dir: str = "") -> str:
     """The value of rank 0 on every rank that torchrun started, for the run in a folder; without torchrun, the rank's own."""
-    if not _has_agent_store():
+    if not has_agent_store():
         return value
     # torchrun's own store, which outlives a restart of the ranks.
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -66,5 +66,6 @@ def wandb_id(run_dir: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def _has_agent_store() -> bool:
+def has_agent_store() -> bool:
+    """Whether torchrun's ranks can tell each other something before there is a process group."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -23,7 +23,7 @@ from nvfp4_train.run.compose import failed_job, save_config
 from nvfp4_train.run.identity import is_rank_zero
 from nvfp4_train.run.lock import lock_folder
 from nvfp4_train.run.process import default_to_offline_wandb, finishing_wandb, leave_process_group
-from nvfp4_train.run.resume import choose_checkpoint, clear_partials
+from nvfp4_train.run.resume import choose_checkpoint, clear_partials, record_origin
 
 
 @finishing_wandb()
@@ -58,7 +58,7 @@ def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> flo
         clear_partials(Path(options["run_dir"]))
     trainer, module, data = build(options, trains=trains)
     modules.append(module)
-    trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: save_config(options)))  # type: ignore[attr-defined]
+    trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: _record(options)))  # type: ignore[attr-defined]
     try:
         trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
     except Preempted:
@@ -66,6 +66,13 @@ def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> flo
         raise
     atexit.register(leave_process_group)
     return module.results.get("val/loss_quantized")
+
+
+def _record(options: dict[str, Any]) -> None:
+    """Write down what was accepted."""
+    if is_rank_zero():
+        save_config(options)
+        record_origin(options["ckpt_path"], Path(options["run_dir"]))
 
 
 def _print_error(error: Exception, run_dir: Path, *, has_started: bool) -> None:

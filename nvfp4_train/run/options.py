@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from nvfp4_train.run.compose import target_class
@@ -52,6 +53,10 @@ OF_NO_USE: Mapping[str, tuple[Sequence[Any], str]] = {
     "enable_checkpointing": ((None, True), "callbacks.checkpoint=null callbacks.last_checkpoint=null leave out checkpoints"),
     "callbacks": ((None,), "callbacks are the options of the group callbacks, each under a name"),
     "logger": ((None,), "loggers are those of the group: logger=wandb, csv or none"),
+    "max_time": (
+        (None,),
+        "a run that time ends is no finished one; `timeout -s USR1 TIME python launch/train.py ...` saves and ends with 75",
+    ),
     "sync_batchnorm": ((False,), "a language model has no batch norms"),
 }
 """Options of Lightning's Trainer that mean something else here: the values that change nothing, and what to set in their place."""
@@ -63,6 +68,10 @@ def check_trainer(options: dict[str, Any]) -> None:
         if name in options and not any(type(options[name]) is type(value) and options[name] == value for value in allowed):
             wanted = " or ".join("null" if value is None else str(value).lower() for value in allowed)
             raise ValueError(f"trainer.{name} must be {wanted}, got {options[name]}: {instead}")
+    if isinstance(strategy := options.get("strategy"), str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
+        raise ValueError(
+            f"trainer.strategy must not be one that starts ranks out of a process, got {strategy}; see trainer=ddp"
+        )
     for name, least in (("max_steps", 1), ("accumulate_grad_batches", 1), ("log_every_n_steps", 1), ("val_check_interval", 1)):
         if name in options and not (isinstance(options[name], int) and options[name] >= least):
             raise ValueError(f"trainer.{name} must be at least {least}, got {options[name]}")
@@ -82,8 +91,18 @@ def check_parts(options: dict[str, Any]) -> None:
         for name, node in (options[group] or {}).items():
             if node is not None and not _is_target(node):
                 raise ValueError(f"{group}.{name} must be null or have a _target_, got {node!r}")
+            if node is not None and target_class(node, f"{group}.{name}") is ModelCheckpoint and _is_ranked(node):
+                raise ValueError(
+                    f"{group}.{name}._target_ must be nvfp4_train.callbacks.checkpoint.Checkpoint with a metric of held-out text in "
+                    "monitor or filename: Lightning's own saves before the validation of a step, and ranks by an earlier one"
+                )
     if options["quant"].get("enabled") and not (options["callbacks"] or {}).get("requantize"):
         raise ValueError("callbacks.requantize quantizes the weights and must not be null; to train without, choose quant=none")
+
+
+def _is_ranked(node: dict[str, Any]) -> bool:
+    """Whether a checkpoint callback is to rank by, or to name, a metric of held-out text."""
+    return any("val/" in str(node.get(name) or "") for name in ("monitor", "filename"))
 
 
 def _is_target(value: Any) -> bool:

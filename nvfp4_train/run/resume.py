@@ -1,15 +1,24 @@
 """Where a run continues: the checkpoint that it starts from, what of its options must be as they were, and files of earlier runs."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvfp4_train.checkpoints import inspect_checkpoint, newest_complete, read_unsharded
+from nvfp4_train.checkpoints import (
+    WEIGHTS_ONLY,
+    CheckpointFacts,
+    inspect_checkpoint,
+    newest_complete,
+    read_unsharded,
+    saved_step,
+)
 from nvfp4_train.export.folder import partial_folders
-from nvfp4_train.run.identity import is_rank_zero, keep_earlier, of_rank_zero
-from nvfp4_train.saving import remove_partials
+from nvfp4_train.run.identity import has_agent_store, is_rank_zero, keep_earlier, of_rank_zero
+from nvfp4_train.saving import remove_partials, set_aside
 
+SUFFIX = ".ckpt"
+ORIGIN = Path(".hydra") / "started_from.txt"
 OF_THE_SWITCH = (
     "quant.start_step",
     "quant.equalize",
@@ -21,22 +30,18 @@ OF_THE_SWITCH = (
 
 
 def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
-    """The checkpoint to start from; for `auto` the newest complete one in the folder of this run, or None.
+    """The checkpoint to start from; for `auto` the newest complete one in the folder of this run, or that which the run began with.
 
     Raises ValueError where the run would replace checkpoints of another one, and where this rank does not find the checkpoint that
     rank 0 has chosen.
     """
-    newest, passed_over = newest_complete(folder, verify=is_rank_zero() and ckpt_path == "auto")
     if ckpt_path != "auto":
-        _check_folder(ckpt_path, folder, newest)
+        _check_folder(ckpt_path, *newest_complete(folder, verify=False))
         return ckpt_path
-    if is_rank_zero():
-        for facts in passed_over:
-            fault, colon, detail = (facts.fault or "").partition(": ")
-            print(f"ckpt_path=auto: {facts.path} {fault} and is not used{colon}{detail}")
-        print(f"ckpt_path=auto: {'no checkpoint yet, from the first step' if newest is None else newest}", flush=True)
+    # The first rank alone looks, and moves what is in the way.
+    own = (_newest(folder) or "") if is_rank_zero() or not has_agent_store() else ""
     # Ranks that start from different steps would wait for each other forever.
-    chosen = of_rank_zero("checkpoint", "" if newest is None else str(newest), str(folder))
+    chosen = of_rank_zero("checkpoint", own, str(folder))
     if chosen and not Path(chosen).exists():
         raise ValueError(
             f"run_dir must be on storage that all ranks share: rank 0 continues from {chosen}, which is not found here"
@@ -44,16 +49,65 @@ def choose_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
     return chosen or None
 
 
-def _check_folder(ckpt_path: str | None, folder: Path, newest: Path | None) -> None:
-    """Raise ValueError where a folder holds checkpoints that a run from `ckpt_path` would replace."""
-    if newest is None or (ckpt_path is not None and newest.samefile(ckpt_path)):
-        return
-    step = inspect_checkpoint(newest, verify=False).step
-    start = "from the first step" if ckpt_path is None else f"from {ckpt_path}"
-    raise ValueError(
-        f"run_dir must hold no checkpoints that a run {start} would replace, got {newest} of step {step}; continue from it with "
-        "ckpt_path=auto, set another run_dir, or move the folder away"
+def _newest(folder: Path) -> str | None:
+    newest, passed_over = newest_complete(folder)
+    for facts in passed_over:
+        fault, colon, detail = (facts.fault or "").partition(": ")
+        print(f"ckpt_path=auto: {facts.path} {fault} and is not used{colon}{detail}")
+        # The run may come to write one of this name.
+        if facts.path.suffix == SUFFIX and (newest is None or facts.fault == WEIGHTS_ONLY):
+            print(f"ckpt_path=auto: it is kept as {set_aside(facts.path)}")
+    chosen = str(newest) if newest else _origin(folder.parent)
+    print(f"ckpt_path=auto: {chosen or 'no checkpoint yet, from the first step'}", flush=True)
+    return chosen
+
+
+def _check_folder(ckpt_path: str | None, newest: Path | None, passed_over: Sequence[CheckpointFacts]) -> None:
+    """Raise ValueError where the folder of a run holds checkpoints that a run from `ckpt_path` would replace."""
+    held = (
+        [inspect_checkpoint(newest, verify=False)]
+        if newest
+        else [facts for facts in passed_over if facts.path.suffix == SUFFIX]
     )
+    if not held or (ckpt_path is not None and _is_as_new(Path(ckpt_path), held[0])):
+        return
+    start = "from the first step" if ckpt_path is None else f"from {ckpt_path}"
+    what = (
+        f"of step {held[0].step}; continue from it with ckpt_path=auto"
+        if newest
+        else f"which {held[0].fault}; continue with ckpt_path=auto"
+    )
+    raise ValueError(
+        f"run_dir must hold no checkpoints that a run {start} would replace, got {held[0].path} {what}, set another run_dir, or move "
+        "the folder away"
+    )
+
+
+def _is_as_new(path: Path, newest: CheckpointFacts) -> bool:
+    """Whether a checkpoint is one of the same folder and step."""
+    return path.resolve().parent == newest.path.resolve().parent and saved_step(path) == newest.step
+
+
+def record_origin(ckpt_path: str | None, run_dir: Path) -> None:
+    """Remember which checkpoint of another run this one began with, until it has one of its own. Call it on one rank."""
+    file = run_dir / ORIGIN
+    if ckpt_path is None:
+        file.unlink(missing_ok=True)
+    elif not Path(ckpt_path).resolve().is_relative_to((run_dir / "checkpoints").resolve()):
+        file.write_text(f"{Path(ckpt_path).absolute()}\n")
+
+
+def _origin(run_dir: Path) -> str | None:
+    """What `record_origin` remembers. Raises ValueError where it is gone."""
+    file = run_dir / ORIGIN
+    if not file.exists():
+        return None
+    path = file.read_text().strip()
+    if not Path(path).exists():
+        raise ValueError(
+            f"the run in {run_dir} began with the checkpoint {path}, which is gone, and has none of its own; set ckpt_path"
+        )
+    return path
 
 
 def check_checkpoint(options: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from running import launch, load_checkpoint
+from running import launch, load_checkpoint, metrics
 
 from nvfp4_train.optim import lr_factor
 from nvfp4_train.run.lock import lock_folder
@@ -128,3 +129,46 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = refusal(tmp_path / "file" / "run")
     assert line.startswith("error: run_dir cannot be made: ")
+
+
+def test_a_run_continues_from_what_it_began_with_until_it_has_a_checkpoint_of_its_own(first: Path, tmp_path: Path) -> None:
+    """It is killed before its first one; and a folder is not written to by a run that finds no checkpoint in it to continue from."""
+    run_dir, origin = tmp_path / "run", first / "checkpoints" / "last.ckpt"
+    options = (*SHORT, "trainer.max_steps=5", "quant.start_step=1", "trainer.log_every_n_steps=1")
+    stop = (
+        "+callbacks.stop._target_=stop_at_step.StopAtStep", "+callbacks.stop.number=9", "+callbacks.stop.batch_idx=3",
+    )  # fmt: skip
+    assert launch(run_dir, *options, f"ckpt_path={origin}", *stop, check=False).returncode == -9
+    assert not list(run_dir.glob("checkpoints/*.ckpt"))
+    assert f"ckpt_path=auto: {origin}" in launch(run_dir, *options, "ckpt_path=auto").stdout
+    assert yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())["ckpt_path"] == str(origin)
+    assert load_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_checkpoints_without_the_state_of_an_optimizer_are_kept(first: Path, tmp_path: Path) -> None:
+    run_dir, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    content = load_checkpoint(first / "checkpoints" / "last.ckpt")
+    torch.save({name: content[name] for name in content if name not in ("optimizer_states", "lr_schedulers")}, checkpoint)
+    weights = checkpoint.read_bytes()
+    fault = "holds weights only, no state of the optimizer"
+    assert f"from the first step would replace, got {checkpoint} which {fault}" in refusal(run_dir)
+    given = tmp_path / "given.ckpt"
+    given.write_bytes(weights)
+    assert refusal(tmp_path / "other", f"ckpt_path={given}").endswith(f"which {fault}")
+    output = launch(run_dir, *SHORT, "trainer.max_steps=1", "ckpt_path=auto").stdout
+    kept = checkpoint.parent / "set-aside" / "last.ckpt"
+    assert f"ckpt_path=auto: it is kept as {kept}" in output
+    assert kept.read_bytes() == weights
+    assert load_checkpoint(checkpoint)["global_step"] == 1
+
+
+def test_numbers_of_another_quantization_are_not_put_beside_each_other(first: Path, tmp_path: Path) -> None:
+    resumed = launch(
+        tmp_path / "run", *SHORT, f"ckpt_path={first}/checkpoints/last.ckpt", "trainer.max_steps=4", "quant.start_step=1",
+        "optim.lr=1e-5", "optim.warmup_steps=2", "quant.activations=nvfp4",
+    )  # fmt: skip
+    assert "what was measured at the switch is left out: the quantization changed since" in resumed.stdout
+    found = metrics(tmp_path / "run")
+    assert "val/loss_quantized" in found
+    assert "val/loss_ptq" not in found
