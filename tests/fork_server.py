@@ -57,7 +57,9 @@ def fork_for(connection: socket.socket) -> dict[str, Any]:
     message, descriptors, _, _ = socket.recv_fds(connection, 2**20, 3)
     pid = os.fork()
     if pid:
-        connection.send(str(pid).encode())
+        # The client may have been killed by now.
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(str(pid).encode())
         ended = os.pidfd_open(pid)
         ready, _, _ = select.select([connection, sys.stdin, ended], [], [])
         if ended not in ready:

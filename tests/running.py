@@ -48,7 +48,9 @@ def train_command(
 
 def train_environment(threads: int = 1) -> dict[str, str]:
     """The test helpers are importable as callbacks, and two ranks share two cores."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET", "WANDB_SERVICE")
+    }
     path = os.pathsep.join(filter(None, [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     return environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 

@@ -13,7 +13,7 @@ from torch import distributed
 
 from nvfp4_train.callbacks.run_facts import run_facts
 from nvfp4_train.errors import RunError
-from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FromRanks
+from nvfp4_train.export.gathered import FAILED_ON_FIRST_RANK, FailedOnFirstRank, FromRanks
 from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import folders_of
 from nvfp4_train.export.replicated import FromStore
@@ -129,7 +129,7 @@ def first_rank_awaited() -> Iterator[None]:
     """No rank leaves the body before rank 0 has left it, however long that takes.
 
     A collective would fail after the timeout of its process group, by default half an hour; an export may take longer. Raises
-    RunError on the other ranks where the body failed on rank 0, with the reason where that was a RunError.
+    FailedOnFirstRank on the other ranks where the body failed on rank 0, with the reason where that was a RunError.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         yield
@@ -154,4 +154,4 @@ def first_rank_awaited() -> Iterator[None]:
         if (outcome := store.get(key).decode()) != DONE:
             # The first rank speaks first: torchrun ends all ranks when one has ended.
             time.sleep(SECONDS_TO_SPEAK)
-            raise RunError(outcome)
+            raise FailedOnFirstRank(outcome)

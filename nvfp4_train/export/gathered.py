@@ -27,6 +27,11 @@ from nvfp4_train.quant.sharded import ShardedWeightStore
 
 FAILED_ON_FIRST_RANK = "the export failed on the first rank, whose error says why"
 
+
+class FailedOnFirstRank(RunError, RuntimeError):
+    """An export that this rank helped with has failed on the rank that writes."""
+
+
 _DONE, _FAILED = -1, -2
 """Requests that end the exchange, where others are the number of a tensor."""
 
@@ -61,7 +66,7 @@ class FromRanks(ServedWeights):
     def answered(self) -> Iterator[bool]:
         """Yield whether this rank is the writer. The writer's body runs while the other ranks answer it; theirs runs after that.
 
-        Raises RunError on the other ranks where the writer's body failed. Where it failed within a gather (out of memory, say),
+        Raises FailedOnFirstRank on the other ranks where the writer's body failed. Where it failed within a gather (out of memory),
         they wait in that gather. The launcher ends them when the writer has ended with its error.
         """
         if not self._has_part:
@@ -70,7 +75,7 @@ class FromRanks(ServedWeights):
             while (number := self._request(_DONE)) >= 0:
                 self._gather(self._names[number])
             if number == _FAILED:
-                raise RunError(FAILED_ON_FIRST_RANK)
+                raise FailedOnFirstRank(FAILED_ON_FIRST_RANK)
             yield False
         else:
             outcome = _FAILED

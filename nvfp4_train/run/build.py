@@ -20,8 +20,9 @@ from nvfp4_train.run.resume import check_checkpoint, keep_earlier_metrics
 
 
 def recorded(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that checkpoints keep: those that say what is trained, on what, and how."""
-    return {name: node for name, node in options.items() if name not in ("run_dir", "ckpt_path", "callbacks", "logger")}
+    """The options that checkpoints keep: those that say what is trained, on what, and how, wherever it is done."""
+    of_place = ("run_dir", "ckpt_path", "trainer", "callbacks", "logger")
+    return {name: node for name, node in options.items() if name not in of_place}
 
 
 def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, QATModule, TextDataModule]:
