@@ -96,7 +96,8 @@ class _ChatEncoder:
         """int32 ids and a uint8 mask."""
         if self.breaks_literals:
             messages, tools = _in_strings(messages, self._break), _in_strings(tools, self._break)
-        messages, text, generated = self._rendered_with_calls(messages, tools, with_mask)
+        messages = self._with_calls(messages, tools)
+        text, generated = self._render(messages, tools, with_generation=with_mask)
         encoding = self._backend.encode(self._marked(text), add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int32)
         for there, here in self._own_ids.items():
@@ -104,36 +105,41 @@ class _ChatEncoder:
         spans = [] if not with_mask else generated if generated is not None else self._turns(messages, tools, text)
         return ids, self._mask(text, spans, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
 
-    def _rendered_with_calls(
-        self, messages: list[Message], tools: list[Any] | None, with_mask: bool
-    ) -> tuple[list[Message], str, list[Span] | None]:
-        """The messages as the template takes them, and what `_render` gives of them. Raises ValueError where tool calls get lost.
+    def _with_calls(self, messages: list[Message], tools: list[Any] | None) -> list[Message]:
+        """The messages in a form of which the template writes every tool call. Raises ValueError where there is none.
 
         DeepSeek's templates write calls where there is no content, and take their arguments as text.
         """
         if not any(message.get("tool_calls") for message in messages):
-            return messages, *self._render(messages, tools, with_generation=with_mask)
-        failures = []
-        for form in (messages, [_as_sent(message) for message in messages]):
+            return messages
+        forms = (messages, [_as_sent(message) for message in messages])
+        errors = []
+        for form in forms:
             try:
-                text, generated = self._render(form, tools, with_generation=with_mask)
+                if self._writes_calls(form, tools):
+                    return form
             except ValueError as error:
-                failures.append(error)
-                continue
-            without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
-            try:
-                is_lost = self._render(without, tools)[0] == text
-            except ValueError:
-                is_lost = False
-            if not is_lost:
-                return form, text, generated
-        raise (
-            failures[0]
-            if len(failures) == 2
-            else ValueError(
-                "the chat template leaves out the tool calls of this conversation; set data.chat_template to one that has them"
-            )
+                errors.append(error)
+        if len(errors) == len(forms):
+            raise errors[0]
+        raise ValueError(
+            "the chat template leaves out tool calls of this conversation; set data.chat_template to one that writes them"
         )
+
+    def _writes_calls(self, messages: list[Message], tools: list[Any] | None) -> bool:
+        """Whether the text is another one without the calls of any one message. Raises ValueError where there is no text."""
+        text, _ = self._render(messages, tools)
+        for number, message in enumerate(messages):
+            if not message.get("tool_calls"):
+                continue
+            without = {name: value for name, value in message.items() if name != "tool_calls"}
+            try:
+                if self._render([*messages[:number], without, *messages[number + 1 :]], tools)[0] == text:
+                    return False
+            except ValueError:
+                # Without them it is no conversation, so they are looked at.
+                continue
+        return True
 
     def _mask(self, text: str, spans: list[Span], offsets: np.ndarray) -> np.ndarray:
         """uint8 [T]: 1 for tokens that lie in the spans. Offsets, [T, 2], are in the marked text."""
@@ -188,7 +194,7 @@ class _ChatEncoder:
                     return self._turns_by_headers(messages, text)
                 start = len(before)
                 if not self._frame[0]:
-                    # There is no prompt: what stands before the content is a header, if it is anything. The content may be part of it.
+                    # There is no prompt: the header is what stands before the content. That of a probe is in no header.
                     probed, _ = self._render([*messages[:number], {"role": ASSISTANT, "content": _PROBE_ASSISTANT}], tools)
                     header = probed[start:].partition(_PROBE_ASSISTANT)[0]
                     if upto.startswith(header, start):
@@ -206,8 +212,9 @@ class _ChatEncoder:
 
     def _turns_by_headers(self, messages: list[Message], text: str) -> list[Span]:
         """The turns where the template renders a turn otherwise once others follow: from header to end token, both by a probe."""
-        header, end_tokens = self._frame
+        header, begun, end_tokens = self._frame
         starts = [match.end() for match in re.finditer(re.escape(header), text)] if header else []
+        starts = [start + len(begun) if text.startswith(begun, start) else start for start in starts]
         if len(starts) == sum(message["role"] == ASSISTANT for message in messages):
             ends = [self._first_end(text, start, stop) for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
             if None not in ends:
@@ -219,32 +226,36 @@ class _ChatEncoder:
         )
 
     def _first_end(self, text: str, start: int, stop: int) -> int | None:
-        header, end_tokens = self._frame
+        header, _, end_tokens = self._frame
         opening = self.pattern.match(header)
         for match in self.pattern.finditer(text, start, stop):
             if match[0] in end_tokens:
                 return match.end()
             if opening and match[0] == opening[0]:
                 # The next turn begins: this one has an end token of its own, as gpt-oss's tool calls have.
-                return match.start()
+                return self._end_of_turn(text, start, match.start())
         return None
 
     @cached_property
-    def _frame(self) -> tuple[str, set[str]]:
-        """The header of an assistant's turn, and the special tokens that end one, last or not; empty where a probe has none."""
+    def _frame(self) -> tuple[str, str, set[str]]:
+        """The header of an assistant's turn, what a prompt has behind it, and the special tokens that end a turn, last or not.
+
+        They are empty where a probe has none.
+        """
         user, answer = {"role": "user", "content": _PROBE_USER}, {"role": ASSISTANT, "content": _PROBE_ASSISTANT}
         try:
             asked, prompted = self._render([user], None)[0], self._render([user], None, prompt=True)[0]
             answered = [self._render([user, answer, *more], None)[0] for more in ([], [user])]
         except ValueError:
-            return "", set()
+            return "", "", set()
         ends = [self.pattern.search(text, text.rfind(_PROBE_ASSISTANT)) for text in answered if _PROBE_ASSISTANT in text]
-        start = self._common(prompted, [asked])
-        end = self._common(prompted, answered)
-        return prompted[start:end], {match[0] for match in ends if match}
+        # A text without the prompt may end otherwise, as Phi-3's does, and the prompt may begin the answer, as R1's does.
+        start = self._common_length(prompted, [asked])
+        end = self._common_length(prompted, [text.partition(_PROBE_ASSISTANT)[0] for text in answered])
+        return prompted[start:end], prompted[max(start, end) :], {match[0] for match in ends if match}
 
-    def _common(self, text: str, others: list[str]) -> int:
-        """The length of what `text` begins with as all `others` do, without a part of a special token."""
+    def _common_length(self, text: str, others: list[str]) -> int:
+        """How much of `text` all `others` begin with as well. A special token is common whole or not at all."""
         length = len(os.path.commonprefix([text, *others]))
         return next((match.start() for match in self.pattern.finditer(text) if match.start() < length < match.end()), length)
 

@@ -50,7 +50,13 @@ def test_tools_may_be_json_in_strings() -> None:
     expected = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
     for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
         assert read_all_tools(json.dumps(tools)) == expected
-    assert read_all_tools(None) is read_all_tools("[]") is None
+    assert (
+        read_all_tools(None)
+        is read_all_tools("[]")
+        is read_all_tools(json.dumps(""))
+        is read_all_tools(json.dumps(" "))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
