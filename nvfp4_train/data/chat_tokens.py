@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nvfp4_train.data.chat import ASSISTANT, Message, place_of
+from nvfp4_train.data.chat import ASSISTANT, Message
 from nvfp4_train.data.tokenizer import special_tokens
 
 Span = tuple[int, int]
@@ -41,14 +41,14 @@ _PROBE_USER, _PROBE_ASSISTANT = "the question", "the answer"
 def encode_chats(
     texts: list[str],
     tools: list[str | None],
-    places: list[int],
+    places: list[str],
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: str = "text",
     with_mask: bool = True,
 ) -> dict[str, list[np.ndarray]]:
     """Ids, and the mask of the assistant's tokens, of conversations as `chat.normalized` gives them.
 
-    Raises ValueError, which names the row, where the template cannot render one, or does not tell what of it the assistant writes.
+    Raises ValueError, which begins with the place, where the template cannot render one, or does not tell what the assistant writes.
     """
     encoder = _encoder(tokenizer, special_tokens)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", "loss_mask")[: 1 + with_mask]}
@@ -56,7 +56,7 @@ def encode_chats(
         try:
             ids, mask = encoder.encode(json.loads(text), None if own_tools is None else json.loads(own_tools), with_mask)
         except ValueError as error:
-            raise ValueError(f"{place_of(place)}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
         found["input_ids"].append(ids)
         if with_mask:
             found["loss_mask"].append(mask)

@@ -264,7 +264,7 @@ class TextDataModule(L.LightningDataModule):
         check_template(self.tokenizer, self.tokenizer_name)
         rows = load_rows(
             config.path,
-            columns={column: "json", chat.TOOLS_COLUMN: "json"},
+            columns=chat.columns_of(column),
             split=config.split,
             config_name=config.config_name,
             streaming=config.streaming,

@@ -17,12 +17,16 @@ import pyarrow.parquet as pq
 
 from nvfp4_train.data.reading import BYTE_ORDER_MARK, ReadError, decode, opened, read_text
 
-Columns = Mapping[str, Literal["text", "json"]]
-"""What is read, by column: the text of strings, or the JSON text of values of any type."""
+Columns = Mapping[str, Literal["text", "json", "place"]]
+"""What is read, by column: the text of strings, the JSON text of values of any type, or where a row stands, for errors about it.
+
+A column of places has a name that the data has not.
+"""
 Row = dict[str, str | None]
 
 MISSING = object()
 
+_COLUMNAR = ("parquet", "arrow")
 _ARROW_BATCH_ROWS = 256
 _JSON_CHUNK_CHARS = 1 << 20
 _CSV_FIELD_CHARS = (1 << 31) - 1
@@ -39,7 +43,7 @@ def read_rows(file: str, kind: str, columns: Columns) -> Iterator[Row]:
         if not is_found:
             is_found = any(lookup(row, name) is not MISSING for name in columns)
             names.update(dict.fromkeys(row))
-        yield {name: convert(row, name, how, number, file) for name, how in columns.items()}
+        yield converted(row, columns, number, file, is_columnar=kind in _COLUMNAR)
     if names and not is_found:
         raise ReadError(f"{file} has the columns {list(names)}; {wanted(columns)}")
 
@@ -47,7 +51,9 @@ def read_rows(file: str, kind: str, columns: Columns) -> Iterator[Row]:
 def wanted(columns: Columns) -> str:
     """What was asked for, as the end of an error."""
     texts = [name for name, how in columns.items() if how == "text"]
-    return f"got data.text_column={texts[0]!r}" if texts else f"none of them is {' or '.join(map(repr, columns))}"
+    if texts:
+        return f"got data.text_column={texts[0]!r}"
+    return f"none of them is {' or '.join(repr(name) for name, how in columns.items() if how != 'place')}"
 
 
 def first_columns(file: str, kind: str) -> list[str]:
@@ -85,12 +91,23 @@ def check_columns(schema: pa.Schema, columns: Columns, place: str) -> tuple[list
     return list(types), heads
 
 
-def convert(row: Mapping[str, Any], name: str, how: str, number: int, place: str) -> str | None:
-    """The text or JSON text of the column `name` of `row`, the row `number` of `place`; None where there is none."""
+def converted(row: Mapping[str, Any], columns: Columns, number: int, place: str, *, is_columnar: bool) -> Row:
+    """The columns asked for of `row`, the row `number` of `place`; see `read_rows`.
+
+    In JSON text of a columnar source nothing is null: there every value has the fields of all others.
+    """
+    return {name: _convert(row, name, how, number, place, is_columnar) for name, how in columns.items()}
+
+
+def _convert(row: Mapping[str, Any], name: str, how: str, number: int, place: str, is_columnar: bool) -> str | None:
+    if how == "place":
+        return f"row {number} of {place}"
     value = lookup(row, name)
     if value is None or value is MISSING:
         return None
     if how == "json":
+        if is_columnar:
+            value = _without_null_fields(value)
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError) as error:
@@ -115,6 +132,12 @@ def convert(row: Mapping[str, Any], name: str, how: str, number: int, place: str
             )
             raise ReadError(f"column {name!r} in row {number} of {place} holds {what}") from error
     return text
+
+
+def _without_null_fields(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null_fields(own) for key, own in value.items() if own is not None}
+    return [_without_null_fields(own) for own in value] if isinstance(value, list) else value
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:

@@ -47,9 +47,8 @@ def test_arguments_of_tool_calls_are_objects() -> None:
 
 def test_tools_may_be_json_in_strings() -> None:
     tool = {"type": "function", "function": {"name": "add", "description": None, "parameters": {"type": "object"}}}
-    expected = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
     for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
-        assert read_all_tools(json.dumps(tools)) == expected
+        assert read_all_tools(json.dumps(tools)) == [tool]
     assert (
         read_all_tools(None)
         is read_all_tools("[]")
@@ -74,11 +73,17 @@ def test_tools_may_be_json_in_strings() -> None:
     ids=["role", "no role", "string", "one message", "number", "image", "calls", "function call"],
 )
 def test_what_is_no_conversation_is_named_with_its_place(messages: Any, reason: str) -> None:
-    rows = Dataset.from_dict(
-        {"messages": [json.dumps(value) for value in (conversation(0), messages)], "tools": [None, None]},
-    )
-    with pytest.raises(ValueError, match=f"conversation 1 of data.path='here': .*{reason}"):
-        normalized(rows, "messages", "here")
+    rows = [
+        {"messages": json.dumps(value), "__place__": f"row {n} of a.jsonl"}
+        for n, value in enumerate((conversation(0), messages))
+    ]
+    with pytest.raises(ValueError, match=f"data.path='here': row 1 of a.jsonl: .*{reason}"):
+        normalized(rows_of(rows), "messages", "here")
+
+
+def rows_of(rows: list[dict[str, Any]]) -> Dataset:
+    """As `load_rows` gives them."""
+    return Dataset.from_list([{"tools": None, "system": None, **row} for row in rows])
 
 
 @pytest.fixture

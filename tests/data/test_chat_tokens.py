@@ -23,7 +23,7 @@ def encode(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, tools: Any = None, special_tokens: str = "text"
 ) -> tuple[list[int], list[str]]:
     """The ids, and the texts of the runs of tokens that are marked."""
-    found = encode_chats([json.dumps(messages)], [tools and json.dumps(tools)], [0], tokenizer, special_tokens)
+    found = encode_chats([json.dumps(messages)], [tools and json.dumps(tools)], ["row 1 of here"], tokenizer, special_tokens)
     (ids,), (mask,) = found["input_ids"], found["loss_mask"]
     assert len(ids) == len(mask)
     runs: list[list[int]] = []
@@ -148,11 +148,11 @@ def test_a_template_that_writes_bos_gives_one() -> None:
 
 
 def test_a_template_that_does_not_tell_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match=r"conversation 0 of data.path: the chat template does not tell .* data.train_on=all"):
+    with pytest.raises(ValueError, match=r"row 1 of here: the chat template does not tell .* data.train_on=all"):
         encode(TURNS, chat_tokenizer(WHOLE_ONLY))
-    with pytest.raises(ValueError, match="conversation 0 .* does not take this conversation: an answer must be last"):
+    with pytest.raises(ValueError, match="row 1 of here: .*does not take this conversation: an answer must be last"):
         encode(TURNS[:3], chat_tokenizer(WHOLE_ONLY))
-    found = encode_chats([json.dumps(TURNS)], [None], [0], chat_tokenizer(WHOLE_ONLY), with_mask=False)
+    found = encode_chats([json.dumps(TURNS)], [None], ["row 1 of here"], chat_tokenizer(WHOLE_ONLY), with_mask=False)
     assert found.keys() == {"input_ids"}
 
 
@@ -170,7 +170,7 @@ def test_ids_are_those_of_the_whole_text_for_other_pre_tokenizers(kind: str) -> 
     else:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     messages = conversation(7)
-    found = encode_chats([json.dumps(messages)], [None], [0], tokenizer)
+    found = encode_chats([json.dumps(messages)], [None], ["row 1 of here"], tokenizer)
     assert found["input_ids"][0].tolist() == list(
         tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     )
@@ -227,9 +227,7 @@ def test_a_conversation_whose_calls_would_get_lost_is_refused(template: str) -> 
     """One lost call is enough: here the second, beside content."""
     lost = {"role": "assistant", "content": "I ask", "tool_calls": [CALL]}
     messages = [*CALLING, {"role": "user", "content": "two"}, lost]
-    with pytest.raises(
-        ValueError, match="conversation 0 .* leaves out tool calls of this conversation; set data.chat_template"
-    ):
+    with pytest.raises(ValueError, match="row 1 of here: .*leaves out tool calls of this conversation; set data.chat_template"):
         encode(messages, chat_tokenizer(template))
 
 

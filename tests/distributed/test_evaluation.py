@@ -21,7 +21,7 @@ class MaskedTokens(Tokens):
         batches = super().val_dataloader().dataset
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         for place, batch in enumerate(batches):
-            batch["loss_mask"] = (torch.arange(12) <= 1 + (rank + place * world_size) % 9).to(torch.uint8)[None]
+            batch["loss_mask"] = (torch.arange(12) <= 1 + (rank + place * world_size) % 9)[None]
         return DataLoader(batches, batch_size=None)
 
 
