@@ -63,6 +63,11 @@ def normalized(rows: Dataset, column: str, path: str) -> Dataset:
         )
 
 
+def has_tools(tools: list[str | None]) -> list[bool]:
+    """Of conversations as `normalized` gives them."""
+    return [own is not None for own in tools]
+
+
 def has_messages(texts: list[str]) -> list[bool]:
     """Of conversations as `normalized` gives them."""
     return [bool(text) for text in texts]

@@ -4,15 +4,15 @@ The ids are those of the whole rendered text. What the assistant writes is known
 the template or by what it renders of the messages before and up to each turn, and tokens are marked by their offsets.
 
 A special token that a message spells out stays text: it is broken up before the template runs, and the tokenizer knows the template's
-own special tokens by other names.
+own special tokens by other names. Those that the template itself looks for in what the assistant writes, such as `</think>`, are left.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ def encode_chats(
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", "loss_mask")[: 1 + with_mask]}
     for text, own_tools, place in zip(texts, tools, places, strict=True):
         try:
+            if any(char in f"{text}{own_tools}" for char in (_OPEN, _CLOSE, _BREAK)):
+                raise ValueError("a message holds one of the characters U+FDD0 to U+FDD2, which are in no text; leave it out")
             ids, mask = encoder.encode(json.loads(text), None if own_tools is None else json.loads(own_tools), with_mask)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
@@ -61,6 +63,17 @@ def encode_chats(
         if with_mask:
             found["loss_mask"].append(mask)
     return found
+
+
+def spell_special(texts: list[str], tools: list[str | None], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Which of the conversations, as `chat.normalized` gives them, spell out special tokens that stay text."""
+    encoder = _encoder(tokenizer, "text")
+    return [encoder.breaks(text, own_tools) for text, own_tools in zip(texts, tools, strict=True)]
+
+
+def ignores_tools(text: str, tools: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template renders the conversation, as `chat.normalized` gives it, as if it had no tools."""
+    return _encoder(tokenizer, "text").ignores_tools(json.loads(text), json.loads(tools))
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -95,7 +108,7 @@ class _ChatEncoder:
     def encode(self, messages: list[Message], tools: list[Any] | None, with_mask: bool) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids and a uint8 mask."""
         if self.breaks_literals:
-            messages, tools = _in_strings(messages, self._break), _in_strings(tools, self._break)
+            messages, tools = self._broken(messages, tools)
         messages = self._with_calls(messages, tools)
         text, generated = self._render(messages, tools, with_generation=with_mask)
         encoding = self._backend.encode(self._marked(text), add_special_tokens=False)
@@ -104,6 +117,21 @@ class _ChatEncoder:
             ids[np.array(encoding.ids) == there] = here
         spans = [] if not with_mask else generated if generated is not None else self._turns(messages, tools, text)
         return ids, self._mask(text, spans, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2))
+
+    def breaks(self, text: str, tools: str | None) -> bool:
+        """Whether a special token in the messages or tools, both JSON, is broken up."""
+        if not self.pattern.search(f"{text}{tools}"):
+            return False
+        given = json.loads(text), None if tools is None else json.loads(tools)
+        return self._broken(*given) != given
+
+    def ignores_tools(self, messages: list[Message], tools: list[Any]) -> bool:
+        try:
+            messages = self._with_calls(messages, tools)
+            return self._render(messages, tools) == self._render(messages, None)
+        except ValueError:
+            # What is wrong with it, `encode` tells.
+            return False
 
     def _with_calls(self, messages: list[Message], tools: list[Any] | None) -> list[Message]:
         """The messages in a form of which the template writes every tool call. Raises ValueError where there is none.
@@ -259,10 +287,35 @@ class _ChatEncoder:
         length = len(os.path.commonprefix([text, *others]))
         return next((match.start() for match in self.pattern.finditer(text) if match.start() < length < match.end()), length)
 
-    def _break(self, text: str) -> str:
-        if any(char in text for char in (_OPEN, _CLOSE, _BREAK)):
-            raise ValueError("a message holds one of the characters U+FDD0 to U+FDD2, which are in no text; leave it out")
-        return self.pattern.sub(lambda match: f"{match[0][0]}{_BREAK}{match[0][1:]}", text)
+    def _broken(self, messages: list[Message], tools: list[Any] | None) -> tuple[list[Message], list[Any] | None]:
+        """Messages and tools with a character within the special tokens that they spell out."""
+
+        def break_up(text: str, left: Collection[str] = ()) -> str:
+            return self.pattern.sub(
+                lambda match: match[0] if match[0] in left else f"{match[0][0]}{_BREAK}{match[0][1:]}", text
+            )
+
+        of_assistant = partial(break_up, left=self._looked_for)
+        broken = [_in_strings(message, of_assistant if message["role"] == ASSISTANT else break_up) for message in messages]
+        return broken, _in_strings(tools, break_up)
+
+    @cached_property
+    def _looked_for(self) -> set[str]:
+        """The special tokens that the template asks for, or splits at; none of those that begin or end a turn or a text."""
+        given = self.tokenizer.chat_template
+        template = "\n".join(given.values()) if isinstance(given, dict) else given
+        header, _, ends = self._frame
+        tokenizer = self.tokenizer
+        frame = {*ends, *self.pattern.findall(header)[:1], tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+
+        def is_looked_for(token: str) -> bool:
+            literal = rf"""(['"]){re.escape(token)}(?:\\n)*\1"""
+            asked = (rf"{literal}\s+(?:not\s+)?in\b", rf"\b(?:split|startswith|endswith)\(\s*{literal}")
+            return any(re.search(form, template) for form in asked)
+
+        found = {token for token in self.special if is_looked_for(token)}
+        # A template that splits at the end of a thought may not ask for its begin.
+        return ({token.replace("</", "<", 1) for token in found} & self.special.keys() | found) - frame
 
     def _marked(self, text: str) -> str:
         """A rendered text, or a part of it that cuts no special token, for `_backend`."""

@@ -8,7 +8,7 @@ from chat_data import SMOLLM2_SYSTEM, SMOLLM2_TEMPLATE, SMOLLM2_TOKENS, chat_tok
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nvfp4_train.data.chat_tokens import encode_chats
+from nvfp4_train.data.chat_tokens import encode_chats, spell_special
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TURNS = [
@@ -289,3 +289,26 @@ def test_prompts_that_are_no_part_of_what_is_rendered_are_understood(
     ids, marked = encode(messages, tokenizer)
     assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
     assert marked == [first, second]
+
+
+THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ '' if '<|im_end|>' in messages[0].content }}"
+)
+
+
+def test_special_tokens_that_the_template_looks_for_are_left_in_what_the_assistant_writes() -> None:
+    """Broken up, `</think>` would not be found, and the thoughts of earlier turns would be kept. Ends of turns stay text even so."""
+    special = (*SMOLLM2_TOKENS, "<think>", "</think>")
+    tokenizer = chat_tokenizer(THOUGHTS, special)
+    messages = [dict(message) for message in TURNS]
+    messages[0]["content"] = "</think>"
+    messages[1]["content"], messages[3]["content"] = "<think>a</think>first", "<think>b</think>sec<|im_end|>ond"
+    ids, marked = encode(messages, tokenizer)
+    assert marked == ["first<|im_end|>", "<think>b</think>sec<|im_end|>ond<|im_end|>"]
+    assert ids.count(259) == ids.count(260) == 1
+    assert ids.count(258) == 4
+    assert spell_special([json.dumps(messages), json.dumps(TURNS)], [None, None], tokenizer) == [True, False]
+    only_thoughts = [messages[2], {"role": "assistant", "content": "<think>b</think>second"}]
+    assert spell_special([json.dumps(only_thoughts)], [None], tokenizer) == [False]
