@@ -42,7 +42,7 @@ Message = dict[str, Any]
 
 def columns_of(column: str) -> Columns:
     """What to read where `column` holds the conversations."""
-    return {column: "json", TOOLS_COLUMN: "json", SYSTEM_COLUMN: "json", PLACE_COLUMN: "place"}
+    return {column: "json", TOOLS_COLUMN: "beside", SYSTEM_COLUMN: "beside", PLACE_COLUMN: "place"}
 
 
 def normalized(rows: Dataset, column: str, path: str) -> Dataset:

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from nvfp4_train.data.local_files import LocalFile, find_files, is_named_as_data, text_files, walk
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.reading import ReadError, read_text
-from nvfp4_train.data.rows import Columns, Row, check_columns, converted, first_columns, lookup, read_rows
+from nvfp4_train.data.rows import Columns, Row, check_columns, converted, first_columns, lookup, read_rows, sought
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ def load_rows(
     """The rows of `path`: "python_stdlib", a local file or folder (`local_files`, `rows`), or a hub dataset. All columns are strings.
 
     What exists on disk, or is written like a path, is local; anything else is a hub name. `columns` says of each column whether it is
-    the text of strings, or the JSON text of values of any type; a value that is not there is None. A column of places says where each
-    row stands, "row 7 of a.jsonl". Rows in which all others are empty are dropped; of the rest the first `max_rows` are taken.
+    the text of strings, the JSON text of values of any type, that of a column beside these, or the row's place, "row 7 of a.jsonl".
+    A value that is not there is None. Rows with none of the first two are dropped; of the rest the first `max_rows` are taken.
 
     With `streaming`, reading ends after `max_rows`, and of a hub dataset no more is fetched. What was read is cached under the name, so
     a resumed run has the same rows, and a data set that has changed on the hub is not read again.
@@ -243,7 +243,7 @@ def _streamed_rows(
         stream = _from_hub(name, split, config_name, streaming=True)
         if stream.features is not None:
             stream = stream.select_columns(check_columns(stream.features.arrow_schema, wanted, place)[1])
-        elif not any(lookup(row, column) for row in islice(stream, 100) for column in wanted):
+        elif not any(lookup(row, column) for row in islice(stream, 100) for column in sought(wanted)):
             raise ReadError(f"{place} has the columns {list(next(iter(stream), {}))}; got {', '.join(wanted)}")
         rows = (converted(row, wanted, number, place, is_columnar=True) for number, row in enumerate(stream, 1))
         yield from _documents(rows, wanted, limit)
@@ -271,13 +271,11 @@ def _documents(rows: Iterator[Row], columns: Columns, limit: int | None) -> Iter
 
 
 def _holds_something(row: Row, columns: Columns) -> bool:
-    return any(value and not value.isspace() for name, value in row.items() if columns[name] != "place")
+    return any(value and not value.isspace() for value in map(row.get, sought(columns)))
 
 
 def _no_document(columns: Columns) -> str:
-    options = " or ".join(
-        f"data.text_column={name!r}" if how == "text" else repr(name) for name, how in columns.items() if how != "place"
-    )
+    options = " or ".join(f"data.text_column={name!r}" if columns[name] == "text" else repr(name) for name in sought(columns))
     return f"it holds no document with text in {options}"
 
 

@@ -289,3 +289,14 @@ def test_one_notice_counts_what_is_not_taken_as_it_seems(
     module(file, tokenizer_folder, chat_template=str(template), special_tokens="control").setup()
     assert "leaves out" not in caplog.text
     assert "spell out" not in caplog.text
+
+
+def test_a_file_without_conversations_is_refused_whatever_is_beside_them(tmp_path: Path) -> None:
+    """Else all of its rows would be left out as if they were empty."""
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": conversation(1)}])
+    write_jsonl(tmp_path / "b.jsonl", [{"conversations": [{"from": "human", "value": "hi"}], "system": "x", "tools": [TOOL]}])
+    with pytest.raises(ValueError, match=r"b.jsonl has the columns .*; none of them is 'messages'$"):
+        load_rows(str(tmp_path), columns=columns_of("messages"))
+    Dataset.from_dict({"system": ["x"]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c.parquet has the columns \['system'\]; none of them is 'messages'$"):
+        load_rows(str(tmp_path / "c.parquet"), columns=columns_of("messages"))

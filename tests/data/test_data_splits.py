@@ -330,6 +330,9 @@ def test_hub_columns_of_any_type_are_read_and_errors_name_the_row(monkeypatch: p
     assert [json.loads(value) for value in load_rows("owner/name", columns={"nested": "json"})["nested"]] == [
         row["nested"] for row in rows if row["nested"]
     ]
+    assert load_rows("owner/name", columns={"nested": "json", "at": "place"})["at"][:] == [
+        f"row {number} of the hub dataset 'owner/name'" for number in (1, 3)
+    ]
     with pytest.raises(ValueError, match=r"data.path='owner/name': column 'nested' of .* must hold strings; it holds struct"):
         load_documents("owner/name", text_column="nested")
     assert sources.column_names("owner/name") == ["text", "nested"]
