@@ -54,7 +54,7 @@ def encode_chats(
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", "loss_mask")[: 1 + with_mask]}
     for text, own_tools, place in zip(texts, tools, places, strict=True):
         try:
-            if any(char in f"{text}{own_tools}" for char in (_OPEN, _CLOSE, _BREAK)):
+            if encoder.breaks_literals and any(char in f"{text}{own_tools}" for char in (_OPEN, _CLOSE, _BREAK)):
                 raise ValueError("a message holds one of the characters U+FDD0 to U+FDD2, which are in no text; leave it out")
             ids, mask = encoder.encode(json.loads(text), None if own_tools is None else json.loads(own_tools), with_mask)
         except ValueError as error:

@@ -71,6 +71,14 @@ def test_special_tokens_in_a_message_are_text_unless_asked_for(role: str) -> Non
     assert control.count(258) == 4
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_characters_that_break_up_special_tokens_are_refused_in_messages(number: int) -> None:
+    text = json.dumps([{"role": "assistant", "content": f"a{chr(0xFDD0 + number)}"}], ensure_ascii=False)
+    with pytest.raises(ValueError, match=r"row 1 of here: a message holds one of the characters U\+FDD0"):
+        encode_chats([text], [None], ["row 1 of here"], chat_tokenizer())
+    assert encode_chats([text], [None], ["row 1 of here"], chat_tokenizer(), "control")["loss_mask"][0].any()
+
+
 TOOLS = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
