@@ -10,7 +10,7 @@ own special tokens by other names. Those that the template itself looks for in w
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -155,18 +155,16 @@ class _ChatEncoder:
         )
 
     def _writes_calls(self, messages: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the text is another one without the calls of any one message. Raises ValueError where there is no text."""
+        """Whether the text is another one without any one of the calls. Raises ValueError where there is no text."""
         text, _ = self._render(messages, tools)
         for number, message in enumerate(messages):
-            if not message.get("tool_calls"):
-                continue
-            without = {name: value for name, value in message.items() if name != "tool_calls"}
-            try:
-                if self._render([*messages[:number], without, *messages[number + 1 :]], tools)[0] == text:
-                    return False
-            except ValueError:
-                # Without them it is no conversation, so they are looked at.
-                continue
+            for without in _each_without_a_call(message):
+                try:
+                    if self._render([*messages[:number], without, *messages[number + 1 :]], tools)[0] == text:
+                        return False
+                except ValueError:
+                    # Without it this is no conversation, so it is looked at.
+                    continue
         return True
 
     def _mask(self, text: str, spans: list[Span], offsets: np.ndarray) -> np.ndarray:
@@ -348,6 +346,14 @@ class _ChatEncoder:
         names = {index: self._marked(token.content) if token.special else token.content for index, token in added.items()}
         pairs = {self._backend.token_to_id(name): index for index, name in names.items()}
         return {there: here for there, here in pairs.items() if there is not None and there != here}
+
+
+def _each_without_a_call(message: Message) -> Iterator[Message]:
+    """The message without the first of its tool calls, without the second, and so on."""
+    calls = message.get("tool_calls", [])
+    others = {name: value for name, value in message.items() if name != "tool_calls"}
+    for place in range(len(calls)):
+        yield {**others, "tool_calls": [*calls[:place], *calls[place + 1 :]]} if len(calls) > 1 else others
 
 
 def _as_sent(message: Message) -> Message:

@@ -255,6 +255,16 @@ def test_a_call_with_an_end_token_of_its_own_ends_where_the_next_turn_begins() -
     assert marked == [' to=add<|message|>{"a": 1}<|call|>', "<|message|>three<|end|>", "<|message|>2<|return|>"]
 
 
+def test_each_of_several_calls_must_be_written() -> None:
+    """This template writes the first alone."""
+    tokenizer = chat_tokenizer(HARMONY, ("<|start|>", "<|message|>", "<|call|>", "<|end|>", "<|return|>"), bos=0, eos=4)
+    messages = [CALLING[0], {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}]
+    with pytest.raises(ValueError, match="leaves out tool calls"):
+        encode(messages, tokenizer)
+    written = chat_tokenizer(TOOLS)
+    assert encode(messages, written)[1] == ['<call>add {"a": 1}</call>' * 2 + "<|im_end|>"]
+
+
 @pytest.mark.parametrize("answer", ["A", "a", "assistant", "s"])
 def test_without_a_prompt_the_answer_may_be_a_part_of_the_header(answer: str) -> None:
     messages = [{"role": "user", "content": "A or B?"}, {"role": "assistant", "content": answer}]
