@@ -60,7 +60,11 @@ class TrainClock:
 
 
 class QATModule(L.LightningModule):
-    """Batches are {"input_ids": int64 [B, T], ...}. `loss` is what training minimizes, by default the next token's cross-entropy."""
+    """Batches are {"input_ids": int64 [B, T], ...}. `loss` is what training minimizes, by default the next token's cross-entropy.
+
+    `train/loss` and the other losses of training are logged of the last micro-batch of a step on the first rank, so that no step waits
+    for the others; those of validation are means over all ranks.
+    """
 
     def __init__(
         self,
@@ -195,8 +199,10 @@ class QATModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss, metrics = self._loss(batch)
+        # Lightning 2.6 averages the weights over ranks, and rounds where they are integers.
+        weight: Any = float(num_positions(batch))
         for name, value in {"loss": loss, **metrics}.items():
-            self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True, batch_size=float(num_positions(batch)))  # type: ignore[arg-type]
+            self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True, batch_size=weight)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.model is not None, "configure_model has not run"

@@ -9,14 +9,19 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from nvfp4_train.data.rows import Columns
 from nvfp4_train.data.sources import cache_errors
 
 COLUMNS = ("messages", "conversations")
 """The columns that hold conversations by their usual names."""
 TOOLS_COLUMN = "tools"
+SYSTEM_COLUMN = "system"
+"""May hold a system message beside the conversation."""
+PLACE_COLUMN = "__place__"
 
 ASSISTANT = "assistant"
-ROLES = ("system", "developer", "user", ASSISTANT, "tool", "function", "ipython")
+SYSTEM = ("system", "developer")
+ROLES = (*SYSTEM, "user", ASSISTANT, "tool", "function", "ipython")
 _OTHER_NAMES = {
     "human": "user",
     "gpt": ASSISTANT,
@@ -30,27 +35,37 @@ _OTHER_NAMES = {
     "tool_response": "tool",
 }
 """Names of roles in data, by those that templates know."""
+_THOUGHTS = ("reasoning_content", "thinking")
 
 Message = dict[str, Any]
 
 
-def normalized(rows: Dataset, column: str, path: str) -> Dataset:
-    """One row per conversation: `text`, its messages as JSON, or "" where there are none; `tools`, JSON or None; `place`, for errors.
+def columns_of(column: str) -> Columns:
+    """What to read where `column` holds the conversations."""
+    return {column: "json", TOOLS_COLUMN: "beside", SYSTEM_COLUMN: "beside", PLACE_COLUMN: "place"}
 
-    `rows` hold JSON text in `column` and, where there are tools, in `tools`. Raises ValueError, which names path and row, for what is
-    no conversation.
+
+def normalized(rows: Dataset, column: str, path: str) -> Dataset:
+    """One row per conversation: `text`, its messages as JSON, or "" where there are none; `tools`, JSON or None.
+
+    `said` is what is said in it, the same for conversations that differ in other fields alone, such as ids; `place` is for errors.
+    `rows` are as `columns_of` says. Raises ValueError, which names path and row, for what is no conversation.
     """
     with cache_errors():
         return rows.map(
             _normalize,
             batched=True,
-            with_indices=True,
-            input_columns=[column, TOOLS_COLUMN],
+            input_columns=list(columns_of(column)),
             remove_columns=rows.column_names,
             fn_kwargs={"column": column, "path": path},
-            features=Features({"text": Value("large_string"), "tools": Value("large_string"), "place": Value("int64")}),
+            features=Features({name: Value("large_string") for name in ("text", "tools", "said", "place")}),
             desc="Reading conversations",
         )
+
+
+def has_tools(tools: list[str | None]) -> list[bool]:
+    """Of conversations as `normalized` gives them."""
+    return [own is not None for own in tools]
 
 
 def has_messages(texts: list[str]) -> list[bool]:
@@ -58,34 +73,56 @@ def has_messages(texts: list[str]) -> list[bool]:
     return [bool(text) for text in texts]
 
 
-def place_of(number: int) -> str:
-    """How errors call a conversation: by its place among those that were read, the first being 0."""
-    return f"conversation {number} of data.path"
-
-
 def _normalize(
-    conversations: list[str | None], tools: list[str | None], rows: list[int], column: str, path: str
+    conversations: list[str | None],
+    tools: list[str | None],
+    systems: list[str | None],
+    places: list[str],
+    column: str,
+    path: str,
 ) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {"text": [], "tools": [], "place": rows}
-    for text, own_tools, row in zip(conversations, tools, rows, strict=True):
+    found: dict[str, list[Any]] = {"text": [], "tools": [], "said": [], "place": places}
+    for text, own_tools, system, place in zip(conversations, tools, systems, places, strict=True):
         try:
-            messages = [read_message(message) for message in _read_list(text, column)]
+            messages = with_system([read_message(message) for message in _read_list(text, column)], system)
             read_tools = read_all_tools(own_tools)
         except ValueError as error:
-            raise ValueError(f"{place_of(row)}={path!r}: {error}") from error
-        found["text"].append(json.dumps(messages, ensure_ascii=False) if messages else "")
-        found["tools"].append(json.dumps(read_tools, ensure_ascii=False) if read_tools else None)
+            raise ValueError(f"data.path={path!r}: {place}: {error}") from error
+        found["text"].append(_json(messages) if messages else "")
+        found["tools"].append(_json(read_tools) if read_tools else None)
+        found["said"].append(_json([_said(message) for message in messages]) + (_json(read_tools) if read_tools else ""))
     return found
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The messages behind that of the column `system`, JSON text of a string, where they have none themselves."""
+    content = _parsed(system)
+    if content is None or not messages:
+        return messages
+    if not isinstance(content, str):
+        raise ValueError(f"the column {SYSTEM_COLUMN!r} beside conversations must hold strings; got {_short(content)}")
+    if not content.strip() or any(message["role"] in SYSTEM for message in messages):
+        return messages
+    return [{"role": "system", "content": content}, *messages]
+
+
+def _said(message: Message) -> Message:
+    """The message without fields that templates do not write out, such as ids."""
+    said = {name: message[name] for name in ("role", "content", *_THOUGHTS) if name in message}
+    if calls := message.get("tool_calls"):
+        functions = [call.get("function", call) for call in calls]
+        said["tool_calls"] = [{name: function.get(name) for name in ("name", "arguments")} for function in functions]
+    return said
 
 
 def read_message(message: Any) -> Message:
     """The message in the style of templates: a known role, content as a string, arguments of tool calls as objects.
 
-    Fields that are null, which columnar files have for each field of any row, are left out. Raises ValueError for what is no message.
+    Its fields that are null are left out. Raises ValueError for what is no message.
     """
     if not isinstance(message, dict):
         raise ValueError(f"a message must be an object with role and content, or from and value; got {_short(message)}")
-    message = _without_null(message)
+    message = {name: value for name, value in message.items() if value is not None}
     given = message.pop("role", None) or message.pop("from", None)
     message.pop("from", None)
     role = _OTHER_NAMES.get(given, given)
@@ -116,7 +153,7 @@ def read_all_tools(text: str | None) -> list[Any] | None:
     tools = [_parsed(tool) for tool in (tools if isinstance(tools, list) else [tools])]
     if not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"tools must be a list of objects; got {_short(tools)}")
-    return [_without_null(tool) for tool in tools]
+    return tools
 
 
 def _read_list(text: str | None, column: str) -> list[Any]:
@@ -179,10 +216,8 @@ def _parsed(value: Any, *, or_text: bool = False) -> Any:
         raise ValueError(f"not readable as JSON ({error}): {_short(value)}") from error
 
 
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(own) for key, own in value.items() if own is not None}
-    return [_without_null(own) for own in value] if isinstance(value, list) else value
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ class DataConfig:
     """The column that holds conversations; "auto" is `messages` or `conversations` where there is no text column; null reads text.
 
     A conversation is a list of {role, content, tool_calls, ...} or of {from, value}. A column `tools` is given to the template.
+    The text of a column `system` is the first message of conversations that have no system message.
     """
     chat_template: str | None = None
     """A jinja file to render conversations with; null takes the tokenizer's own template."""

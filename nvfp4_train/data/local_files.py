@@ -14,7 +14,7 @@ import datasets
 from nvfp4_train.data.card import Configuration, configurations, split_by
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.reading import COMPRESSIONS, ReadError
-from nvfp4_train.data.rows import Columns, has_any
+from nvfp4_train.data.rows import Columns, has_any, sought
 from nvfp4_train.data.split_names import Name, canonical, choose, name_splits
 
 KINDS = {
@@ -258,11 +258,11 @@ def _with_columns(files: list[_Candidate], columns: Columns, passed_over: list[s
     reasons, broken = {}, {}
     for file in files:
         if file.kind == "text" and "text" not in columns:
-            reasons[file] = f"no column {' or '.join(map(repr, columns))}"
+            reasons[file] = f"no column {' or '.join(map(repr, sought(columns)))}"
         elif file.kind in ("json", "csv", "tsv"):
             try:
                 if not has_any(str(file.path.absolute()), file.kind, columns):
-                    reasons[file] = f"no column {' or '.join(map(repr, columns))}"
+                    reasons[file] = f"no column {' or '.join(map(repr, sought(columns)))}"
             except ReadError:
                 broken[file] = f"not readable as {file.kind}"
     others = [file for file in files if file not in reasons and file not in broken]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
 from nvfp4_train.data import chat
-from nvfp4_train.data.chat_tokens import check_template
+from nvfp4_train.data.chat_tokens import check_template, ignores_tools, spell_special
 from nvfp4_train.data.config import DataConfig
 from nvfp4_train.data.identity import NUM_SEQUENCES, check_same_data, fingerprint, identity
 from nvfp4_train.data.notices import notice
@@ -264,7 +264,7 @@ class TextDataModule(L.LightningDataModule):
         check_template(self.tokenizer, self.tokenizer_name)
         rows = load_rows(
             config.path,
-            columns={column: "json", chat.TOOLS_COLUMN: "json"},
+            columns=chat.columns_of(column),
             split=config.split,
             config_name=config.config_name,
             streaming=config.streaming,
@@ -280,7 +280,30 @@ class TextDataModule(L.LightningDataModule):
             f"data.path={config.path!r}: {len(documents)} conversations of its column {column!r}"
             + (f"; {empty} rows without messages are left out" if empty else "")
         )
+        self._tell_what_is_not_taken(documents)
         return documents
+
+    def _tell_what_is_not_taken(self, conversations: Dataset) -> None:
+        """Tools that the template ignores, and special tokens that stay text."""
+        path = f"data.path={self.config.path!r}"
+        with cache_errors():
+            with_tools = conversations.filter(chat.has_tools, input_columns="tools", batched=True)
+        if len(with_tools) and ignores_tools(with_tools[0]["text"], with_tools[0]["tools"], self.tokenizer):
+            notice(
+                f"{path}: the chat template leaves out the tools of {len(with_tools)} conversations; set data.chat_template to one "
+                "that writes them"
+            )
+        if self.config.special_tokens != "text":
+            return
+        with cache_errors():
+            spelled = conversations.filter(
+                spell_special, input_columns=["text", "tools"], batched=True, fn_kwargs={"tokenizer": self.tokenizer}
+            )
+        if len(spelled):
+            notice(
+                f"{path}: {len(spelled)} conversations spell out special tokens, which stay text; data.special_tokens=control makes "
+                "special tokens of them"
+            )
 
     def _check_ids(self, sides: Iterable[Subset]) -> None:
         """Templates write special tokens, of which `check_model` does not know."""

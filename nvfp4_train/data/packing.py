@@ -40,7 +40,7 @@ class Packing:
     too_long: str = "split"
     train_on: str = "all"
     is_chat: bool = False
-    """Whether documents are conversations as `chat.load_conversations` gives them."""
+    """Whether documents are conversations as `chat.normalized` gives them."""
 
 
 def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> Dataset:
@@ -79,12 +79,13 @@ def pack_and_split(
     last sequences are held out instead, and of equal documents one is kept: a copy would stand on both sides.
     """
     packing = packing or Packing(seq_len=seq_len)
-    sides = split_documents(documents, val_fraction)
+    content = "said" if packing.is_chat else "text"
+    sides = split_documents(documents, val_fraction, column=content)
     if all(len(side) for side in sides):
         train, val = (_pack(tokenize(side, tokenizer, packing), tokenizer, packing) for side in sides)
         if len(train) and len(val):
             return Subset(train, range(len(train))), Subset(val, range(len(val)))
-    num_given, documents = len(documents), distinct_documents(documents)
+    num_given, documents = len(documents), distinct_documents(documents, column=content)
     if num_copies := num_given - len(documents):
         notice(
             f"Too few different documents to hold some out: {num_copies} of {num_given} documents are copies of others and left out, "

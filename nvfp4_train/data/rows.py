@@ -17,12 +17,17 @@ import pyarrow.parquet as pq
 
 from nvfp4_train.data.reading import BYTE_ORDER_MARK, ReadError, decode, opened, read_text
 
-Columns = Mapping[str, Literal["text", "json"]]
-"""What is read, by column: the text of strings, or the JSON text of values of any type."""
+Columns = Mapping[str, Literal["text", "json", "beside", "place"]]
+"""What is read, by column: the text of strings, or the JSON text of values of any type.
+
+That of columns `beside` is read where one of these is there. A column of places, which has a name that the data has not, says where
+each row stands, for errors about it.
+"""
 Row = dict[str, str | None]
 
 MISSING = object()
 
+_COLUMNAR = ("parquet", "arrow")
 _ARROW_BATCH_ROWS = 256
 _JSON_CHUNK_CHARS = 1 << 20
 _CSV_FIELD_CHARS = (1 << 31) - 1
@@ -37,9 +42,9 @@ def read_rows(file: str, kind: str, columns: Columns) -> Iterator[Row]:
     is_found, names = False, dict[str, None]()
     for number, row in _numbered_rows(file, kind, columns):
         if not is_found:
-            is_found = any(lookup(row, name) is not MISSING for name in columns)
+            is_found = any(lookup(row, name) is not MISSING for name in sought(columns))
             names.update(dict.fromkeys(row))
-        yield {name: convert(row, name, how, number, file) for name, how in columns.items()}
+        yield converted(row, columns, number, file, is_columnar=kind in _COLUMNAR)
     if names and not is_found:
         raise ReadError(f"{file} has the columns {list(names)}; {wanted(columns)}")
 
@@ -47,7 +52,14 @@ def read_rows(file: str, kind: str, columns: Columns) -> Iterator[Row]:
 def wanted(columns: Columns) -> str:
     """What was asked for, as the end of an error."""
     texts = [name for name, how in columns.items() if how == "text"]
-    return f"got data.text_column={texts[0]!r}" if texts else f"none of them is {' or '.join(map(repr, columns))}"
+    if texts:
+        return f"got data.text_column={texts[0]!r}"
+    return f"none of them is {' or '.join(map(repr, sought(columns)))}"
+
+
+def sought(columns: Columns) -> list[str]:
+    """The columns of which a row, and a file, must have one."""
+    return [name for name, how in columns.items() if how in ("text", "json")]
 
 
 def first_columns(file: str, kind: str) -> list[str]:
@@ -66,7 +78,7 @@ def first_columns(file: str, kind: str) -> list[str]:
 def has_any(file: str, kind: str, columns: Columns) -> bool:
     """Whether one of the first hundred rows of `file` has one of the columns. Raises ReadError where they are not readable."""
     rows = islice(_numbered_rows(file, kind, columns), 100)
-    return any(lookup(row, name) is not MISSING for _, row in rows for name in columns)
+    return any(lookup(row, name) is not MISSING for _, row in rows for name in sought(columns))
 
 
 def check_columns(schema: pa.Schema, columns: Columns, place: str) -> tuple[list[str], list[str]]:
@@ -75,7 +87,7 @@ def check_columns(schema: pa.Schema, columns: Columns, place: str) -> tuple[list
     Raises ReadError where there is none, or a text column does not hold strings; `place` says of what the schema is.
     """
     types = {name: found for name in columns if (found := _arrow_type(schema, name)) is not None}
-    if not types:
+    if not any(name in types for name in sought(columns)):
         raise ReadError(f"{place} has the columns {schema.names}; {wanted(columns)}")
     for name, found in types.items():
         if columns[name] == "text" and not _is_text(found):
@@ -85,12 +97,23 @@ def check_columns(schema: pa.Schema, columns: Columns, place: str) -> tuple[list
     return list(types), heads
 
 
-def convert(row: Mapping[str, Any], name: str, how: str, number: int, place: str) -> str | None:
-    """The text or JSON text of the column `name` of `row`, the row `number` of `place`; None where there is none."""
+def converted(row: Mapping[str, Any], columns: Columns, number: int, place: str, *, is_columnar: bool) -> Row:
+    """The columns asked for of `row`, the row `number` of `place`; see `read_rows`.
+
+    In JSON text of a columnar source nothing is null: there every value has the fields of all others.
+    """
+    return {name: _convert(row, name, how, number, place, is_columnar) for name, how in columns.items()}
+
+
+def _convert(row: Mapping[str, Any], name: str, how: str, number: int, place: str, is_columnar: bool) -> str | None:
+    if how == "place":
+        return f"row {number} of {place}"
     value = lookup(row, name)
     if value is None or value is MISSING:
         return None
-    if how == "json":
+    if how in ("json", "beside"):
+        if is_columnar:
+            value = _without_null_fields(value)
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError) as error:
@@ -115,6 +138,12 @@ def convert(row: Mapping[str, Any], name: str, how: str, number: int, place: str
             )
             raise ReadError(f"column {name!r} in row {number} of {place} holds {what}") from error
     return text
+
+
+def _without_null_fields(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null_fields(own) for key, own in value.items() if own is not None}
+    return [_without_null_fields(own) for own in value] if isinstance(value, list) else value
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
@@ -210,7 +239,7 @@ def _json_document(file: str, stream: Any, columns: Columns) -> Iterator[tuple[i
     except (json.JSONDecodeError, RecursionError) as error:
         raise ReadError(f"{file} is not JSON: {error}") from error
     lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    has_rows = len(lists) == 1 and not any(lookup(whole, name) is not MISSING for name in columns)
+    has_rows = len(lists) == 1 and not any(lookup(whole, name) is not MISSING for name in sought(columns))
     if not has_rows or not columns:
         yield 1, whole
     if has_rows:

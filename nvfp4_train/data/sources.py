@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from nvfp4_train.data.local_files import LocalFile, find_files, is_named_as_data, text_files, walk
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.reading import ReadError, read_text
-from nvfp4_train.data.rows import Columns, Row, check_columns, convert, first_columns, lookup, read_rows
+from nvfp4_train.data.rows import Columns, Row, check_columns, converted, first_columns, lookup, read_rows, sought
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _STDLIB_SKIPPED_FOLDERS = {
     "test", "tests", "idle_test", "pydoc_data", "encodings", "lib2to3",
 }  # fmt: skip
 # Part of the cache's key. To be raised where the same files are read into other rows.
-_READING = 1
+_READING = 2
 # Documents may be long, and so many are in memory at once.
 _WRITER_BATCH_ROWS = 100
 _MOST_FILES_FOR_COLUMNS = 16
@@ -76,8 +76,8 @@ def load_rows(
     """The rows of `path`: "python_stdlib", a local file or folder (`local_files`, `rows`), or a hub dataset. All columns are strings.
 
     What exists on disk, or is written like a path, is local; anything else is a hub name. `columns` says of each column whether it is
-    the text of strings, or the JSON text of values of any type; a value that is not there is None. Rows in which all columns are empty
-    are dropped; of the rest the first `max_rows` are taken.
+    the text of strings, the JSON text of values of any type, that of a column beside these, or the row's place, "row 7 of a.jsonl".
+    A value that is not there is None. Rows with none of the first two are dropped; of the rest the first `max_rows` are taken.
 
     With `streaming`, reading ends after `max_rows`, and of a hub dataset no more is fetched. What was read is cached under the name, so
     a resumed run has the same rows, and a data set that has changed on the hub is not read again.
@@ -243,9 +243,9 @@ def _streamed_rows(
         stream = _from_hub(name, split, config_name, streaming=True)
         if stream.features is not None:
             stream = stream.select_columns(check_columns(stream.features.arrow_schema, wanted, place)[1])
-        elif not any(lookup(row, column) for row in islice(stream, 100) for column in wanted):
+        elif not any(lookup(row, column) for row in islice(stream, 100) for column in sought(wanted)):
             raise ReadError(f"{place} has the columns {list(next(iter(stream), {}))}; got {', '.join(wanted)}")
-        rows = (_converted(row, wanted, number, place) for number, row in enumerate(stream, 1))
+        rows = (converted(row, wanted, number, place, is_columnar=True) for number, row in enumerate(stream, 1))
         yield from _documents(rows, wanted, limit)
     except ReadError:
         raise
@@ -257,7 +257,7 @@ def _documents(rows: Iterator[Row], columns: Columns, limit: int | None) -> Iter
     """The first `limit` of `rows` that hold something."""
     count = num_empty = 0
     for row in rows:
-        if not _holds_something(row):
+        if not _holds_something(row, columns):
             num_empty += 1
             continue
         yield row
@@ -270,12 +270,12 @@ def _documents(rows: Iterator[Row], columns: Columns, limit: int | None) -> Iter
         log.info("%d rows without text were left out; %d documents are there.", num_empty, count)
 
 
-def _holds_something(row: Row) -> bool:
-    return any(value and not value.isspace() for value in row.values())
+def _holds_something(row: Row, columns: Columns) -> bool:
+    return any(value and not value.isspace() for value in map(row.get, sought(columns)))
 
 
 def _no_document(columns: Columns) -> str:
-    options = " or ".join(f"data.text_column={name!r}" if how == "text" else repr(name) for name, how in columns.items())
+    options = " or ".join(f"data.text_column={name!r}" if columns[name] == "text" else repr(name) for name in sought(columns))
     return f"it holds no document with text in {options}"
 
 
@@ -305,13 +305,9 @@ def _hub_rows(name: str, split: str, config_name: str | None, columns: Columns) 
 
 def _hub_batch(batch: Mapping[str, list], indices: list[int], columns: Columns, place: str) -> dict[str, list[str | None]]:
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    converted = [_converted(row, columns, index + 1, place) for index, row in zip(indices, rows, strict=True)]
-    kept = [row for row in converted if _holds_something(row)]
+    read = [converted(row, columns, index + 1, place, is_columnar=True) for index, row in zip(indices, rows, strict=True)]
+    kept = [row for row in read if _holds_something(row, columns)]
     return {name: [row[name] for row in kept] for name in columns}
-
-
-def _converted(row: Mapping[str, Any], columns: Columns, number: int, place: str) -> Row:
-    return {name: convert(row, name, how, number, place) for name, how in columns.items()}
 
 
 def _from_hub(name: str, split: str, config_name: str | None, *, streaming: bool) -> Any:

@@ -2,7 +2,8 @@
 
 The names are those that data sets on the hub have: the words train, validation, test and their other forms, set off by what is no
 letter. So `train-00000-of-00004.parquet`, `data/my_test_file.jsonl`, `testset.csv` and `dev/a.jsonl` name a split; `latest.jsonl` and
-`tests/` do not.
+`tests/` do not. Words that mean other things as well, as `tests.jsonl` and `development.jsonl` do, name one as the whole name of a file
+beside one for training, or of a folder beside such a folder.
 
 Tables (jsonl, json, csv, parquet): a folder that is called like a split decides, then the name of the file, then a folder with such a
 word in its name. In `train_sft-00000-of-00003.parquet`, where the name goes on, `train_sft` is a split of its own; and beside such
@@ -15,7 +16,7 @@ does: `testing.md` and `test/a.py` are documents.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -25,6 +26,9 @@ _KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation", "holdout", "heldout"),
 }
 _SPLIT_OF_WORD = {word + tail: split for split, words in _KEYWORDS.items() for word in words for tail in ("", "set", "data")}
+_BESIDE_TRAIN = {"tests": "test", "evals": "test", "devel": "validation", "development": "validation"}
+"""Words that name a split beside one for training alone."""
+_HELD_OUT = re.compile(r"(held|hold)[^a-z]out")
 _SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
@@ -39,7 +43,7 @@ class Name:
 
 def canonical(split: str) -> str:
     """The split's one name: `val`, `dev` and the like are validation."""
-    return _SPLIT_OF_WORD.get(split.lower(), split)
+    return _SPLIT_OF_WORD.get(_one_word(split), split)
 
 
 def name_splits(names: Sequence[Name]) -> list[str | None]:
@@ -51,8 +55,9 @@ def name_splits(names: Sequence[Name]) -> list[str | None]:
     for name in tables:
         if of_tables[name.path] is None and name.path.parent in folders_of_splits:
             of_tables[name.path] = _shard_name(name)
-    of_texts = _splits_of_texts(texts)
-    return [(of_tables if name.is_table else of_texts).get(name.path) for name in names]
+    found = of_tables | _splits_of_texts(texts)
+    beside_train = _beside_train(names)
+    return [found.get(name.path) or beside_train.get(name.path) for name in names]
 
 
 def choose(split: str, found: Iterable[str | None]) -> set[str | None] | None:
@@ -67,6 +72,8 @@ def choose(split: str, found: Iterable[str | None]) -> set[str | None] | None:
         if len(kin) > 1:
             return None
         asked = kin
+    if not asked and (other := _BESIDE_TRAIN.get(split.lower())):
+        asked = {other} & named
     without_name = {None} if canonical(split) == "train" and None in found else set()
     return (asked | without_name) or None
 
@@ -83,6 +90,24 @@ def _split_of_table(name: Name) -> str | None:
     if split := _among(words):
         return split
     return next(filter(None, (_among(_words(folder)) for folder in reversed(folders))), None)
+
+
+def _beside_train(names: Sequence[Name]) -> dict[PurePosixPath, str]:
+    """The splits of files that are called, or lie in a folder that is called, as one is only beside `train`."""
+    parts = {name.path: [*name.path.parts[:-1], name.stem] for name in names}
+    # (what a file or folder called for training lies in, whether it is a folder)
+    trains = {
+        (tuple(own[:depth]), depth + 1 < len(own))
+        for own in parts.values()
+        for depth, part in enumerate(own)
+        if _whole(part) == "train"
+    }
+    return {
+        path: split
+        for path, own in parts.items()
+        for depth, part in enumerate(own)
+        if (split := _whole(part, _BESIDE_TRAIN)) and (tuple(own[:depth]), depth + 1 < len(own)) in trains
+    }
 
 
 def _splits_of_texts(names: Sequence[Name]) -> dict[PurePosixPath, str]:
@@ -121,13 +146,18 @@ def _shard_name(name: Name) -> str | None:
 
 
 def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z]+", name.lower())
+    return re.findall(r"[a-z]+", _one_word(name))
 
 
-def _whole(name: str) -> str | None:
+def _one_word(name: str) -> str:
+    """In lower case, with `held out` as one word."""
+    return _HELD_OUT.sub(r"\1out", name.lower())
+
+
+def _whole(name: str, splits: Mapping[str, str] = _SPLIT_OF_WORD) -> str | None:
     """The split that `name` is called after, numbers aside."""
     words = _words(name)
-    return _SPLIT_OF_WORD.get(words[0]) if len(words) == 1 else None
+    return splits.get(words[0]) if len(words) == 1 else None
 
 
 def _among(words: Iterable[str]) -> str | None:

@@ -8,8 +8,9 @@ import pytest
 from chat_data import chat_tokenizer, conversation, write_jsonl
 from datasets import Dataset
 
-from nvfp4_train.data.chat import normalized, read_all_tools, read_message
+from nvfp4_train.data.chat import columns_of, normalized, read_all_tools, read_message
 from nvfp4_train.data.module import DataConfig, TextDataModule
+from nvfp4_train.data.sources import load_rows
 
 
 @pytest.mark.parametrize(
@@ -45,12 +46,24 @@ def test_arguments_of_tool_calls_are_objects() -> None:
     assert of_sharegpt["tool_calls"] == [{"type": "function", "function": function}]
 
 
+def test_null_inside_arguments_is_an_argument() -> None:
+    function = {"name": "add", "arguments": {"a": None}}
+    for arguments in (function["arguments"], json.dumps(function["arguments"])):
+        message = {"role": "assistant", "content": None, "tool_calls": [{"function": {**function, "arguments": arguments}}]}
+        assert read_message(message)["tool_calls"] == [{"function": function}]
+
+
 def test_tools_may_be_json_in_strings() -> None:
     tool = {"type": "function", "function": {"name": "add", "description": None, "parameters": {"type": "object"}}}
-    expected = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
     for tools in ([tool], json.dumps([tool]), [json.dumps(tool)]):
-        assert read_all_tools(json.dumps(tools)) == expected
-    assert read_all_tools(None) is read_all_tools("[]") is None
+        assert read_all_tools(json.dumps(tools)) == [tool]
+    assert (
+        read_all_tools(None)
+        is read_all_tools("[]")
+        is read_all_tools(json.dumps(""))
+        is read_all_tools(json.dumps(" "))
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,11 +81,17 @@ def test_tools_may_be_json_in_strings() -> None:
     ids=["role", "no role", "string", "one message", "number", "image", "calls", "function call"],
 )
 def test_what_is_no_conversation_is_named_with_its_place(messages: Any, reason: str) -> None:
-    rows = Dataset.from_dict(
-        {"messages": [json.dumps(value) for value in (conversation(0), messages)], "tools": [None, None]},
-    )
-    with pytest.raises(ValueError, match=f"conversation 1 of data.path='here': .*{reason}"):
-        normalized(rows, "messages", "here")
+    rows = [
+        {"messages": json.dumps(value), "__place__": f"row {n} of a.jsonl"}
+        for n, value in enumerate((conversation(0), messages))
+    ]
+    with pytest.raises(ValueError, match=f"data.path='here': row 1 of a.jsonl: .*{reason}"):
+        normalized(rows_of(rows), "messages", "here")
+
+
+def rows_of(rows: list[dict[str, Any]]) -> Dataset:
+    """As `load_rows` gives them."""
+    return Dataset.from_list([{"tools": None, "system": None, **row} for row in rows])
 
 
 @pytest.fixture
@@ -149,3 +168,135 @@ def test_a_template_from_a_file_takes_the_place_of_the_tokenizers_own(tmp_path: 
     made = module(chat, tokenizer_folder, chat_template=str(template), train_on="all", seq_len=80)
     made.setup()
     assert "<|im_start|>assistant: it is" in made.tokenizer.decode(made._train[0]["input_ids"])
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "default": None}}}
+
+
+def call(number: int, **fields: Any) -> list[dict[str, Any]]:
+    """A conversation with a call."""
+    function = {"name": "add", "arguments": {"a": number, "b": None}}
+    calls = [{"type": "function", "function": function, **fields}]
+    return [conversation(number)[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+@pytest.mark.parametrize("val_fraction", [0.3, 0.01], ids=["by hash", "too few documents"])
+def test_conversations_that_differ_in_ids_alone_are_on_one_side(
+    tmp_path: Path, tokenizer_folder: str, val_fraction: float
+) -> None:
+    rows = [{"messages": [{**message, "id": f"{n}-{copy}"} for message in conversation(n)]} for n in range(20) for copy in "ab"]
+    made = module(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer_folder, val_fraction=val_fraction)
+    made.setup()
+    train, val = (
+        {made.tokenizer.decode(row["input_ids"]) for row in (side.dataset[i] for i in side.indices)}
+        for side in (made._train, made._val)
+    )
+    assert train
+    assert val
+    assert not train & val
+
+
+def test_what_is_said_is_role_content_calls_and_tools() -> None:
+    def said(messages: list[dict[str, Any]], tools: Any = None) -> str:
+        row = {"messages": json.dumps(messages), "tools": json.dumps(tools), "__place__": "row 1"}
+        return normalized(rows_of([row]), "messages", "here")["said"][0]
+
+    assert said(call(1, id="x")) == said([{**message, "name": "y"} for message in call(1, id="y")])
+    others = [said(call(1)), said(call(2)), said(call(1), [TOOL]), said(call(1)[:1]), said([*call(1), *conversation(1)])]
+    assert len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"role": "teacher", "content": "x"}, {"role": "system", "content": "x"}], ids=["role", "template"]
+)
+def test_errors_name_file_and_row(tmp_path: Path, tokenizer_folder: str, bad: dict[str, str]) -> None:
+    """Of rows that are no conversations, and of those that the template does not take. Empty lines count."""
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"messages": conversation(i)} for i in range(10)])
+    write_jsonl(folder / "b.jsonl", [{"messages": conversation(i)} for i in range(10, 15)])
+    with (folder / "b.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"messages": [bad, *conversation(16)]}) + "\n")
+    reason = "role of a message" if bad["role"] == "teacher" else "does not take this conversation: no system"
+    with pytest.raises(ValueError, match=f"row 7 of {folder / 'b.jsonl'}: .*{reason}"):
+        module(folder, tokenizer_folder, chat_template=str(template)).setup()
+
+
+def test_null_is_kept_where_it_was_written_and_left_out_where_arrow_put_it(tmp_path: Path) -> None:
+    messages = call(1)
+    rows = [{"messages": messages, "tools": [TOOL]}, {"messages": conversation(2), "tools": None}]
+    expected = json.dumps([TOOL])
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    texts = [{name: json.dumps(value) for name, value in row.items()} for row in rows]
+    Dataset.from_list(texts).to_parquet(tmp_path / "texts.parquet")
+    # Here every message has the field of the calls, and every tool that of the description.
+    other = {"type": "function", "function": {"name": "sub", "description": "less", "parameters": {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}, other]
+    Dataset.from_list([{**rows[0], "tools": tools}, rows[1]]).to_parquet(tmp_path / "structs.parquet")
+    for name in ("a.jsonl", "a.json", "texts.parquet", "structs.parquet"):
+        found = normalized(load_rows(str(tmp_path / name), columns=columns_of("messages")), "messages", "here")
+        assert found["place"][:] == [f"row {n} of {tmp_path / name}" for n in (1, 2)]
+        if name == "structs.parquet":
+            assert json.loads(found["tools"][0]) == tools
+            assert json.loads(found["text"][0])[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+        else:
+            assert found["tools"][0] == expected
+            assert json.loads(found["text"][0]) == messages
+        assert json.loads(found["text"][1]) == conversation(2)
+
+
+def test_a_system_column_is_the_first_message_where_there_is_none(tmp_path: Path) -> None:
+    own = [{"from": "system", "value": "own"}, {"from": "human", "value": "hi"}]
+    rows = [
+        {"conversations": own[1:], "system": "beside"},
+        {"conversations": own, "system": "beside"},
+        {"conversations": own[1:], "system": " "},
+        {"conversations": own[1:]},
+        {"conversations": [], "system": "beside"},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    found = normalized(load_rows(str(file), columns=columns_of("conversations")), "conversations", "here")
+    systems = [[m["content"] for m in json.loads(text) if m["role"] == "system"] for text in found["text"] if text]
+    assert systems == [["beside"], ["own"], [], []]
+    assert found["text"][4] == ""
+    assert json.loads(found["text"][0])[0] == {"role": "system", "content": "beside"}
+    with pytest.raises(ValueError, match="row 1: the column 'system' beside conversations must hold strings; got 3"):
+        normalized(
+            rows_of([{"messages": json.dumps(conversation(1)), "system": "3", "__place__": "row 1"}]), "messages", "here"
+        )
+
+
+def test_one_notice_counts_what_is_not_taken_as_it_seems(
+    tmp_path: Path, tokenizer_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tools that the template ignores, and special tokens in messages."""
+    rows = [{"messages": conversation(i), "tools": [TOOL] if i < 7 else None} for i in range(30)]
+    for row in rows[:3]:
+        row["messages"][0]["content"] += "<|im_end|>"
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    module(file, tokenizer_folder).setup()
+    assert caplog.text.count("the chat template leaves out the tools of 7 conversations") == 1
+    assert caplog.text.count("3 conversations spell out special tokens, which stay text; data.special_tokens=control") == 1
+    caplog.clear()
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}")
+    module(file, tokenizer_folder, chat_template=str(template), special_tokens="control").setup()
+    assert "leaves out" not in caplog.text
+    assert "spell out" not in caplog.text
+
+
+def test_a_file_without_conversations_is_refused_whatever_is_beside_them(tmp_path: Path) -> None:
+    """Else all of its rows would be left out as if they were empty."""
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": conversation(1)}])
+    write_jsonl(tmp_path / "b.jsonl", [{"conversations": [{"from": "human", "value": "hi"}], "system": "x", "tools": [TOOL]}])
+    with pytest.raises(ValueError, match=r"b.jsonl has the columns .*; none of them is 'messages'$"):
+        load_rows(str(tmp_path), columns=columns_of("messages"))
+    Dataset.from_dict({"system": ["x"]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c.parquet has the columns \['system'\]; none of them is 'messages'$"):
+        load_rows(str(tmp_path / "c.parquet"), columns=columns_of("messages"))

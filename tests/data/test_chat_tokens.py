@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from chat_data import SMOLLM2_SYSTEM, chat_tokenizer, conversation
+from chat_data import SMOLLM2_SYSTEM, SMOLLM2_TEMPLATE, SMOLLM2_TOKENS, chat_tokenizer, conversation
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nvfp4_train.data.chat_tokens import encode_chats
+from nvfp4_train.data.chat_tokens import encode_chats, spell_special
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TURNS = [
@@ -23,7 +23,7 @@ def encode(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, tools: Any = None, special_tokens: str = "text"
 ) -> tuple[list[int], list[str]]:
     """The ids, and the texts of the runs of tokens that are marked."""
-    found = encode_chats([json.dumps(messages)], [tools and json.dumps(tools)], [0], tokenizer, special_tokens)
+    found = encode_chats([json.dumps(messages)], [tools and json.dumps(tools)], ["row 1 of here"], tokenizer, special_tokens)
     (ids,), (mask,) = found["input_ids"], found["loss_mask"]
     assert len(ids) == len(mask)
     runs: list[list[int]] = []
@@ -69,6 +69,14 @@ def test_special_tokens_in_a_message_are_text_unless_asked_for(role: str) -> Non
     control, _ = encode(messages, tokenizer, special_tokens="control")
     assert control == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
     assert control.count(258) == 4
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_characters_that_break_up_special_tokens_are_refused_in_messages(number: int) -> None:
+    text = json.dumps([{"role": "assistant", "content": f"a{chr(0xFDD0 + number)}"}], ensure_ascii=False)
+    with pytest.raises(ValueError, match=r"row 1 of here: a message holds one of the characters U\+FDD0"):
+        encode_chats([text], [None], ["row 1 of here"], chat_tokenizer())
+    assert encode_chats([text], [None], ["row 1 of here"], chat_tokenizer(), "control")["loss_mask"][0].any()
 
 
 TOOLS = (
@@ -148,11 +156,11 @@ def test_a_template_that_writes_bos_gives_one() -> None:
 
 
 def test_a_template_that_does_not_tell_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ValueError, match=r"conversation 0 of data.path: the chat template does not tell .* data.train_on=all"):
+    with pytest.raises(ValueError, match=r"row 1 of here: the chat template does not tell .* data.train_on=all"):
         encode(TURNS, chat_tokenizer(WHOLE_ONLY))
-    with pytest.raises(ValueError, match="conversation 0 .* does not take this conversation: an answer must be last"):
+    with pytest.raises(ValueError, match="row 1 of here: .*does not take this conversation: an answer must be last"):
         encode(TURNS[:3], chat_tokenizer(WHOLE_ONLY))
-    found = encode_chats([json.dumps(TURNS)], [None], [0], chat_tokenizer(WHOLE_ONLY), with_mask=False)
+    found = encode_chats([json.dumps(TURNS)], [None], ["row 1 of here"], chat_tokenizer(WHOLE_ONLY), with_mask=False)
     assert found.keys() == {"input_ids"}
 
 
@@ -170,7 +178,7 @@ def test_ids_are_those_of_the_whole_text_for_other_pre_tokenizers(kind: str) -> 
     else:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     messages = conversation(7)
-    found = encode_chats([json.dumps(messages)], [None], [0], tokenizer)
+    found = encode_chats([json.dumps(messages)], [None], ["row 1 of here"], tokenizer)
     assert found["input_ids"][0].tolist() == list(
         tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     )
@@ -196,3 +204,129 @@ def test_a_template_that_writes_the_date_writes_one_date(start: str) -> None:
     date = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %Y-%m-%d') }}{% endif %}"
     dated, undated = (chat_tokenizer(start + part + GENERATION) for part in (date, "26 Jul 2024, 2024-07-26"))
     assert encode(TURNS, dated) == encode(TURNS, undated)
+
+
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% elif m.role == 'tool' %}<O>{{ m.content }}"
+    "{% elif m.content is none %}<A>{% for c in m.tool_calls %}<C>{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}<E>"
+    "{% else %}<A>{{ m.content }}<E>{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+)
+CALLING = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "three"},
+]
+
+
+def test_calls_are_written_for_templates_that_take_them_as_text_and_without_content() -> None:
+    """As those of DeepSeek do; of an empty content they would write an empty answer."""
+    tokenizer = chat_tokenizer(DEEPSEEK, ("<U>", "<A>", "<O>", "<C>", "<E>"), bos=0, eos=4)
+    ids, marked = encode(CALLING, tokenizer)
+    assert tokenizer.decode(ids) == '<U>one<A><C>add {"a": 1}<E><O>3<A>three<E>'
+    assert marked == ['<C>add {"a": 1}<E>', "three<E>"]
+
+
+WRITES_NONE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [SMOLLM2_TEMPLATE, WRITES_NONE, DEEPSEEK], ids=["chatml", "writes none", "deepseek"])
+def test_a_conversation_whose_calls_would_get_lost_is_refused(template: str) -> None:
+    """One lost call is enough: here the second, beside content."""
+    lost = {"role": "assistant", "content": "I ask", "tool_calls": [CALL]}
+    messages = [*CALLING, {"role": "user", "content": "two"}, lost]
+    with pytest.raises(ValueError, match="row 1 of here: .*leaves out tool calls of this conversation; set data.chat_template"):
+        encode(messages, chat_tokenizer(template))
+
+
+HARMONY = (
+    "{% for m in messages %}{% if m.tool_calls %}<|start|>assistant to={{ m.tool_calls[0].function.name }}<|message|>"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_a_call_with_an_end_token_of_its_own_ends_where_the_next_turn_begins() -> None:
+    """As in gpt-oss's template, which ends the last answer otherwise as well."""
+    tokenizer = chat_tokenizer(HARMONY, ("<|start|>", "<|message|>", "<|call|>", "<|end|>", "<|return|>"), bos=0, eos=4)
+    more = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "2"}]
+    _, marked = encode([*CALLING, *more], tokenizer)
+    assert marked == [' to=add<|message|>{"a": 1}<|call|>', "<|message|>three<|end|>", "<|message|>2<|return|>"]
+
+
+def test_each_of_several_calls_must_be_written() -> None:
+    """This template writes the first alone."""
+    tokenizer = chat_tokenizer(HARMONY, ("<|start|>", "<|message|>", "<|call|>", "<|end|>", "<|return|>"), bos=0, eos=4)
+    messages = [CALLING[0], {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}]
+    with pytest.raises(ValueError, match="leaves out tool calls"):
+        encode(messages, tokenizer)
+    written = chat_tokenizer(TOOLS)
+    assert encode(messages, written)[1] == ['<call>add {"a": 1}</call>' * 2 + "<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", ["A", "a", "assistant", "s"])
+def test_without_a_prompt_the_answer_may_be_a_part_of_the_header(answer: str) -> None:
+    messages = [{"role": "user", "content": "A or B?"}, {"role": "assistant", "content": answer}]
+    assert encode(messages, chat_tokenizer(NO_PROMPT))[1] == [f"{answer}<|im_end|>"]
+
+
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+PHI3_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}<A>{{ m.content.split('</think>')[-1] }}<E>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+QWEN3_THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content }}\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "first", "second"),
+    [
+        (PHI3, PHI3_TOKENS, "<think>a</think>first<|end|>", "<think>b</think>second<|end|>"),
+        (R1, ("<U>", "<A>", "<E>"), "first<E>", "second<E>"),
+        (QWEN3_THINKING, SMOLLM2_TOKENS, "first<|im_end|>", "b\n</think>\n\nsecond<|im_end|>"),
+    ],
+    ids=["phi-3", "r1", "qwen3 thinking"],
+)
+def test_prompts_that_are_no_part_of_what_is_rendered_are_understood(
+    template: str, special: tuple[str, ...], first: str, second: str
+) -> None:
+    """Phi-3 ends every text without a prompt otherwise; thinking models' prompts begin the thought, which no earlier turn keeps."""
+    tokenizer = chat_tokenizer(template, special, bos=0, eos=len(special) - 1)
+    messages = [dict(message) for message in TURNS]
+    messages[1]["content"], messages[3]["content"] = "<think>a</think>first", "<think>b</think>second"
+    ids, marked = encode(messages, tokenizer)
+    assert ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    assert marked == [first, second]
+
+
+THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{{ '' if '<|im_end|>' in messages[0].content }}"
+)
+
+
+def test_special_tokens_that_the_template_looks_for_are_left_in_what_the_assistant_writes() -> None:
+    """Broken up, `</think>` would not be found, and the thoughts of earlier turns would be kept. Ends of turns stay text even so."""
+    special = (*SMOLLM2_TOKENS, "<think>", "</think>")
+    tokenizer = chat_tokenizer(THOUGHTS, special)
+    messages = [dict(message) for message in TURNS]
+    messages[0]["content"] = "</think>"
+    messages[1]["content"], messages[3]["content"] = "<think>a</think>first", "<think>b</think>sec<|im_end|>ond"
+    ids, marked = encode(messages, tokenizer)
+    assert marked == ["first<|im_end|>", "<think>b</think>sec<|im_end|>ond<|im_end|>"]
+    assert ids.count(259) == ids.count(260) == 1
+    assert ids.count(258) == 4
+    assert spell_special([json.dumps(messages), json.dumps(TURNS)], [None, None], tokenizer) == [True, False]
+    only_thoughts = [messages[2], {"role": "assistant", "content": "<think>b</think>second"}]
+    assert spell_special([json.dumps(only_thoughts)], [None], tokenizer) == [False]

@@ -67,6 +67,11 @@ def split_of(path: str, *others: str) -> str | None:
         ("trainData.jsonl", "train"),
         ("holdout.jsonl", "test"),
         ("split=test/a.jsonl", "test"),
+        ("held_out.jsonl", "test"),
+        ("my-hold-out-2.jsonl", "test"),
+        ("holding_outside.jsonl", None),
+        ("tests.jsonl", None),
+        ("development.jsonl", None),
         ("latest.jsonl", None),
         ("contest.jsonl", None),
         ("trainer.jsonl", None),
@@ -81,6 +86,25 @@ def test_tables_name_a_split_by_words_of_their_path(path: str, split: str | None
 def test_shards_beside_those_of_a_split_are_a_split_of_their_own() -> None:
     assert split_of("unsupervised-00000-of-00001.parquet", "train-00000-of-00001.parquet") == "unsupervised"
     assert split_of("unsupervised-00000-of-00001.parquet", "other-00000-of-00001.parquet") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "others", "split"),
+    [
+        ("tests.jsonl", ("train.jsonl",), "test"),
+        ("Devel.jsonl", ("Train.jsonl",), "validation"),
+        ("development-1.txt", ("train-1.txt",), "validation"),
+        ("data/tests/a.jsonl", ("data/train/a.jsonl",), "test"),
+        ("tests/1.txt", ("train/1.txt",), "test"),
+        ("development.jsonl", ("a.jsonl", "test.jsonl"), None),
+        ("unit_tests.jsonl", ("train.jsonl",), None),
+        ("tests/a.jsonl", ("train.jsonl",), None),
+        ("docs/tests/a.jsonl", ("data/train/a.jsonl",), None),
+        ("software-development.txt", ("train.txt",), None),
+    ],
+)
+def test_other_words_name_a_split_beside_one_for_training(path: str, others: tuple[str, ...], split: str | None) -> None:
+    assert split_of(path, *others) == split
 
 
 @pytest.mark.parametrize(
@@ -108,6 +132,9 @@ def test_text_files_name_a_split_where_they_are_files_of_one(path: str, others: 
 def test_a_split_is_chosen_by_its_name_or_another_form_of_it() -> None:
     assert choose("train", ["train", "test", None]) == {"train", None}
     assert choose("val", ["train", "validation"]) == {"validation"}
+    assert choose("devel", ["train", "validation"]) == {"validation"}
+    assert choose("devel", ["train", "validation", "devel"]) == {"devel"}
+    assert choose("held_out", ["train", "test"]) == {"test"}
     assert choose("eval", ["test", None]) == {"test"}
     assert choose("train", ["train_sft", "test_sft"]) == {"train_sft"}
     assert choose("train", ["train_sft", "train_gen"]) is None
@@ -302,6 +329,9 @@ def test_hub_columns_of_any_type_are_read_and_errors_name_the_row(monkeypatch: p
     assert load_documents("owner/name", text_column="nested.text")["text"][:] == ["x", "y"]
     assert [json.loads(value) for value in load_rows("owner/name", columns={"nested": "json"})["nested"]] == [
         row["nested"] for row in rows if row["nested"]
+    ]
+    assert load_rows("owner/name", columns={"nested": "json", "at": "place"})["at"][:] == [
+        f"row {number} of the hub dataset 'owner/name'" for number in (1, 3)
     ]
     with pytest.raises(ValueError, match=r"data.path='owner/name': column 'nested' of .* must hold strings; it holds struct"):
         load_documents("owner/name", text_column="nested")
