@@ -8,11 +8,11 @@ import errno
 import io
 import json
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,28 +126,34 @@ def damaged_record(path: Path, *, without: str | None = None) -> str | None:
 
     Records in a folder of the archive named `without` are not read.
     """
+    # Since Python 3.12 threads that share an archive move each other's place in the file.
+    own, opened = threading.local(), []
+
+    def is_damaged(record: zipfile.ZipInfo) -> bool:
+        try:
+            if not hasattr(own, "archive"):
+                own.archive = zipfile.ZipFile(path)
+                opened.append(own.archive)
+            with own.archive.open(record) as file:
+                while file.read(READ_BYTES):
+                    pass
+        except DAMAGE as error:
+            _reraise_error_of_the_disk(error)
+            return True
+        return False
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = {record: record.filename.partition("/")[2] or record.filename for record in archive.infolist()}
-            records = [record for record, name in names.items() if without is None or not name.startswith(f"{without}/")]
-            is_damaged = partial(_is_damaged, archive)
-            return next(
-                (names[record] for record, found in zip(records, in_threads(is_damaged, records), strict=True) if found), None
-            )
+        records = [record for record, name in names.items() if without is None or not name.startswith(f"{without}/")]
+        found = zip(records, in_threads(is_damaged, records), strict=True)
+        return next((names[record] for record, is_bad in found if is_bad), None)
     except DAMAGE as error:
         _reraise_error_of_the_disk(error)
         return "the directory of the archive"
-
-
-def _is_damaged(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
-    try:
-        with archive.open(record) as file:
-            while file.read(READ_BYTES):
-                pass
-    except DAMAGE as error:
-        _reraise_error_of_the_disk(error)
-        return True
-    return False
+    finally:
+        for archive in opened:
+            archive.close()
 
 
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OverflowError, OSError)

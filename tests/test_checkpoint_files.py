@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import sys
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -321,3 +322,22 @@ def test_code_in_a_checkpoint_is_not_run(name: str, tmp_path: Path) -> None:
     # A file of values that nobody looks at may well be complete.
     assert saved_step(path) == (7 if name == "shard" else None)
     assert not evil.path.exists()
+
+
+def test_threads_that_check_a_file_do_not_share_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Python 3.12 they would move each other's place in it, and find damage in a file that is whole."""
+    save_file(
+        {"global_step": 7, "lr_schedulers": [], "state_dict": {str(i): torch.ones(3) for i in range(200)}}, tmp_path / "7.ckpt"
+    )
+    users: dict[zipfile.ZipFile, set[int]] = {}
+    open_record = zipfile.ZipFile.open
+
+    def noted(archive: zipfile.ZipFile, *args: Any, **kwargs: Any) -> Any:
+        users.setdefault(archive, set()).add(threading.get_ident())
+        return open_record(archive, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", noted)
+    monkeypatch.setattr("nvfp4_train.parallel.usable_cores", lambda: 4)
+    assert inspect_checkpoint(tmp_path / "7.ckpt").fault is None
+    assert all(len(threads) == 1 for threads in users.values())
+    assert len(set.union(*users.values())) > 1

@@ -28,6 +28,7 @@ class Checkpoint(ModelCheckpoint):
     _is_due = False
     """Whether the next validation writes a checkpoint."""
     _last_step = 0
+    _has_trained = False
 
     @property
     def state_key(self) -> str:
@@ -65,6 +66,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         super().on_train_start(trainer, pl_module)
+        self._has_trained = True
         self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: QATModule, *args: Any) -> None:  # type: ignore[override]
@@ -87,9 +89,15 @@ class Checkpoint(ModelCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         super().on_fit_end(trainer, pl_module)
-        # A run that was killed between its last two checkpoints has no step left to save behind.
+        # A run that was killed between its last two checkpoints, or lost the last one, has no step left to save behind.
         last, restored = Path(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"), trainer.ckpt_path
-        if self.save_last and trainer.is_global_zero and restored and not last.exists():
+        if (
+            self.save_last
+            and not self._has_trained
+            and trainer.is_global_zero
+            and restored
+            and not _is_same(last, Path(restored))
+        ):
             copy(Path(restored), last)
 
     def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
@@ -122,3 +130,7 @@ class Checkpoint(ModelCheckpoint):
         if is_time:
             self._last_time_checked = now
         return is_time
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.exists() and path.samefile(other)

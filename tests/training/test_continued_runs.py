@@ -1,5 +1,6 @@
 """What a run that continues does is what its command line says, or it is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,15 @@ def test_numbers_of_another_quantization_are_not_put_beside_each_other(first: Pa
     found = metrics(tmp_path / "run")
     assert "val/loss_quantized" in found
     assert "val/loss_ptq" not in found
+
+
+def test_a_run_that_has_done_its_steps_gets_a_last_checkpoint_that_is_whole(first: Path, tmp_path: Path) -> None:
+    run_dir, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    shutil.copytree(first / "checkpoints", checkpoints)
+    whole = (checkpoints / "last.ckpt").read_bytes()
+    (checkpoints / "step-0000003.ckpt").write_bytes(whole)
+    (checkpoints / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    options = ("trainer.max_steps=3", "quant.start_step=1", "optim.warmup_steps=2", "ckpt_path=auto")
+    output = launch(run_dir, *SHORT, *options).stdout
+    assert "last.ckpt was cut short and is not used: its end is missing, or damaged" in output
+    assert (checkpoints / "last.ckpt").read_bytes() == whole
