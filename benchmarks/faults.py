@@ -285,7 +285,7 @@ def main() -> int:
             compare(whole_of(folder, setup), run.folder)
             equal[fault, setup] += 1
             outcome = "equal"
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             outcome = f"DIFFERS: {error}"
             if run.process is not None and run.process.poll() is None:
                 run.kill()

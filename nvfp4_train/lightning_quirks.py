@@ -21,6 +21,13 @@ def rewind_to_last_step(trainer: L.Trainer) -> None:
                 setattr(count, stage, target)
 
 
+def keep_signal_handlers(trainer: L.Trainer) -> None:
+    """Leave signals to the handlers that are there. Lightning's own, which it installs before training starts, end a run on SIGTERM
+    as if it had done all its steps.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
 def drop_sigterm_agreement(trainer: L.Trainer) -> None:
     """Leave out Lightning's own agreement on SIGTERM: a broadcast and a wait for the device before every micro-batch."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

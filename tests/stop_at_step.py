@@ -24,6 +24,22 @@ class StopAtStep(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class SignalBeforeTraining(Callback):
+    """Signals when everything is made and restored, but before training starts."""
+
+    def __init__(self, *, number: int) -> None:
+        self.number = signal.Signals(number)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        setup_data = trainer.fit_loop.setup_data
+
+        def signalled() -> None:
+            os.kill(os.getpid(), self.number)
+            setup_data()
+
+        trainer.fit_loop.setup_data = signalled  # type: ignore[method-assign]
+
+
 class KillWhileSaving(Callback):
     """Kills one rank when half of its shard of the sharded checkpoint `name` is written."""
 

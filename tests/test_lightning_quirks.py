@@ -1,5 +1,6 @@
 """The internals of Lightning that we change are there, in the version that is installed."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import distributed
 
 from nvfp4_train.lightning_quirks import (
     drop_sigterm_agreement,
+    keep_signal_handlers,
     log_finished_step,
     rewind_to_last_step,
     run_missing_validation,
@@ -32,6 +34,20 @@ def test_the_agreement_on_sigterm_is_no_longer_made(monkeypatch: pytest.MonkeyPa
     drop_sigterm_agreement(run)
     loop._broadcast_sigterm_tensor()
     assert len(broadcasts) == 1
+
+
+def test_lightning_installs_its_signal_handlers_by_the_method_that_is_replaced() -> None:
+    run = trainer()
+    before = signal.getsignal(signal.SIGTERM)
+    keep_signal_handlers(run)
+    run._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before
+    other = trainer()
+    try:
+        other._signal_connector.register_signal_handlers()
+        assert signal.getsignal(signal.SIGTERM) is not before
+    finally:
+        other._signal_connector.teardown()
 
 
 def test_micro_batches_of_an_unfinished_window_are_forgotten() -> None:

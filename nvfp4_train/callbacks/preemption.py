@@ -18,7 +18,7 @@ from lightning import Callback, Trainer
 from torch import distributed
 
 from nvfp4_train.errors import RunError
-from nvfp4_train.lightning_quirks import drop_sigterm_agreement, log_finished_step
+from nvfp4_train.lightning_quirks import drop_sigterm_agreement, keep_signal_handlers, log_finished_step
 from nvfp4_train.module import QATModule
 from nvfp4_train.saving import remove
 from nvfp4_train.strategy import FullyShardedStrategy, timeout_of
@@ -74,6 +74,7 @@ class Preemption(Callback):
             self._is_running = True
             self._is_ending = False
             self._exit_code = 0
+            keep_signal_handlers(trainer)
             self._install()
 
     def on_fit_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -85,8 +86,6 @@ class Preemption(Callback):
             drop_sigterm_agreement(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        # Lightning has put its handlers before ours by now; when training has ended, it puts ours back.
-        self._install()
         # Before training there is nothing to save.
         signal.signal(signal.SIGINT, self._handle)
         self._last_step = trainer.global_step

@@ -65,3 +65,12 @@ def test_a_run_that_is_preempted_twice_and_killed(ranks: int, whole_run: Callabl
     assert f"ckpt_path=auto: {newer} was cut short and is not used" in resumed.stdout
     assert f"ckpt_path=auto: {checkpoint}" in resumed.stdout
     assert_same_end(whole_run(ranks), run_dir)
+
+
+def test_a_signal_before_training_starts_saves_after_the_first_step(tmp_path: Path) -> None:
+    """Lightning took it for the end of the run, which ended with exit code 0 and without a checkpoint."""
+    signalled = ("+callbacks.stop._target_=stop_at_step.SignalBeforeTraining", f"+callbacks.stop.number={int(signal.SIGTERM)}")
+    stopped = launch(tmp_path / "run", *OPTIONS, trainer(0), *signalled, check=False)
+    assert stopped.returncode == EXIT_CODE, stopped.stderr[-3000:]
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    assert checkpoint.name == "preempted-step-0000001.ckpt"
