@@ -56,15 +56,16 @@ def _refuse(piece: Piece, wrong: int) -> None:
         raise ExportError(f"values: {piece.tensor} {piece.message.format(wrong)}")
 
 
-def plain_pieces(key: str, stored: StoredTensor, expected: np.ndarray) -> Iterator[Piece]:
-    """Of a tensor whose bytes, uint8 [num_bytes], have to be the expected ones."""
+def plain_pieces(key: str, stored: StoredTensor, expected: np.ndarray, elements: int | None = None) -> Iterator[Piece]:
+    """Of a tensor whose bytes, uint8 [num_bytes], have to be the expected ones; `elements` of two bytes each make a piece."""
 
     def count_wrong(first: int, last: int) -> int:
         got = np.fromfile(stored.path, np.uint8, last - first, offset=stored.start + first)
         return int(not np.array_equal(got, expected[first:last]))
 
-    for first in range(0, stored.num_bytes, 2 * READ_ELEMENTS):
-        last = min(first + 2 * READ_ELEMENTS, stored.num_bytes)
+    step = 2 * (elements or READ_ELEMENTS)
+    for first in range(0, stored.num_bytes, step):
+        last = min(first + step, stored.num_bytes)
         yield Piece(key, last - first, partial(count_wrong, first, last), "differs from the expected weight")
 
 
@@ -76,11 +77,13 @@ class Packed:
     codes: StoredTensor
     block_scales: StoredTensor
     stored_scale: np.float32
+    elements: int | None = None
+    """Elements of a piece; None for `READ_ELEMENTS`."""
 
     def rows(self, first: int, count: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Some rows, in parts of `DECODED_ELEMENTS`: their place, and what `decode` takes."""
         codes, scales = self.codes.bytes(first, count), self.block_scales.bytes(first, count)
-        step = max(1, DECODED_ELEMENTS // (2 * codes.shape[1]))
+        step = max(1, min(DECODED_ELEMENTS, self.elements or READ_ELEMENTS) // (2 * codes.shape[1]))
         for row in range(0, count, step):
             part = slice(row, min(row + step, count))
             yield slice(first + part.start, first + part.stop), codes[part], scales[part]
@@ -88,7 +91,7 @@ class Packed:
     def row_ranges(self) -> Iterator[tuple[int, int]]:
         """First row and number of rows of every piece."""
         num_rows, row_bytes = self.codes.shape
-        step = max(1, READ_ELEMENTS // (2 * row_bytes))
+        step = max(1, (self.elements or READ_ELEMENTS) // (2 * row_bytes))
         for first in range(0, num_rows, step):
             yield first, min(step, num_rows - first)
 
@@ -130,7 +133,7 @@ class Packed:
         return wrong
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def decoding_table(decode: Decode, stored_scale: bytes, factor: float) -> np.ndarray:
     """By a reader's `decode`: the bf16 bits of both codes of a byte under a block scale, uint32 [65536], at scale << 8 | byte.
 

@@ -49,6 +49,8 @@ from nvfp4_train.quant.policy import sibling_set
 
 FORBIDDEN_IN_KEYS = ("base_layer", "_orig_mod", "_fsdp", "quantizer", "amax", "zero_point", "weight_shape")
 SCALES_OF_ACTIVATIONS = (".input_scale", ".input_global_scale")
+ELEMENTS_AT_ONCE: int | None = None
+"""Elements that a thread reads at once; None for what is fastest. Fewer take less memory beside the largest matrix."""
 SCALE_BYTES = np.flatnonzero((E4M3_TABLE >= E4M3_MIN) & (E4M3_TABLE <= 448))
 """Block scales that a folder may hold, as bytes: E4M3 ascends with them."""
 
@@ -374,7 +376,8 @@ def _pieces(exported: _Exported, expected: Mapping[str, Tensor]) -> Iterator[Pie
             module = key.removesuffix(".weight")
             if key != module and module in exported.quantized:
                 codes, block_scales = (exported.part(module, part) for part in (reader.codes, reader.block_scales))
-                packed = Packed(reader, codes, block_scales, exported.stored_scale(module))
+                packed = Packed(reader, codes, block_scales, exported.stored_scale(module), ELEMENTS_AT_ONCE)
                 yield from packed.pieces(module, tensor.view(torch.int16).numpy().view(np.uint16))
             else:
-                yield from plain_pieces(key, exported.stored[key], tensor.view(-1).view(torch.uint8).numpy())
+                raw = tensor.view(-1).view(torch.uint8).numpy()
+                yield from plain_pieces(key, exported.stored[key], raw, ELEMENTS_AT_ONCE)
