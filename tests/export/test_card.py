@@ -224,10 +224,10 @@ def test_an_export_of_masters_tells_of_the_folder_and_of_nothing_else(cases: Cas
         assert f"- {line}" in text
 
 
-def test_no_private_path_is_in_a_folder(cases: CaseOf, tmp_path: Path):
+def test_no_private_path_is_in_a_folder(cases: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = cases("llama")
     config = copy.deepcopy(model.config)
-    config._name_or_path = str(tmp_path / "private" / "my-llama")
+    monkeypatch.setattr(config, "_name_or_path", str(tmp_path / "private" / "my-llama"))
     export_model(tmp_path / "out", FromMasters(model.weights, model.manifest, config))
     text = (tmp_path / "out" / "README.md").read_text()
     assert front_matter(text)["base_model"] == "my-llama"

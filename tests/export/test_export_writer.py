@@ -264,9 +264,9 @@ def test_expected_weights_that_differ_fail_the_export(cases: CaseOf, tmp_path: P
     assert names_in(tmp_path) == []
 
 
-def test_config_is_served_in_bf16_and_tells_no_path(cases: CaseOf, tmp_path: Path):
+def test_config_is_served_in_bf16_and_tells_no_path(cases: CaseOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = cases("llama").config
-    config._name_or_path = "/home/someone/model"
+    monkeypatch.setattr(config, "_name_or_path", "/home/someone/model")
     cases("llama").export(tmp_path / "out", generation_config=GenerationConfig(do_sample=True, top_k=7))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == "bfloat16"
