@@ -81,7 +81,7 @@ class Run:
     def start(self) -> None:
         shutil.rmtree(self.pids, ignore_errors=True)
         ranks, trainer = SETUPS[self.setup]
-        callback = ("+callbacks.pid._target_=faulty.WritePid", f"+callbacks.pid.folder={self.pids}")
+        callback = ("+callbacks.pid._target_=write_pid.WritePid", f"+callbacks.pid.folder={self.pids}")
         python, server = forked_python()
         torchrun = ("--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
         options = (*STEPS, *trainer, f"trainer.accelerator={self.accelerator}", *callback)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nvfp4_train.errors import one_line
 from nvfp4_train.export.convert import TARGETS, convert_folder
 from nvfp4_train.progress import progress
 
@@ -27,7 +28,7 @@ def main() -> None:
     try:
         report = convert_folder(args.source, args.target, to=args.to, overwrite=args.overwrite, progress=progress)
     except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit(f"error: {one_line(error)}")
     print(report)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nvfp4_train.errors import RunError
+from nvfp4_train.errors import RunError, one_line
 from nvfp4_train.export import export_model
 from nvfp4_train.export.checkpoint import load_checkpoint
 from nvfp4_train.export.folder import check_target
@@ -17,8 +17,8 @@ from nvfp4_train.export.masters import FromMasters
 from nvfp4_train.export.passed_through import PassedThrough
 from nvfp4_train.export.registry import BOTH, folders_of, known_formats
 from nvfp4_train.export.writer import MAX_SHARD_BYTES
+from nvfp4_train.load_errors import reading
 from nvfp4_train.progress import progress
-from nvfp4_train.reading import reading
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
             )
             print(report, flush=True)
     except (RunError, ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

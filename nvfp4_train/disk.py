@@ -68,9 +68,10 @@ def disk_error(error: BaseException, folder: Path) -> str | None:
         return None
     if isinstance(error, DiskError):
         return str(error)
-    # The system names the file where it was opened, not where it was written.
-    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder / "metrics.csv"
-    return str(not_written(path, path.name if error.filename else "a log", error))
+    # The system names a file where it was opened, but not where it was written.
+    is_named = isinstance(error.filename, str | bytes)
+    path = Path(os.fsdecode(error.filename)) if is_named else folder
+    return str(not_written(path, path.name if is_named else "a file of the run", error))
 
 
 @contextmanager

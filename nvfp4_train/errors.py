@@ -1,6 +1,11 @@
 """Errors that end a run with one line in place of a traceback."""
 
 
+def one_line(error: object) -> str:
+    """The message of an error without its line ends."""
+    return " ".join(str(error).split())
+
+
 class RunError(Exception):
     """What the user can correct, or must decide, at any moment of a run. Its message is one line, and the exit code is 1.
 

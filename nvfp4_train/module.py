@@ -116,7 +116,6 @@ class QATModule(L.LightningModule):
                 f"trainer.precision must be 32-true where the model computes in float32, got bf16-mixed; {reason}: set "
                 "trainer.precision=32-true, or model.compute_dtype=bfloat16"
             )
-
         if self.model_config.attn_implementation == "flex_attention" and self.trainer.strategy.root_device.type == "cpu":
             raise ValueError(
                 "model.attn_implementation=flex_attention computes no gradients on a CPU; set another, or trainer=gpu"

@@ -57,7 +57,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def copy(path: Path, target: Path) -> None:
+def copy_checkpoint(path: Path, target: Path) -> None:
     """Give a checkpoint of either kind a second name. Both share the bytes on disk, where the disk can do that."""
     partial = _partial(target)
     remove(partial)

@@ -18,7 +18,8 @@ ALLOWED = {
     "metrics": (set(), set()),
     "progress": (set(), set()),
     "finite": (set(), set()),
-    "reading": (set(), set()),
+    "load_errors": (set(), set()),
+    "ranks": (set(), set()),
     "loggers": (set(), {"lightning", "wandb"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
@@ -31,8 +32,8 @@ ALLOWED = {
     "optim": (set(), set()),
     "kernels": ({"kernels"}, set()),
     "quant": ({"kernels", "quant", "metrics"}, set()),
-    "models": ({"kernels", "quant", "progress", "reading", "models"}, {"transformers"}),
-    "data": ({"lightning_quirks", "reading", "data"}, {"lightning", "transformers", "datasets"}),
+    "models": ({"kernels", "quant", "progress", "load_errors", "models"}, {"transformers"}),
+    "data": ({"lightning_quirks", "load_errors", "ranks", "data"}, {"lightning", "transformers", "datasets"}),
     "export": ({"kernels", "quant", "models", "checkpoints", "disk", "parallel", "progress", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "disk", "saving"}, {"lightning"}),
     "module": (
@@ -61,6 +62,7 @@ ALLOWED = {
     ),
     "run": (
         {
+            "ranks",
             "models",
             "losses",
             "checkpoints",

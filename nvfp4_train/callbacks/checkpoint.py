@@ -11,7 +11,7 @@ from torch import Tensor
 from nvfp4_train.callbacks.preemption import Preempted
 from nvfp4_train.errors import RunError
 from nvfp4_train.module import QATModule
-from nvfp4_train.saving import copy
+from nvfp4_train.saving import copy_checkpoint
 
 _HELD_OUT = "val/"
 """What the names of metrics on held-out text begin with."""
@@ -98,7 +98,7 @@ class Checkpoint(ModelCheckpoint):
             and restored
             and not _is_same(last, Path(restored))
         ):
-            copy(Path(restored), last)
+            copy_checkpoint(Path(restored), last)
 
     def on_exception(self, trainer: Trainer, pl_module: QATModule, exception: BaseException) -> None:  # type: ignore[override]
         # A run that was preempted has saved, and one that ends with a RunError cannot or must not.

@@ -65,15 +65,15 @@ class Requantize(Callback):
                     f"quant.start_step={start_step}: quantization, which had begun before this checkpoint, begins anew"
                 )
             self._has_switched, self._metrics_at_switch = False, {}
-        self._forget_other_measures(pl_module, measure_of(trainer, pl_module))
+        self._forget_other_measures(trainer, pl_module)
         self._after_step(trainer, pl_module)
         if not self._has_switched:
             # Else the run would find out at the switch.
             self._check_data(trainer, pl_module)
 
-    def _forget_other_measures(self, pl_module: QATModule, ours: dict[str, Any]) -> None:
-        """Drop metrics at the switch that are of other held-out text or another loss: those of the end would be no pair with them."""
-        if others := changed(self._measured_by, ours):
+    def _forget_other_measures(self, trainer: Trainer, pl_module: QATModule) -> None:
+        """Drop metrics at the switch that were measured otherwise, see `measure_of`: those of the end would be no pair with them."""
+        if others := changed(self._measured_by, measure_of(trainer, pl_module)):
             pl_module.print(
                 f"what was measured at the switch is left out: {' and '.join(others)} changed since, so the end cannot be compared"
             )
@@ -102,7 +102,8 @@ class Requantize(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
         if VAL_LOSS_QUANTIZED not in pl_module.results:
-            if self._metrics_at_switch:
+            self._forget_other_measures(trainer, pl_module)
+            if self._has_switched:
                 pl_module.update()
             run_missing_validation(trainer)
             self._report_end(trainer, pl_module)

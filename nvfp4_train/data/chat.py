@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
+from nvfp4_train.data.cache import cache_errors
 from nvfp4_train.data.rows import Columns
-from nvfp4_train.data.sources import cache_errors
 
 COLUMNS = ("messages", "conversations")
 """The columns that hold conversations by their usual names."""

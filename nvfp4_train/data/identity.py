@@ -42,7 +42,7 @@ def check_same_data(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         return
     options = [name for name in given["identity"] if saved["identity"].get(name) != given["identity"][name]]
     differences = [
-        f"{name}: {_shown(saved['identity'].get(name))} in the checkpoint's run, {_shown(given['identity'][name])} now"
+        f"{name}: {as_written(saved['identity'].get(name))} in the checkpoint's run, {as_written(given['identity'][name])} now"
         for name in options
     ]
     reason = "; ".join(differences) or f"the text of data.path={given['identity']['data.path']!r} has changed"
@@ -52,5 +52,6 @@ def check_same_data(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     )
 
 
-def _shown(value: Any) -> str:
+def as_written(value: Any) -> str:
+    """A value as it is written on a command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 import datasets
 
 from nvfp4_train.data.card import Configuration, configurations, split_by
+from nvfp4_train.data.file_bytes import COMPRESSIONS, ReadError
 from nvfp4_train.data.notices import notice
-from nvfp4_train.data.reading import COMPRESSIONS, ReadError
 from nvfp4_train.data.rows import Columns, has_any, sought
 from nvfp4_train.data.split_names import Name, canonical, choose, name_splits
 

@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 
 from nvfp4_train.data import chat
+from nvfp4_train.data.cache import cache_errors
 from nvfp4_train.data.chat_tokens import check_template, ignores_tools, spell_special
 from nvfp4_train.data.config import DataConfig
 from nvfp4_train.data.identity import NUM_SEQUENCES, check_same_data, fingerprint, identity
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.packing import Packing, left_out_of, pack_and_split
 from nvfp4_train.data.sequences import Sequences
-from nvfp4_train.data.sources import cache_errors, column_names, load_documents, load_rows
+from nvfp4_train.data.sources import column_names, load_documents, load_rows
 from nvfp4_train.data.stream import ScaledSequences, ScaledStream, StreamSampler
 from nvfp4_train.data.tokenizer import largest_id, load_tokenizer
 from nvfp4_train.lightning_quirks import rewind_to_last_step
@@ -221,7 +222,6 @@ class TextDataModule(L.LightningDataModule):
         else:
             documents = self._load_conversations(column)
         packing = Packing(
-            seq_len=config.seq_len,
             special_tokens=config.special_tokens,
             isolate_documents=config.isolate_documents,
             too_long=config.too_long or ("split" if column is None else "cut"),

@@ -2,7 +2,8 @@
 
 import functools
 import logging
-import os
+
+from nvfp4_train.ranks import is_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -10,5 +11,5 @@ log = logging.getLogger(__name__)
 @functools.cache
 def notice(message: str) -> None:
     """Log `message` as a warning. `prepare_data` and `setup` read the same data on every rank, and one line is enough."""
-    if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if is_rank_zero():
         log.warning(message)

@@ -14,10 +14,11 @@ from datasets import Dataset, Features, Value
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
+from nvfp4_train.data.cache import cache_errors
 from nvfp4_train.data.chat_tokens import encode_chats
 from nvfp4_train.data.notices import notice
 from nvfp4_train.data.sequences import PackedSequences, Sequences, WholeDocuments
-from nvfp4_train.data.sources import cache_errors, distinct_documents, split_documents
+from nvfp4_train.data.sources import distinct_documents, split_documents
 from nvfp4_train.data.tokenizer import surroundings
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ _PLACES = 8
 class Packing:
     """How documents become sequences. See the options of the same names; they have been checked, and null has been decided."""
 
-    seq_len: int
     special_tokens: str = "text"
     isolate_documents: bool = False
     too_long: str = "split"
@@ -43,10 +43,13 @@ class Packing:
     """Whether documents are conversations as `chat.normalized` gives them."""
 
 
-def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, packing: Packing | None = None) -> Dataset:
+PLAIN = Packing()
+"""Of text as it is, in one stream."""
+
+
+def tokenize(documents: Dataset, tokenizer: PreTrainedTokenizerBase, packing: Packing = PLAIN) -> Dataset:
     """One row per document: `input_ids`, and `loss_mask` where only some tokens are trained on. Computed once and then taken from the
     cache of `datasets`."""
-    packing = packing or Packing(seq_len=2)
     options = {"tokenizer": tokenizer, "special_tokens": packing.special_tokens}
     columns = {"input_ids": [Value("int32")]}
     if packing.is_chat and packing.train_on == "assistant":
@@ -71,18 +74,17 @@ def pack_and_split(
     *,
     seq_len: int,
     val_fraction: float,
-    packing: Packing | None = None,
+    packing: Packing = PLAIN,
 ) -> tuple[Subset, Subset]:
     """(training sequences, held-out sequences), at least one of each.
 
     Documents are held out by the hash of their content. Where that leaves a side without a sequence, as with one big file, the
     last sequences are held out instead, and of equal documents one is kept: a copy would stand on both sides.
     """
-    packing = packing or Packing(seq_len=seq_len)
     content = "said" if packing.is_chat else "text"
     sides = split_documents(documents, val_fraction, column=content)
     if all(len(side) for side in sides):
-        train, val = (_pack(tokenize(side, tokenizer, packing), tokenizer, packing) for side in sides)
+        train, val = (_pack(tokenize(side, tokenizer, packing), tokenizer, seq_len, packing) for side in sides)
         if len(train) and len(val):
             return Subset(train, range(len(train))), Subset(val, range(len(val)))
     num_given, documents = len(documents), distinct_documents(documents, column=content)
@@ -91,7 +93,7 @@ def pack_and_split(
             f"Too few different documents to hold some out: {num_copies} of {num_given} documents are copies of others and left out, "
             "so that no text is both trained on and held out."
         )
-    packed = _pack(tokenize(documents, tokenizer, packing), tokenizer, packing)
+    packed = _pack(tokenize(documents, tokenizer, packing), tokenizer, seq_len, packing)
     if len(packed) < 2:
         left_out = left_out_of([packed])
         raise ValueError(
@@ -124,13 +126,11 @@ def left_out_of(packed: Sequence[Sequences]) -> str:
     return "; ".join(parts)
 
 
-def _pack(tokens: Dataset, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> Sequences:
+def _pack(tokens: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: int, packing: Packing) -> Sequences:
     if packing.too_long == "split":
-        return PackedSequences(tokens, packing.seq_len, isolate=packing.isolate_documents)
+        return PackedSequences(tokens, seq_len, isolate=packing.isolate_documents)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return WholeDocuments(
-        tokens, packing.seq_len, cut=packing.too_long == "cut", pad_id=pad_id, isolate=packing.isolate_documents
-    )
+    return WholeDocuments(tokens, seq_len, cut=packing.too_long == "cut", pad_id=pad_id, isolate=packing.isolate_documents)
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special_tokens: str = "text") -> dict[str, list[np.ndarray]]:

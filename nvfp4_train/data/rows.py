@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nvfp4_train.data.reading import BYTE_ORDER_MARK, ReadError, decode, opened, read_text
+from nvfp4_train.data.file_bytes import BYTE_ORDER_MARK, ReadError, decode, opened, read_text
 
 Columns = Mapping[str, Literal["text", "json", "beside", "place"]]
 """What is read, by column: the text of strings, or the JSON text of values of any type.

@@ -4,6 +4,7 @@ The tokens stay in the Arrow file that `Dataset.map` wrote; a sequence is made o
 costs no memory and is not written twice.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from functools import cached_property
 from typing import Any
@@ -74,7 +75,7 @@ class Tokens:
         return max((int(chunk.max()) for chunk in self.chunks["input_ids"] if len(chunk)), default=-1)
 
 
-class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
+class Sequences(torch.utils.data.Dataset[dict[str, Tensor]], ABC):
     """What both ways to make sequences share.
 
     An item is {"input_ids": int64 [T]}, and where it is not the same for all tokens "loss_mask": bool [T], the tokens to be predicted.
@@ -100,11 +101,11 @@ class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
         """The tokens of sequence `index` that are predicted."""
         return int(self[index]["loss_mask"][1:].sum()) if self.has_mask else self.seq_len - 1
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
     def _item(self, ids: np.ndarray, mask: np.ndarray | None, starts: np.ndarray) -> dict[str, Tensor]:
         """`starts` are places in the sequence at which a document begins."""

@@ -9,19 +9,18 @@ import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from nvfp4_train.data.cache import cache_errors
+from nvfp4_train.data.file_bytes import ReadError, read_text
 from nvfp4_train.data.local_files import LocalFile, find_files, is_named_as_data, text_files, walk
 from nvfp4_train.data.notices import notice
-from nvfp4_train.data.reading import ReadError, read_text
 from nvfp4_train.data.rows import Columns, Row, check_columns, converted, first_columns, lookup, read_rows, sought
 
 log = logging.getLogger(__name__)
@@ -174,18 +173,6 @@ def stdlib_files() -> list[Path]:
     if not files:
         raise ValueError(f"data.path='{PYTHON_STDLIB}' found no Python sources in {root}; set data.path to other text")
     return files
-
-
-@contextmanager
-def cache_errors() -> Iterator[None]:
-    """Where the cache of `datasets` cannot be written, a ValueError names it in place of an OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"the cache of the data, {datasets.config.HF_DATASETS_CACHE}, cannot be written: {error}. Make room, or set "
-            "HF_DATASETS_CACHE to another folder."
-        ) from error
 
 
 def _files(path: str, split: str, config_name: str | None, columns: Columns, *, tells: bool = True) -> tuple[LocalFile, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nvfp4_train.reading import reading
+from nvfp4_train.load_errors import reading
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token of the byte tokenizer: begin, end and padding."""

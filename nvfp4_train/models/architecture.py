@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from nvfp4_train.errors import one_line
+from nvfp4_train.load_errors import reading
 from nvfp4_train.models.quirks import give_text_outputs_images
-from nvfp4_train.reading import one_line, reading
 
 OUTSIDE = "not part of the language model"
 """Why a linear of a tower or a projector stays in bf16."""

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from nvfp4_train.load_errors import reading
 from nvfp4_train.models.architecture import model_class, modules_outside, naming_packages, read_config
 from nvfp4_train.models.originals import dequantizing, forget_quantization, take_quantization
 from nvfp4_train.models.quirks import (
@@ -25,7 +26,6 @@ from nvfp4_train.models.quirks import (
 from nvfp4_train.models.served_dtype import class_of, served_dtypes
 from nvfp4_train.models.weight_files import weight_files
 from nvfp4_train.quant.served import SERVED_DTYPE
-from nvfp4_train.reading import reading
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

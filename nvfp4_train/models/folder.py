@@ -19,13 +19,13 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from nvfp4_train.load_errors import reading
 from nvfp4_train.models.causal_lm import ModelConfig, empty_model, read_original, refuse_other_tensors
 from nvfp4_train.models.sharding import local_rows
 from nvfp4_train.models.weight_files import safetensors_files
 from nvfp4_train.progress import progress
 from nvfp4_train.quant.experts import held_rows_first
 from nvfp4_train.quant.served import SERVED_DTYPE
-from nvfp4_train.reading import reading
 
 
 @dataclass(frozen=True, kw_only=True)

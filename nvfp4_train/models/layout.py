@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
+from nvfp4_train.errors import one_line
 from nvfp4_train.models.architecture import OUTSIDE, parameters_outside
 from nvfp4_train.models.served_dtype import dtypes_of_plain, plain_model
 from nvfp4_train.quant.experts import ExpertWeight, find_experts
@@ -280,7 +281,7 @@ class HubLayout:
         except ValueError as error:
             raise ValueError(
                 f"transformers does not tell how tensors of {self.architecture} are joined on disk, one after the other, so they "
-                f"cannot be written: {' '.join(str(error).split())[:200]}"
+                f"cannot be written: {one_line(error)[:200]}"
             ) from error
 
 

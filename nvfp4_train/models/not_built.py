@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from nvfp4_train.load_errors import reading
 from nvfp4_train.models.causal_lm import ModelConfig, read_original
 from nvfp4_train.models.folder import is_ignored
 from nvfp4_train.models.layout import prefixes, shown
@@ -24,7 +25,6 @@ from nvfp4_train.models.originals import SCALES_OF_FP8, SCALES_OF_INPUTS, block_
 from nvfp4_train.models.stored_dtypes import STORED_DTYPES, STORED_NAMES
 from nvfp4_train.models.weight_files import weight_files
 from nvfp4_train.quant.served import SERVED_DTYPE
-from nvfp4_train.reading import reading
 
 COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids)$")
 """Buffers that every reader computes."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from nvfp4_train.reading import LFS_POINTER, damaged_settings, lfs_pointer, one_line, reading
+from nvfp4_train.errors import one_line
+from nvfp4_train.load_errors import LFS_POINTER, damaged_settings, lfs_pointer, reading
 
 AGAIN = "download it again"
 

@@ -21,8 +21,9 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nvfp4_train.errors import JobFailed
-from nvfp4_train.run.identity import choose_run_id, keep_earlier, wandb_id
+from nvfp4_train.errors import JobFailed, one_line
+from nvfp4_train.run.identity import choose_run_id, wandb_id
+from nvfp4_train.run.resume import keep_earlier
 
 PATH_OPTIONS = ("ckpt_path", "model.path", "data.path", "data.tokenizer", "data.chat_template", "loss.teacher_path")
 """Options that may be paths, of the folder in which the command was given."""
@@ -95,7 +96,7 @@ def start_job(root: Path, main: Callable[[], Any]) -> None:
         sys.exit(1)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        sys.exit("error: " + " ".join(f"{error} {cause}".split()))
+        sys.exit(f"error: {one_line(f'{error} {cause}')}")
     except OSError as error:
         # A job lets none through.
         sys.exit(f"error: run_dir cannot be made: {error}")

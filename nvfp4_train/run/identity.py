@@ -1,4 +1,4 @@
-"""What names a run: one run folder on all ranks, one wandb run per folder, and a name of its own for what an earlier run left."""
+"""What names a run: one run folder on all ranks, and one wandb run per folder."""
 
 import hashlib
 import os
@@ -8,11 +8,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-
-def is_rank_zero() -> bool:
-    """Whether this is rank 0, by the environment of the process: there is no process group yet."""
-    # Of torchrun, of Lightning's own launcher, of srun.
-    return next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0") == "0"
+from nvfp4_train.ranks import is_rank_zero
 
 
 def choose_run_id() -> str:
@@ -50,14 +46,6 @@ def of_rank_zero(name: str, value: str, run_dir: str = "") -> str:
     if is_rank_zero():
         store.set(key, value)
     return store.get(key).decode()
-
-
-def keep_earlier(path: Path) -> None:
-    """Give a file of an earlier run in the folder a numbered name, NAME.1.SUFFIX or the next that is free."""
-    number = 1
-    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(earlier)
 
 
 def wandb_id(run_dir: str) -> str:

@@ -15,12 +15,11 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from nvfp4_train.callbacks.preemption import INTERRUPTED_EXIT_CODE, Preempted
 from nvfp4_train.disk import disk_error
-from nvfp4_train.errors import RunError
-from nvfp4_train.module import QATModule
+from nvfp4_train.errors import RunError, one_line
 from nvfp4_train.progress import tame_other_bars
+from nvfp4_train.ranks import is_rank_zero
 from nvfp4_train.run.build import build
 from nvfp4_train.run.compose import failed_job, save_config
-from nvfp4_train.run.identity import is_rank_zero
 from nvfp4_train.run.lock import lock_folder
 from nvfp4_train.run.process import default_to_offline_wandb, finishing_wandb, leave_process_group
 from nvfp4_train.run.resume import choose_checkpoint, clear_partials, record_origin
@@ -39,31 +38,34 @@ def run_job(options: dict[str, Any], *, trains: bool = True) -> float | None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_float32_matmul_precision("high")
     L.seed_everything(options["seed"], verbose=False)
-    modules: list[QATModule] = []
     try:
         # Lightning may start the other ranks itself, which are of this run.
         with lock_folder(Path(options["run_dir"]), sys.argv) if is_rank_zero() else nullcontext():
-            return _run(options, modules, trains)
+            return _run(options, trains)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
-        has_started = any(module.has_started for module in modules)
-        _print_error(error, Path(options["run_dir"]), has_started=has_started)
+        _print_error(error, Path(options["run_dir"]))
         raise failed_job() from error
 
 
-def _run(options: dict[str, Any], modules: list[QATModule], trains: bool) -> float | None:
-    options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], Path(options["run_dir"]) / "checkpoints")
-    if is_rank_zero():
-        clear_partials(Path(options["run_dir"]))
-    trainer, module, data = build(options, trains=trains)
-    modules.append(module)
-    trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: _record(options)))  # type: ignore[attr-defined]
+def _run(options: dict[str, Any], trains: bool) -> float | None:
+    """Raises RunError for what the user can correct, whatever it was before training began."""
+    run_dir, module = Path(options["run_dir"]), None
     try:
+        options["ckpt_path"] = choose_checkpoint(options["ckpt_path"], run_dir / "checkpoints")
+        if is_rank_zero():
+            clear_partials(run_dir)
+        trainer, module, data = build(options, trains=trains)
+        trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: _record(options)))  # type: ignore[attr-defined]
         trainer.fit(module, data, ckpt_path=options["ckpt_path"], weights_only=True)
     except Preempted:
         atexit.register(leave_process_group)
         raise
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if (module is not None and module.has_started) or isinstance(error, RunError):
+            raise
+        raise RunError(disk_error(error, run_dir) or str(error)) from error
     atexit.register(leave_process_group)
     return module.results.get("val/loss_quantized")
 
@@ -75,13 +77,12 @@ def _record(options: dict[str, Any]) -> None:
         record_origin(options["ckpt_path"], Path(options["run_dir"]))
 
 
-def _print_error(error: Exception, run_dir: Path, *, has_started: bool) -> None:
+def _print_error(error: Exception, run_dir: Path) -> None:
     """A line for what the user can correct, else the traceback."""
     if isinstance(error, RunError) and error.is_on_all_ranks and not is_rank_zero():
         return
-    of_user = (RunError,) if has_started else (RunError, ValueError, OSError, MisconfigurationException)
-    line = disk_error(error, run_dir) or (str(error) if isinstance(error, of_user) else None)
+    line = str(error) if isinstance(error, RunError) else disk_error(error, run_dir)
     if line is None:
         traceback.print_exception(error)
     else:
-        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(line)}", file=sys.stderr, flush=True)

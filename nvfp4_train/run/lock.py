@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 try:
@@ -115,7 +116,7 @@ def _holder(descriptor: int, wait_s: float = 0.0) -> dict[str, Any]:
 
 
 def _refusal(folder: Path, holder: dict[str, Any]) -> RunError:
-    command = f": {holder['command']}" if holder.get("command") else ""
+    command = f": {shorten(holder['command'], 200, placeholder=' ...')}" if holder.get("command") else ""
     return RunError(
         f"run_dir must be a folder that no other run is in, got {folder}, where process {holder.get('pid', 'unknown')} on "
         f"{holder.get('host', 'an unknown host')} has run since {holder.get('since', 'an unknown time')}{command}; wait for its end, "

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 from torch import distributed
 
-INTERRUPTED = 130
-"""What a shell says of a command that Ctrl-C ended."""
+from nvfp4_train.callbacks.preemption import INTERRUPTED_EXIT_CODE
 
 
 def default_to_offline_wandb() -> None:
@@ -33,11 +32,11 @@ def finishing_wandb() -> Iterator[None]:
         yield
         exit_code = 0
     except KeyboardInterrupt:
-        exit_code = INTERRUPTED
+        exit_code = INTERRUPTED_EXIT_CODE
         raise
     except SystemExit as exit:
         if isinstance(exit.__context__, KeyboardInterrupt):
-            exit.code = INTERRUPTED
+            exit.code = INTERRUPTED_EXIT_CODE
         # A message in place of a code is printed, and the code is 1.
         exit_code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
         raise

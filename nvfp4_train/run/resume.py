@@ -13,8 +13,10 @@ from nvfp4_train.checkpoints import (
     read_unsharded,
     saved_step,
 )
+from nvfp4_train.data.identity import as_written
 from nvfp4_train.export.folder import partial_folders
-from nvfp4_train.run.identity import has_agent_store, is_rank_zero, keep_earlier, of_rank_zero
+from nvfp4_train.ranks import is_rank_zero
+from nvfp4_train.run.identity import has_agent_store, of_rank_zero
 from nvfp4_train.saving import remove_partials, set_aside
 
 SUFFIX = ".ckpt"
@@ -138,8 +140,8 @@ def check_options(path: Path, step: int, saved: Mapping[str, Any], given: Mappin
         there, here = option_value(saved, option), option_value(given, option)
         if there != here:
             raise ValueError(
-                f"{option} must be as in the run that saved {path} (step {step}), {_shown(there)}, which has acted on it, got "
-                f"{_shown(here)}; set {option}={_shown(there)}, or start from an earlier checkpoint"
+                f"{option} must be as in the run that saved {path} (step {step}), {as_written(there)}, which has acted on it, got "
+                f"{as_written(here)}; set {option}={as_written(there)}, or start from an earlier checkpoint"
             )
 
 
@@ -161,16 +163,19 @@ def option_value(options: Mapping[str, Any], option: str) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    """As it is written on a command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def clear_partials(run_dir: Path) -> None:
     """Delete what killed runs left half-written in a folder, which takes the room of what is to come. Call it while it is locked."""
     remove_partials(run_dir / "checkpoints")
     for partial in partial_folders(run_dir):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def keep_earlier(path: Path) -> None:
+    """Give a file of an earlier run in the folder a numbered name, NAME.1.SUFFIX or the next that is free."""
+    number = 1
+    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(earlier)
 
 
 def keep_earlier_metrics(run_dir: Path) -> None:

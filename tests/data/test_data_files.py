@@ -455,7 +455,7 @@ def test_an_edited_table_is_read_again_and_an_equal_one_is_not(tmp_path: Path, m
 def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.txt", "text")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nope"))
-    assert "the cache of the data, /proc/nope, cannot be written" in error_of(file)
+    assert "the cache of datasets, /proc/nope, cannot be written" in error_of(file)
 
 
 def test_a_full_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,8 +466,8 @@ def test_a_full_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = write(tmp_path / "a.txt", "text")
     monkeypatch.setattr(sources, "read_rows", read_rows)
     message = error_of(file)
-    assert message.startswith("the cache of the data, ")
-    assert "No space left on device. Make room" in message
+    assert message.startswith("the cache of datasets, ")
+    assert "No space left on device); make room" in message
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

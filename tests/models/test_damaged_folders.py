@@ -13,11 +13,11 @@ from tiny_models import tiny_model
 
 from nvfp4_train.data.cache import check_data_cache
 from nvfp4_train.data.tokenizer import byte_tokenizer, load_tokenizer
+from nvfp4_train.load_errors import reading
 from nvfp4_train.models.causal_lm import ModelConfig, load_config, load_frozen, load_model
 from nvfp4_train.models.folder import open_folder
 from nvfp4_train.models.not_built import original_files
 from nvfp4_train.models.weight_files import check_folder
-from nvfp4_train.reading import reading
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 SHARD = "model-00003-of-00003.safetensors"

@@ -175,6 +175,17 @@ def test_numbers_of_another_quantization_are_not_put_beside_each_other(first: Pa
     assert "val/loss_ptq" not in found
 
 
+def test_nor_are_those_of_other_held_out_text_where_no_step_is_left(first: Path, tmp_path: Path) -> None:
+    """Then training does not start, and the end alone is measured."""
+    options = ("trainer.max_steps=3", "quant.start_step=1", "optim.warmup_steps=2", "data.val_sequences=3")
+    resumed = launch(tmp_path / "run", *SHORT, f"ckpt_path={first}/checkpoints/last.ckpt", *options)
+    assert "what was measured at the switch is left out: the held-out text changed since" in resumed.stdout
+    found = metrics(tmp_path / "run")
+    assert found["step"] == 3
+    assert "val/loss_quantized" in found
+    assert "val/loss_ptq" not in found
+
+
 def test_a_run_that_has_done_its_steps_gets_a_last_checkpoint_that_is_whole(first: Path, tmp_path: Path) -> None:
     run_dir, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     shutil.copytree(first / "checkpoints", checkpoints)

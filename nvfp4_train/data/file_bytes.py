@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nvfp4_train.load_errors import LFS_POINTER
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _CHUNK_BYTES = 1 << 17
-# What stands in a checkout of Git LFS in place of a file that was not fetched.
-_POINTER_START = b"version https://git-lfs"
 _POINTER_BYTES = 1024
 
 
@@ -30,7 +30,7 @@ def opened(file: str) -> Iterator[BinaryIO]:
     try:
         with Path(file).open("rb") as raw:
             start = raw.peek(_POINTER_BYTES)[:_POINTER_BYTES]
-            if len(start) < _POINTER_BYTES and start.startswith(_POINTER_START):
+            if len(start) < _POINTER_BYTES and start.startswith(LFS_POINTER):
                 raise ReadError(f"{file} is a pointer of Git LFS in place of the data; fetch it with `git lfs pull`")
             suffix = Path(file).suffix.lower()
             if suffix in COMPRESSIONS and not start:

@@ -10,10 +10,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from nvfp4_train.errors import one_line
+
 SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.index.json")
 """Files of a folder that are JSON, as patterns."""
 
 LFS_POINTER = b"version https://git-lfs"
+"""What stands in a checkout of Git LFS in place of a file that was not fetched begins so."""
 
 KNOWN = (OSError, ValueError, ImportError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
 """What the loaders raise for what the user can correct. All else is a fault, and a traceback."""
@@ -43,10 +46,6 @@ def _fault(error: Exception, path: str) -> str:
     if isinstance(error, OSError) and not Path(path).exists():
         return f"could not be read as a local folder or reached as a hub name: {one_line(error)}"
     return one_line(error) if isinstance(error, KNOWN) else f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def damaged_settings(path: str) -> str | None:
