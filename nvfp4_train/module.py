@@ -1,15 +1,17 @@
 """The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from numpy.typing import NDArray
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 from nvfp4_train.checkpoints import check_same_weights, shapes
 from nvfp4_train.finite import Diverged, bad_weights, describe, gradient_norms
 from nvfp4_train.lightning_quirks import run_missing_validation
-from nvfp4_train.losses.base import Batch, Loss, num_positions
+from nvfp4_train.losses.base import Batch, Loss, SequenceLoss, num_positions, num_positions_per_sequence
 from nvfp4_train.losses.next_token import NextTokenLoss
 from nvfp4_train.models.architecture import check_same_config
 from nvfp4_train.models.build import ModelBuilder, build_model
@@ -31,6 +33,7 @@ from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.policy import QuantConfig, Selection
 from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.sequence_metrics import SequenceMetrics
 from nvfp4_train.strategy import FullyShardedStrategy
 
 SHARDING_STRATEGIES = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
@@ -207,29 +210,51 @@ class QATModule(L.LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.loss(self.model, batch)
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means of the loss, by the name `loss`, and of its metrics, in the current state of the weights.
+        """The means of `measure`."""
+        return self.measure(batches).means()
 
-        They are over all positions that count of the batches of all ranks. The clock stands still meanwhile. Raises ValueError if no
-        position counts.
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> SequenceMetrics:
+        """The loss, by the name `loss`, and its metrics of every sequence of the batches of all ranks, with the weights as they are.
+
+        A rank has every world_size-th sequence of the held-out text. The clock stands still meanwhile. Raises ValueError if no position
+        counts. A collective.
         """
         with self.clock.paused():
             was_training = self.training
             self.eval()
-            totals: dict[str, Tensor] = {}
-            num_counted = 0
+            positions: list[Tensor] = []
+            parts: dict[str, list[Tensor]] = {}
             for batch in batches:
-                num_counted += (weight := num_positions(batch))
+                counts = num_positions_per_sequence(batch).double()
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 with self.trainer.precision_plugin.forward_context():
-                    loss, metrics = self._loss(batch)
-                for name, value in {"loss": loss, **metrics}.items():
-                    totals[name] = totals.get(name, 0) + weight * value.double()
+                    found = self._parts(batch)
+                if len(next(iter(found.values()))) < len(counts):
+                    counts = counts.sum(0, keepdim=True)
+                positions.append(counts)
+                for name, of_batch in found.items():
+                    # Parts of the batch's mean, which is over all of its positions.
+                    parts.setdefault(name, []).append(of_batch.double() * counts.sum().to(of_batch.device))
             self.train(was_training)
-            sums = sum_over_ranks({"positions": num_counted} | {name: total.item() for name, total in totals.items()})
-        check_num_positions(sums["positions"])
-        return {name: total / sums["positions"] for name, total in sums.items() if name != "positions"}
+            own = {name: torch.cat(sums).cpu().numpy() for name, sums in parts.items()}
+            of_ranks = gather_from_ranks((torch.cat(positions).cpu().numpy() if positions else np.zeros(0), own))
+        all_positions = interleaved([counts for counts, _ in of_ranks])
+        check_num_positions(all_positions.sum())
+        names = dict.fromkeys(name for _, of_rank in of_ranks for name in of_rank)
+        divisor = np.maximum(all_positions, 1)
+        return SequenceMetrics(
+            all_positions, {name: interleaved([of_rank[name] for _, of_rank in of_ranks]) / divisor for name in names}
+        )
+
+    def _parts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each sequence of a batch adds to its means, [B]; [1] of a loss that knows the means alone."""
+        assert self.model is not None, "configure_model has not run"
+        if isinstance(self.loss, SequenceLoss):
+            return self.loss.per_sequence(self.model, batch)
+        loss, metrics = self._loss(batch)
+        return {name: value.reshape(1) for name, value in {"loss": loss, **metrics}.items()}
 
     def prepare(self, batches: Iterable[tuple[Batch, bool]], progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
         """Calibrate and equalize the model before it is first quantized, see `models.prepare`. Returns lines for the user."""
@@ -342,10 +367,23 @@ def check_num_positions(num_positions: float) -> None:
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Sums by name over all ranks, of which some may lack names. A collective."""
+    """Sums by name over all ranks. A collective."""
+    by_rank = gather_from_ranks(values)
+    return {name: sum(found[name] for found in by_rank) for name in values}
+
+
+def gather_from_ranks(value: Any) -> list[Any]:
+    """The values of all ranks, in their order. A collective."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return values
-    by_rank: list[dict[str, float]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(by_rank, values)
-    names = dict.fromkeys(name for found in by_rank for name in found)
-    return {name: sum(found.get(name, 0.0) for found in by_rank) for name in names}
+        return [value]
+    by_rank: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(by_rank, value)
+    return by_rank
+
+
+def interleaved(of_ranks: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """One array of those of all ranks, each of which has every len(of_ranks)-th entry."""
+    whole = np.zeros(sum(map(len, of_ranks)))
+    for rank, own in enumerate(of_ranks):
+        whole[rank :: len(of_ranks)] = own
+    return whole

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nvfp4_train"
 
-FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "datasets"}
+FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "datasets", "matplotlib"}
 ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
     # What a REPL asks for by name, imported then.
@@ -20,6 +20,8 @@ ALLOWED = {
     "finite": (set(), set()),
     "load_errors": (set(), set()),
     "ranks": (set(), set()),
+    "sequence_metrics": (set(), set()),
+    "pictures": (set(), {"matplotlib"}),
     "loggers": (set(), {"lightning", "wandb"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
@@ -37,7 +39,18 @@ ALLOWED = {
     "export": ({"kernels", "quant", "models", "checkpoints", "disk", "parallel", "progress", "export"}, {"transformers"}),
     "strategy": ({"checkpoints", "disk", "saving"}, {"lightning"}),
     "module": (
-        {"kernels", "quant", "models", "losses", "optim", "finite", "checkpoints", "lightning_quirks", "strategy"},
+        {
+            "kernels",
+            "quant",
+            "models",
+            "losses",
+            "optim",
+            "finite",
+            "checkpoints",
+            "lightning_quirks",
+            "sequence_metrics",
+            "strategy",
+        },
         {"lightning", "transformers"},
     ),
     "callbacks": (

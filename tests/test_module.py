@@ -110,6 +110,30 @@ def test_evaluation_weights_every_position_that_counts_alike() -> None:
         module.evaluate([{"input_ids": ids[:1], "loss_mask": mask[:1]}])
 
 
+def test_sequences_are_measured_one_by_one() -> None:
+    module = make()
+    module._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    ids, mask = torch.randint(0, 64, (3, 12)), torch.rand(3, 12) < 0.4
+    mask[0, 1:] = False
+    found = module.measure([{"input_ids": ids, "loss_mask": mask}])
+    assert found.positions.tolist() == mask[:, 1:].sum(1).tolist()
+    for row in (1, 2):
+        alone = module.evaluate([{"input_ids": ids[row : row + 1], "loss_mask": mask[row : row + 1]}])
+        assert found.values["loss"][row] == pytest.approx(alone["loss"], rel=1e-3)
+
+
+def test_of_a_loss_that_knows_means_alone_batches_are_measured() -> None:
+    module = make()
+    module._trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    own, ids = module.loss, torch.randint(0, 64, (3, 12))
+    batches = [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}]
+    expected = module.evaluate(batches)
+    module.loss = lambda model, batch: own(model, batch)
+    found = module.measure(batches)
+    assert found.positions.tolist() == [24, 12]
+    assert found.means() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_clipping_works_with_the_fused_optimizer_in_every_precision(precision: str) -> None:
     module = make(compute_dtype="bfloat16")

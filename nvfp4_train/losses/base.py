@@ -1,8 +1,9 @@
 """What a loss is, and which positions of a batch it counts."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from nvfp4_train.models.build import ModelBuilder
@@ -30,11 +31,26 @@ class Loss(Protocol):
         """The mean over the batch's positions, a scalar to minimize, and scalars to log beside it by name, means as well."""
 
 
+@runtime_checkable
+class SequenceLoss(Protocol):
+    """A loss that also knows what each sequence adds to its means, without which an evaluation cannot tell how sure they are."""
+
+    def per_sequence(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What the sequences of a batch add to the loss, by the name `loss`, and to the metrics beside it: float32 [B] each, whose
+        sums are what a call gives. Call it where gradients are off."""
+
+
+def num_positions_per_sequence(batch: Batch) -> Tensor:
+    """The positions of each sequence of a batch that count, int64 [B], on the device of the mask, or of the ids without one."""
+    if "loss_mask" not in batch:
+        ids = batch["input_ids"]
+        return torch.full((len(ids),), ids.shape[1], device=ids.device)
+    return batch["loss_mask"][:, 1:].sum(1)
+
+
 def num_positions(batch: Batch) -> int:
     """The positions that a mean over the batch is over: all of them, or those that the mask counts.
 
     Waits for the device of the mask, if there is one.
     """
-    if "loss_mask" not in batch:
-        return batch["input_ids"].numel()
-    return int(batch["loss_mask"][:, 1:].sum())
+    return int(num_positions_per_sequence(batch).sum()) if "loss_mask" in batch else batch["input_ids"].numel()

@@ -133,18 +133,19 @@ def mean_losses(
 
 
 @torch.no_grad()
-def mean_metrics(
+def row_metrics(
     student: Logits, teacher: Logits, positions: Positions, objective: Objective, *, num_rows: int | None = None
 ) -> dict[str, Tensor]:
-    """`mean_losses` without gradients, and the means of `row_metrics`."""
-    totals: dict[str, Tensor] = {}
+    """What every row adds to the means of `mean_losses` and of `divergence.row_metrics`, float32 [N] each, without gradients."""
+    parts: dict[str, list[Tensor]] = {}
     for rows in _chunks(student, num_rows, PLAIN_BYTES):
         pair, own = (student.logits(rows), teacher.logits(rows)), positions[rows]
         losses = divergence.row_losses(*pair, own, objective)
         found = {"divergence": losses[0], "cross_entropy": losses[1], **divergence.row_metrics(*pair, own, objective)}
-        totals = {name: totals.get(name, 0) + values.sum() for name, values in found.items()}
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values)
         del pair
-    return totals
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def rows_at_once(num_columns: int, bytes_per_logit: int = FUSED_BYTES) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_train.losses.base import Batch
-from nvfp4_train.losses.chunked import Logits, ProjectedLogits, WholeLogits, mean_losses, mean_metrics, with_gradients
+from nvfp4_train.losses.chunked import Logits, ProjectedLogits, WholeLogits, mean_losses, row_metrics, with_gradients
 from nvfp4_train.losses.divergence import Divergence, Objective, Positions
 from nvfp4_train.losses.hidden import LayerOutputs, hidden_error
 from nvfp4_train.models.build import ModelBuilder
@@ -92,6 +92,16 @@ class DistillationLoss:
                 )
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, found = self._compute(model, batch)
+        return (loss.sum(), {name: parts.sum() for name, parts in found.items()}) if loss.dim() else (loss, found)
+
+    def per_sequence(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """See `SequenceLoss`. The error of hidden states, which is of a batch, is shared out by positions."""
+        loss, found = self._compute(model, batch)
+        return {"loss": loss, **found}
+
+    def _compute(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics: scalars where there will be a backward, else what each sequence adds to them, [B]."""
         assert self.teacher is not None, "prepare comes first"
         if self._is_chunked is None:
             self._is_chunked = self._find_logit_maps(model, batch["input_ids"])
@@ -105,7 +115,7 @@ class DistillationLoss:
         with torch.no_grad():
             teacher = WholeLogits(compute_logits(self.teacher, *tokens).flatten(0, 1))
             found = self._compare(student, teacher, positions)
-        return self._result(student, found, positions)
+        return self._result(student, found, positions, len(batch["input_ids"]))
 
     def _find_logit_maps(self, model: nn.Module, input_ids: Tensor) -> bool:
         assert self.teacher is not None
@@ -128,7 +138,7 @@ class DistillationLoss:
         # Under FSDP2 a teacher whose output takes part in the backward would be gathered in it.
         with torch.no_grad():
             found = call_within(self.teacher, self._against_teacher, student, batch, positions)
-        return self._result(student, found, positions)
+        return self._result(student, found, positions, len(batch["input_ids"]))
 
     def _against_teacher(self, student: Logits, batch: Batch, positions: Positions) -> dict[str, Tensor]:
         """Called within the teacher."""
@@ -137,11 +147,15 @@ class DistillationLoss:
         return self._compare(student, projected_logits(self.teacher, hidden), positions)
 
     def _compare(self, student: Logits, teacher: Logits, positions: Positions) -> dict[str, Tensor]:
-        function = mean_losses if student.takes_gradients else mean_metrics
+        function = mean_losses if student.takes_gradients else row_metrics
         with torch.autocast(positions.weights.device.type, enabled=False):
             return function(student, teacher, positions, self.objective, num_rows=self.chunk_tokens)
 
-    def _result(self, student: Logits, found: dict[str, Tensor], positions: Positions) -> tuple[Tensor, dict[str, Tensor]]:
+    def _result(
+        self, student: Logits, found: dict[str, Tensor], positions: Positions, num_sequences: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if not student.takes_gradients:
+            found = {name: parts.view(num_sequences, -1).sum(1) for name, parts in found.items()}
         loss = self.objective.mix(found["divergence"], found["cross_entropy"])
         if student.takes_gradients:
             loss = with_gradients(loss, student)
@@ -151,6 +165,8 @@ class DistillationLoss:
         if self.hidden:
             of_student, of_teacher = (outputs.take() for outputs in self._layers)
             error = hidden_error(of_student, of_teacher, positions.weights)
+            if not student.takes_gradients:
+                error = error * positions.weights.view(num_sequences, -1).sum(1)
             loss, found = loss + self.hidden * error, found | {"hidden_error": error.detach()}
         return loss, found
 

@@ -1,5 +1,6 @@
 """Cross-entropy of the next token."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,15 @@ class NextTokenLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits = compute_logits(model, batch["input_ids"], batch.get("position_ids"))
         return next_token_loss(logits, batch["input_ids"], batch.get("loss_mask")), {}
+
+    def per_sequence(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        ids = batch["input_ids"]
+        logits = compute_logits(model, ids, batch.get("position_ids"))
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(
+            len(ids), -1
+        )
+        counted = batch["loss_mask"][:, 1:] if "loss_mask" in batch else torch.ones_like(losses, dtype=torch.bool)
+        return {"loss": losses.masked_fill(~counted, 0).sum(1) / counted.sum().clamp(min=1)}
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,146 @@
+"""Pictures of a run and of a model's layers, by matplotlib: one look for dashboards, reports, documents and the README."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+SIZE = (8.0, 3.6)
+"""Inches."""
+COLOURS = ("#0b6e4f", "#c8553d", "#3a6ea5", "#b08900", "#6b4e9b", "#5c6670")
+"""Told apart by people who do not see all colours, on paper too."""
+SCALE = "viridis"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A line of `curves`."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    """With `high`: a band, say a confidence interval."""
+    high: Sequence[float] | None = None
+
+
+def curves(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    *,
+    marks: Mapping[str, float] | None = None,
+    log: bool = False,
+) -> Figure:
+    """Lines over a common axis. `marks` are vertical lines by their labels, say the switch to quantized weights."""
+    figure, axes = _axes(title, x_label, y_label)
+    for colour, line in zip(_colours(len(series)), series, strict=True):
+        axes.plot(
+            line.x,
+            line.y,
+            color=colour,
+            label=line.label,
+            linewidth=1.6,
+            marker="o" if len(line.x) < 12 else None,
+            markersize=4,
+        )
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+    for label, x in (marks or {}).items():
+        axes.axvline(x, color="#888888", linestyle="--", linewidth=1)
+        axes.annotate(
+            label, (x, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points", color="#555555"
+        )
+    if log:
+        axes.set_yscale("log")
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def bars(
+    title: str,
+    value_label: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    intervals: Sequence[tuple[float, float]] | None = None,
+    colours: Sequence[str] | None = None,
+) -> Figure:
+    """Horizontal bars, the first one on top. `intervals` are (low, high) of each."""
+    figure = Figure(figsize=(SIZE[0], 1.1 + 0.34 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    errors = None
+    if intervals is not None:
+        errors = np.array([(value - low, high - value) for value, (low, high) in zip(values, intervals, strict=True)]).T
+    places = range(len(labels))
+    axes.barh(places, values, xerr=errors, color=colours or COLOURS[0], height=0.66, error_kw={"elinewidth": 1, "capsize": 2})
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(value_label)
+    axes.set_title(title, loc="left")
+    _plain(axes)
+    return figure
+
+
+def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
+    """One colour for each of values [rows][columns]; a NaN is left blank. Where cells are few their values are written."""
+    table = np.ma.masked_invalid(np.asarray(values, dtype=np.float64).reshape(len(rows), len(columns)))
+    width, height = max(4.5, 1.8 + 0.26 * len(columns)), 1.5 + 0.3 * len(rows)
+    figure = Figure(figsize=(min(width, 16), min(height, 12)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap=SCALE, aspect="auto", interpolation="nearest")
+    step = max(1, math.ceil(len(columns) / 32))
+    axes.set_xticks(range(0, len(columns), step), columns[::step])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title, loc="left")
+    if len(columns) <= 12:
+        middle = (table.min() + table.max()) / 2 if table.count() else 0
+        for (row, column), value in np.ndenumerate(table):
+            if value is not np.ma.masked:
+                axes.text(
+                    column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color="w" if value < middle else "k"
+                )
+    figure.colorbar(image, ax=axes, pad=0.01)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """An <svg> element with text as text, to stand in a page; equal figures give equal bytes."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nvfp4_train"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def png(figure: Figure, *, dpi: int = 110) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def _axes(title: str, x_label: str, y_label: str):
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def _colours(number: int) -> list[str]:
+    return [COLOURS[place % len(COLOURS)] for place in range(number)]
