@@ -210,6 +210,27 @@ def test_tokens_that_are_not_marked_are_context_alone() -> None:
     assert loss(built.model, first)[0].item() == pytest.approx(loss(built.model, second)[0].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+@pytest.mark.parametrize("masked", [True, False])
+@torch.no_grad()
+def test_what_a_sequence_adds_is_its_own_mean_times_its_share_of_the_positions(masked: bool, chunk_tokens: int | None) -> None:
+    built, loss = build(cross_entropy=0.25, chunk_tokens=chunk_tokens)
+    both = batch(masked)
+    if masked:
+        # As many in both rows otherwise.
+        both["loss_mask"][0, :5] = False
+    parts = loss.per_sequence(built.model, both)
+    total, metrics = loss(built.model, both)
+    counts = both["loss_mask"][:, 1:].sum(1) if masked else torch.full((2,), 9)
+    assert len(set(counts.tolist())) == (2 if masked else 1), "shares differ"
+    for name, expected in {"loss": total, **metrics}.items():
+        torch.testing.assert_close(parts[name].sum(), expected)
+    for row, share in enumerate(counts / counts.sum()):
+        alone = loss(built.model, {key: value[row : row + 1] for key, value in both.items()})
+        for name, expected in {"loss": alone[0], **alone[1]}.items():
+            torch.testing.assert_close(parts[name][row], share * expected, rtol=2e-3, atol=1e-6)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path) -> None:
     other, _ = build()
     config = ModelConfig(config=dict(tiny_config("llama").config or {}) | {"vocab_size": 80})
