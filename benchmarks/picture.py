@@ -1,7 +1,7 @@
 """Draw the picture with which the README opens, from the numbers of the README's own table.
 
-    python benchmarks/picture.py                    writes docs/images/result.svg
-    python benchmarks/picture.py --out FILE         an .svg or a .png
+python benchmarks/picture.py                    writes docs/images/result.svg
+python benchmarks/picture.py --out FILE         an .svg or a .png
 """
 
 import argparse

@@ -96,7 +96,7 @@ def bar_panels(
     colours: Sequence[str] | None = None,
     form: str = ".3g",
 ) -> Figure:
-    """Horizontal bars of the same `labels` side by side, a panel for each name, on one scale, with the values written as `form` says."""
+    """Horizontal bars of the same `labels`, a panel for each name side by side on one scale. Values are written as `form` says."""
     figure = Figure(figsize=(SIZE[0], 1.4 + 0.34 * len(labels)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
     row = np.atleast_1d(figure.subplots(1, len(panels), sharex=True, sharey=True))

@@ -51,7 +51,7 @@ def test_known_distributions_give_the_values_of_the_table(row: list[str]) -> Non
         (scales.float() != (amax / 6 / s2).to(torch.float8_e4m3fn).float()).float().mean(),
         is_near.float().mean(),
     )
-    for cell, value, tolerance in zip(row[2:], found, (0.1, 0.003, 0.003, 0.02, 0.002), strict=True):
+    for cell, value, tolerance in zip(row[2:], found, (0.1, 0.003, 0.003, 0.02, 0.006), strict=True):
         assert float(cell) == pytest.approx(value.item(), abs=tolerance)
 
 

@@ -1,4 +1,4 @@
-"""The pages of docs/extend/ do what they say: their files are added to a copy of the repository, their commands run, their checks hold."""
+"""The pages of docs/extend/ do what they say: in a copy of the repository with their files, commands run and checks hold."""
 
 import contextlib
 import shlex
