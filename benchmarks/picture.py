@@ -74,7 +74,11 @@ def main() -> None:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    partial.write_bytes(png(figure) if out.suffix == ".png" else svg(figure).encode())
+    if out.suffix == ".png":
+        partial.write_bytes(png(figure))
+    else:
+        # matplotlib ends lines of paths with a space.
+        partial.write_text("".join(f"{line.rstrip()}\n" for line in svg(figure).splitlines()))
     partial.replace(out)
     print(out)
 
