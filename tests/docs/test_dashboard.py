@@ -55,6 +55,22 @@ def test_known_distributions_give_the_values_of_the_table(row: list[str]) -> Non
         assert float(cell) == pytest.approx(value.item(), abs=tolerance)
 
 
+def test_the_ranges_end_where_hints_begin() -> None:
+    from nvfp4_train import worst_layers
+
+    rows = {name: row for row in rows_of("name") for name in re.findall("`(.*?)`", row[0])}
+    begins = {
+        "sqnr_db": worst_layers.BELOW_ITS_KIND,
+        "input_clipped_share": worst_layers.CLIPPED,
+        "scale_at_floor_share": worst_layers.AT_FLOOR,
+        "sibling_amax_ratio": worst_layers.SMALL_AMONG_SIBLINGS,
+        "oscillation_rate": worst_layers.OSCILLATING,
+        "flip_rate": worst_layers.FLIPPING,
+    }
+    for name, value in begins.items():
+        assert re.search(rf"(?<![\d.]){value:g}(?![\d.]\d)", " ".join(rows[name][2:])), name
+
+
 def test_there_is_a_row_for_each_rule_that_needs_no_data() -> None:
     assert {(row[0], row[1]) for row in rows_of("weights")} == {
         (name, f"`{rule}`") for name in DISTRIBUTIONS for rule in ("max", "four_over_six", "mse")
