@@ -87,6 +87,36 @@ def bars(
     return figure
 
 
+def bar_panels(
+    title: str,
+    value_label: str,
+    labels: Sequence[str],
+    panels: Mapping[str, Sequence[float]],
+    *,
+    colours: Sequence[str] | None = None,
+    form: str = ".3g",
+) -> Figure:
+    """Horizontal bars of the same `labels`, a panel for each name side by side on one scale. Values are written as `form` says."""
+    figure = Figure(figsize=(SIZE[0], 1.4 + 0.34 * len(labels)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
+    row = np.atleast_1d(figure.subplots(1, len(panels), sharex=True, sharey=True))
+    places = range(len(labels))
+    for axes, (name, values) in zip(row, panels.items(), strict=True):
+        drawn = axes.barh(places, values, color=colours or COLOURS[0], height=0.66)
+        axes.bar_label(drawn, [format(value, form) for value in values], padding=4)
+        axes.set_title(name, loc="left", fontsize="medium")
+        _plain(axes)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    row[0].set_yticks(places, labels)
+    row[0].invert_yaxis()
+    # Room for the value behind the longest bar.
+    row[0].set_xlim(0, 1.22 * max(max(values) for values in panels.values()))
+    figure.suptitle(title, x=0.0125, ha="left")
+    figure.supxlabel(value_label, fontsize="medium")
+    return figure
+
+
 def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
     """One colour for each of values [rows][columns]; a NaN is left blank. Where cells are few their values are written."""
     table = np.ma.masked_invalid(np.asarray(values, dtype=np.float64).reshape(len(rows), len(columns)))

@@ -46,12 +46,12 @@ def train_command(
     return [python, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []), *command]
 
 
-def train_environment(threads: int = 1) -> dict[str, str]:
-    """The test helpers are importable as callbacks, and two ranks share two cores."""
+def train_environment(threads: int = 1, package: Path = ROOT) -> dict[str, str]:
+    """The test helpers are importable as callbacks, and two ranks share two cores. `package` is the folder that the package is in."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RUN_ID", "TRITON_INTERPRET", "WANDB_SERVICE")
     }
-    path = os.pathsep.join(filter(None, [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(package), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     return environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
@@ -84,15 +84,18 @@ def launch(
 
 
 @functools.cache
-def forked_python() -> tuple[str, dict[str, str]]:
-    """What stands for `python` in small runs, and the environment in which it does, for ranks of torchrun as well."""
+def forked_python(package: Path = ROOT) -> tuple[str, dict[str, str]]:
+    """What stands for `python` in small runs, and the environment in which it does, for ranks of torchrun as well.
+
+    `package` is the folder that the package is in, as in `train_environment`.
+    """
     # Imports ask for GPUs, and where there are any, no process forked after that may ask again.
     if sys.platform != "linux" or torch.cuda.is_available():
         return sys.executable, {}
     folder, here = Path(tempfile.mkdtemp(prefix="nvfp4-tests-python-")), Path(__file__).parent
     server = subprocess.Popen(
         [sys.executable, here / "fork_server.py", folder / "socket"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=train_environment(), start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=train_environment(package=package), start_new_session=True,
     )  # fmt: skip
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
