@@ -19,8 +19,8 @@ from nvfp4_train.quant.manifest import QuantManifest
 UNQUANTIZED_BITS = 16
 BITS = 4 + 8 / BLOCK_SIZE
 """Of a quantized weight: its code, and its part of the E4M3 scale of a block."""
-SCALE_BITS = 32
-"""Of a float32 scale, which a matrix on disk has for its values, and as W4A4 for its inputs."""
+GLOBAL_SCALE_BITS = 32
+"""Of a matrix on disk."""
 
 LEVELS = ("weight", "layer", "kind")
 ALL = "all"
@@ -43,7 +43,7 @@ class Unit:
     """What it is below its layer; `*` of whole layers."""
     num_weights: int
     bits: int
-    """Of the unit in an exported folder where it is quantized: codes, block scales, and scales of matrices and inputs."""
+    """Of the unit where it is quantized: codes, block scales and global scales, as `export.VerifyReport.bits_per_weight` counts."""
 
     @property
     def extra_bits(self) -> int:
@@ -69,7 +69,7 @@ def smallest_units(model: nn.Module, manifest: QuantManifest) -> list[Unit]:
         # Several names of one parameter are one matrix on disk.
         once = {id(parameters[name]): name for name in reversed(names)}.values()
         num_weights = sum(parameters[name].numel() for name in once)
-        num_scales = sum(_matrices(experts.get(name)) for name in once) * (2 if manifest.activations == "nvfp4" else 1)
+        num_matrices = sum(_matrices(experts.get(name)) for name in once)
         units.append(
             Unit(
                 label=kind if layer is None else f"{layer}.{kind}",
@@ -78,7 +78,7 @@ def smallest_units(model: nn.Module, manifest: QuantManifest) -> list[Unit]:
                 depth=layer_place(names[0]).depth,
                 kind=kind,
                 num_weights=num_weights,
-                bits=int(BITS * num_weights) + SCALE_BITS * num_scales,
+                bits=int(BITS * num_weights) + GLOBAL_SCALE_BITS * num_matrices,
             )
         )
     return units
