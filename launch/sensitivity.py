@@ -6,7 +6,8 @@
 Takes the options of launch/train.py; those of the loss, the optimizer, the schedule and the callbacks have no effect. The model is
 calibrated and quantized as quant.* says. bits a weight, of the weights that are quantized, is the budget; by says among what is
 chosen: weight, layer or kind. sequences held-out ones, over all ranks, are chosen by, and as many others verify the choice. Writes
-tables, pictures and the chosen quant.exclude to the run folder.
+tables, pictures and the chosen quant.exclude to the run folder. A run that excludes weights equalizes the others alone, where this
+one equalizes all, so its KL is near the one that is told here, and not the same.
 """
 
 import sys

@@ -15,6 +15,7 @@ from nvfp4_train.judge.restart import LayerOutputsOfAForward
 from nvfp4_train.judge.sensitivity import Comparison
 from nvfp4_train.judge.units import ALL, kinds, layers, whole
 from nvfp4_train.models.causal_lm import compute_logits, decoder_layers
+from nvfp4_train.models.logits import find_logit_map
 from nvfp4_train.quant.experts import held_rows_first
 from nvfp4_train.quant.policy import QuantConfig
 
@@ -170,7 +171,7 @@ def test_what_is_hard_is_found_and_left_in_bf16_first(layer: int) -> None:
 
 def test_positions_that_do_not_count_are_left_out() -> None:
     model = lively_model("llama")
-    _, units, comparison = quantized(model)
+    made, units, comparison = quantized(model)
     (batch,) = tokens(1)
     mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     mask[0, 5:9], mask[1, 3] = True, True
@@ -179,7 +180,7 @@ def test_positions_that_do_not_count_are_left_out() -> None:
     logits = {}
     with torch.no_grad():
         for name, names in (("reference", ()), ("quantized", whole(units).names)):
-            with comparison._showing(names, "w4a16"):
+            with made.store.quantized_only(names):
                 logits[name] = compute_logits(model, batch["input_ids"])
     of_first = plain_kl(*(logits[name][:1, 4:8] for name in ("reference", "quantized"))).item()
     assert found.values["kl"][0] == pytest.approx(of_first, rel=1e-4)
@@ -188,14 +189,13 @@ def test_positions_that_do_not_count_are_left_out() -> None:
 def test_logits_that_are_no_product_are_compared_whole() -> None:
     """The same numbers, whichever way the logits are made."""
     model = lively_model("llama")
-    _, units, comparison = quantized(model)
+    made, units, comparison = quantized(model)
     sets = {ALL: whole(units).names}
+    assert find_logit_map(model, tokens()[0]["input_ids"]) is not None
     (expected,) = comparison.measure(tokens(), sets, ["w4a16"]).values()
     model.lm_head.register_forward_hook(lambda _, args, output: output + output.mean(-1, keepdim=True))
-    other = Comparison(model, comparison._store, comparison._inputs)
-    (found,) = other.measure(tokens(), sets, ["w4a16"]).values()
-    assert other._logit_map is None
-    assert comparison._logit_map is not None
+    assert find_logit_map(model, tokens()[0]["input_ids"]) is None
+    (found,) = Comparison(model, made.store, made.inputs).measure(tokens(), sets, ["w4a16"]).values()
     # A number that is added to all logits of a position changes no distribution.
     np.testing.assert_allclose(found.values["kl"], expected.values["kl"], rtol=1e-3)
 
