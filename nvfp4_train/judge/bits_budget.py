@@ -58,13 +58,13 @@ def _that_fit(units: Sequence[Unit], bits: float, candidates: Iterable[Unit], or
 
 
 def exclusion_patterns(names: Collection[str], all_names: Collection[str]) -> list[str]:
-    """Few patterns that match, of all quantized parameters, these alone: for whole kinds, whole layers, and single modules."""
+    """Few patterns that match, of all quantized parameters, these alone: for whole layers, whole kinds, what is in one module, and
+    single linears."""
     excluded = {owner_of(name) for name in names}
     others = {owner_of(name) for name in all_names} - excluded
     candidates: dict[str, set[str]] = {}
     for name in sorted(excluded, key=_in_order):
-        layer = layer_name(name)
-        for pattern in (name,) if layer is None else (f"*.{layer_place(name).kind}", f"{layer}.*", name):
+        for pattern in _patterns_of(name):
             if pattern not in candidates and not any(fnmatchcase(other, pattern) for other in others):
                 candidates[pattern] = {own for own in excluded if fnmatchcase(own, pattern)}
     patterns = []
@@ -73,6 +73,21 @@ def exclusion_patterns(names: Collection[str], all_names: Collection[str]) -> li
         patterns.append(best)
         excluded = excluded - candidates[best]
     return patterns
+
+
+def _patterns_of(name: str) -> list[str]:
+    """All patterns of the kinds above that match a module, the more general first."""
+    layer = layer_name(name)
+    if layer is None:
+        return [name]
+    *parents, leaf = layer_place(name).kind.split(".")
+    inside = [".".join((*parents[:length], "*")) for length in range(len(parents) + 1)]
+    return [
+        *(f"{layer}.{part}" for part in inside),
+        *(f"*.{part}" for part in inside[1:]),
+        f"*.{'.'.join((*parents, leaf))}",
+        name,
+    ]
 
 
 def _in_order(name: str) -> tuple[int, str]:

@@ -148,6 +148,9 @@ def test_patterns_are_exact_and_few() -> None:
     assert patterns("*.mlp.down_proj", "model.layers.1") == ["model.layers.1.*", "*.mlp.down_proj"]
     assert sorted(patterns("*.mlp.gate_proj+up_proj")) == ["*.mlp.gate_proj", "*.mlp.up_proj"]
     assert patterns("model.layers.3.self_attn.o_proj") == ["model.layers.3.self_attn.o_proj"]
+    o_proj, qkv = "model.layers.3.self_attn.o_proj", "model.layers.3.self_attn.q_proj+k_proj+v_proj"
+    assert patterns(o_proj, qkv) == ["model.layers.3.self_attn.*"]
+    assert patterns("*.self_attn.o_proj", "*.self_attn.q_proj+k_proj+v_proj") == ["*.self_attn.*"]
     assert override(patterns("model.layers.2")) == "quant.exclude=[model.layers.2.*]"
     draws = random.Random(0)
     for _ in range(20):
