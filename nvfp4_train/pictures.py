@@ -120,7 +120,8 @@ def bar_panels(
 def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
     """One colour for each of values [rows][columns]; a NaN is left blank. Where cells are few their values are written."""
     table = np.ma.masked_invalid(np.asarray(values, dtype=np.float64).reshape(len(rows), len(columns)))
-    width, height = max(4.5, 1.8 + 0.26 * len(columns)), 1.5 + 0.3 * len(rows)
+    names = 0.08 * max(map(len, rows), default=0)
+    width, height = max(6.5, 1.3 + names + 0.26 * len(columns)), 1.5 + 0.3 * len(rows)
     figure = Figure(figsize=(min(width, 16), min(height, 12)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap=SCALE, aspect="auto", interpolation="nearest")

@@ -53,6 +53,10 @@ ALLOWED = {
         },
         {"lightning", "transformers"},
     ),
+    "judge": (
+        {"kernels", "quant", "models", "losses", "module", "pictures", "sequence_metrics", "judge"},
+        {"transformers"},
+    ),
     "callbacks": (
         {
             "kernels",
@@ -88,6 +92,9 @@ ALLOWED = {
             "progress",
             "callbacks",
             "plan",
+            "judge",
+            "quant",
+            "sequence_metrics",
             "run",
         },
         {"lightning", "hydra", "omegaconf", "wandb"},

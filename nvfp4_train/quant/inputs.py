@@ -5,7 +5,7 @@ call these quantizers; `kernels.reference.quantize_input` has the arithmetic.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -109,7 +109,10 @@ class InputQuantizer:
 
 
 class InputQuantizers:
-    """The input quantizers of a model, by group: the name of its first parameter. All of them are enabled, or none."""
+    """The input quantizers of a model, by group: the name of its first parameter.
+
+    All of them are enabled, or none, but for those inside `quantizing`.
+    """
 
     def __init__(
         self, groups: Sequence[Sequence[str]], num_siblings: Mapping[str, int], scale_of: Callable[[str], Tensor]
@@ -136,12 +139,30 @@ class InputQuantizers:
     @contextmanager
     def serving(self, serving: str) -> Iterator[None]:
         """Compute inside the context as a model that is served as one of `SERVINGS`, by name."""
-        was_enabled = self.is_enabled
-        self.enable(SERVINGS[serving] == "nvfp4")
+        with self._as_they_were():
+            self.enable(SERVINGS[serving] == "nvfp4")
+            yield
+
+    @contextmanager
+    def quantizing(self, names: Collection[str]) -> Iterator[None]:
+        """Compute inside the context with quantized inputs of the groups that have one of these parameters, and of no others."""
+        with self._as_they_were():
+            for group in self.groups:
+                quantizer = self._of_group[group[0]]
+                quantizer.follow()
+                quantizer.is_enabled = not set(group).isdisjoint(names)
+            yield
+
+    @contextmanager
+    def _as_they_were(self) -> Iterator[None]:
+        """Enable after the context what was enabled before it."""
+        were_enabled = {group: quantizer.is_enabled for group, quantizer in self._of_group.items()}
         try:
             yield
         finally:
-            self.enable(was_enabled)
+            for group, was_enabled in were_enabled.items():
+                self._of_group[group].follow()
+                self._of_group[group].is_enabled = was_enabled
 
     def scales(self) -> dict[str, Tensor]:
         """The input scale of every quantized parameter by name, float32 [1], live and on the device."""

@@ -6,7 +6,7 @@ their slots, and so their amax and global scale.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -236,6 +236,26 @@ class ReplicatedWeightStore(WeightStore):
     def compute_weight(self, name: str) -> Tensor:
         return self._compute_weights[self._owners[name]]
 
+    @contextmanager
+    def quantized_only(self, names: Collection[str]) -> Iterator[None]:
+        """Compute inside the context with the quantized values of these parameters, and as in `masters_only` with all others.
+
+        Inputs are quantized of the same parameters alone, where the forward computes with quantized inputs at all. Do not update
+        inside. Raises ValueError for a name that is not quantized, and before the first update.
+        """
+        if unknown := [name for name in names if name not in self._owners]:
+            raise ValueError(f"names must be those of quantized parameters, got {unknown[0]}")
+        if not self._compute_weights:
+            raise ValueError("weights must have been quantized before some of them are shown: call update first")
+        was_enabled, owners = self.is_enabled, {self._owners[name] for name in names}
+        self._show([name for name, owner in self._owners.items() if owner in owners])
+        try:
+            is_w4a4 = self.inputs is not None and self.inputs.is_enabled
+            with self.inputs.quantizing(names) if is_w4a4 else nullcontext():  # type: ignore[union-attr]
+                yield
+        finally:
+            self._use(was_enabled)
+
     @torch.no_grad()
     def local_weights(self) -> Iterator[LocalWeight]:
         is_distributed = distributed.is_available() and distributed.is_initialized()
@@ -273,9 +293,13 @@ class ReplicatedWeightStore(WeightStore):
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized
+        self._show(self._shown if quantized else ())
+
+    def _show(self, names: Collection[str]) -> None:
+        """Let the forward compute with the quantized values of these parameters, by all of their names, and all other masters."""
         for name, places in self._shown.items():
             for place in places:
-                place.compute_weight = self._compute_weights[self._owners[name]] if quantized else None
+                place.compute_weight = self._compute_weights[self._owners[name]] if name in names else None
 
 
 def _max_over_ranks(measured: Tensor) -> None:

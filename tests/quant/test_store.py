@@ -160,3 +160,35 @@ def test_experts_have_a_slot_each() -> None:
         for name in ("gate", "up"):
             expected = reference.fake_quant(getattr(model, name)[expert].detach(), s2, torch.bfloat16)
             assert torch.equal(used(shown, name)[expert], expected)
+
+
+def test_some_parameters_alone_are_shown_quantized_and_all_again_afterwards() -> None:
+    model, _, _ = make(SEPARATE)
+    model["b"].weight = model["a"].weight
+    store, shown = store_of(model, [["a.weight", "b.weight"], ["c.weight"]])
+    store.update()
+    weights = {name: used(shown, name) for name in store.manifest.names}
+    # One name stands for a parameter that two modules share.
+    for names, expected in ((["b.weight"], {"a.weight", "b.weight"}), (["c.weight"], {"c.weight"}), ([], set())):
+
+        def look(names: list[str] = names, expected: set[str] = expected) -> None:
+            with store.quantized_only(names):
+                for name, weight in weights.items():
+                    assert used(shown, name) is (weight if name in expected else None)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            look()
+        assert all(used(shown, name) is weight for name, weight in weights.items())
+    with store.masters_only(), store.quantized_only(["c.weight"]):
+        assert used(shown, "a.weight") is None
+        assert used(shown, "c.weight") is weights["c.weight"]
+
+
+def test_only_quantized_parameters_can_be_shown_quantized() -> None:
+    _, store, _ = make(SEPARATE)
+    with pytest.raises(ValueError, match="call update first"), store.quantized_only(["a.weight"]):
+        pass
+    store.update()
+    with pytest.raises(ValueError, match=r"names must be those of quantized parameters, got a\.bias"):
+        store.quantized_only(["a.weight", "a.bias"]).__enter__()
