@@ -89,4 +89,6 @@ def follow_codes(
     # As bytes, since Triton has no E4M3 type on compute capability 8.0.
     tensors = _flat(packed), _flat(scales.view(packed.dtype)), s2, history, master, counts
     args = (*tensors, min_reversals, num_words // len(s2), num_words)
-    launch("follow_codes", follow_codes_kernel, -(-num_words // TILE), NUM_WARPS, master, args, {"ACTION": action, "TILE": TILE})
+    launch(
+        "follow_codes", follow_codes_kernel, -(-num_words // TILE), NUM_WARPS, master, args, {"ACTION": action, "TILE": TILE}
+    )

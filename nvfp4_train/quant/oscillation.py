@@ -1,13 +1,13 @@
 """Weights that go back and forth over a rounding edge: found by the history of their codes, and set to the centre of their bin.
 
-Nagel et al., "Overcoming oscillations in quantization-aware training", arXiv 2203.11086, count flips against the direction of the
-flip before, and freeze weights. TetraJet-v2, arXiv 2510.27527, resets masters to the centre of the bin in the last part of training.
+Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086, count flips against the direction of the
+flip before, and freeze weights. TetraJet-v2, arXiv 2510.27527, resets masters to the centre of their bin in the last part of training.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 from nvfp4_train.kernels import reference
@@ -15,7 +15,28 @@ from nvfp4_train.kernels.code_history import COUNT, END, FREEZE, MOST_REVERSALS,
 from nvfp4_train.quant.store import WeightStore
 
 ACTIONS = {None: END, "reset": RESET, "freeze": FREEZE}
-"""What is done to oscillating weights at the end of a window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OscillationRule:
+    """Which weights oscillate, and what is done to them at the end of every window of `every_n_steps` steps."""
+
+    action: str | None
+    """`reset` sets their masters to their served values, `freeze` does so at every step from then on; None counts alone."""
+    every_n_steps: int
+    min_reversals: int
+    """So many flips against the direction of the flip before, in a window, make a weight an oscillating one."""
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"action must be null, reset or freeze, got {self.action!r}")
+        if not 1 <= self.min_reversals <= MOST_REVERSALS:
+            raise ValueError(f"min_reversals must be 1 to {MOST_REVERSALS}, got {self.min_reversals}")
+        if self.every_n_steps <= self.min_reversals:
+            raise ValueError(
+                f"every_n_steps must be above min_reversals={self.min_reversals}, since the first flip of a window is no reversal, got "
+                f"{self.every_n_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,59 +52,60 @@ class OscillationShares:
 
 
 class Oscillation:
-    """Follows the codes of a store that keeps their history (`WeightStore.keep_history`), one step at a time.
+    """Applies a rule to a store that keeps the history of codes (`WeightStore.keep_history`).
 
-    A step takes the codes of the last update, so it comes before the update that is made of the masters as they are. Flips are flips
-    of what is served, whatever made them: a change of a block's scale, by a new amax or because a fitted rule chose anew, flips codes
-    as well as a change of the master does.
+    Flips are flips of what is served, whatever made them. Codes flip with a change of their block's scale as well as with one of their
+    master: a new amax, or a fitted rule that chose anew, counts like a step of the optimizer.
     """
 
-    def __init__(self, store: WeightStore, *, min_reversals: int) -> None:
-        """`min_reversals` in a window make a weight an oscillating one."""
-        if not 1 <= min_reversals <= MOST_REVERSALS:
-            raise ValueError(f"min_reversals must be 1 to {MOST_REVERSALS}, got {min_reversals}")
+    def __init__(self, store: WeightStore, rule: OscillationRule, *, first_step: int | None = None) -> None:
+        """`first_step` is that of the first codes in the history that the state of the store holds; None if they are to come."""
+        self.first_step = first_step
         self._store = store
-        self._min_reversals = min_reversals
-        self._counts = torch.zeros(0)
+        self._rule = rule
+        device = store.local_history(store.names[0]).device
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        """Of this rank, see `code_history.follow_codes`."""
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Forget all that was before the codes of the last update."""
-        for weight in self._store.held_weights():
-            history = self._store.local_history(weight.name)
-            history.copy_(reference.unpack(weight.codes).view(history.shape))
-        self._counts = torch.zeros(0)
+    def follow(self, step: int) -> OscillationShares | None:
+        """Take the codes of the last update, which were those of a step. Call it once a step, before the next update.
 
-    @torch.no_grad()
-    def step(self, *, ends_window: bool = False, action: str | None = None) -> None:
-        """Count the flips of the last update. At the end of a window act on what has oscillated in it, and count anew.
-
-        Masters that are acted on become their served values of the last update. Those of frozen weights do so at every step, whatever
-        an optimizer made of them since. Waits for nothing.
+        Masters that are acted on become the served values of that update, whatever the optimizer made of them since. Returns what was
+        found at the end of a window; nothing waits for the device before that.
         """
+        if self.first_step is None:
+            self.first_step = step
+            self._begin()
+            return None
+        ends_window = (step - self.first_step) % self._rule.every_n_steps == 0
+        action = ACTIONS[self._rule.action] if ends_window else COUNT
         for weight in self._store.held_weights():
-            history = self._store.local_history(weight.name)
-            if self._counts.device != history.device or not self._counts.numel():
-                self._counts = torch.zeros(3, dtype=torch.int64, device=history.device)
             torch.ops.nvfp4.follow_codes(
                 weight.codes,
                 weight.block_scales,
                 weight.global_scale,
-                history.view(weight.master.shape),
+                self._store.local_history(weight.name).view(weight.master.shape),
                 weight.master,
                 self._counts,
-                self._min_reversals,
-                ACTIONS[action] if ends_window else COUNT,
+                self._rule.min_reversals,
+                action,
             )
+        return self.shares() if ends_window else None
+
+    def _begin(self) -> None:
+        """Forget what was before the codes of the last update."""
+        for weight in self._store.held_weights():
+            history = self._store.local_history(weight.name)
+            history.copy_(reference.unpack(weight.codes).view(history.shape))
 
     def shares(self) -> OscillationShares:
-        """What was counted since the last call. A collective, and it waits for the device."""
+        """What was found since the last call. A collective, and it waits for the device."""
         num_weights = sum(self._store.local_history(name).numel() for name in self._store.names)
-        own = self._counts if self._counts.numel() else self._counts.new_zeros(3, dtype=torch.int64)
         # Replicas count the same weights, in numerator and denominator alike.
-        counts: Tensor = torch.cat((own, own.new_tensor([num_weights])))
+        counts = torch.cat((self._counts, self._counts.new_tensor([num_weights])))
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(counts)
-        self._counts = torch.zeros(0)
+        self._counts.zero_()
         flips, acted_on, frozen, total = counts.tolist()
         return OscillationShares(flips=flips / total, acted_on=acted_on / total, frozen=frozen / total)

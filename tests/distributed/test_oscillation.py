@@ -7,34 +7,47 @@ import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
-from small_runs import Snapshots, StopAndSave, Tokens, make_module, make_trainer
+from small_runs import StopAndSave, Tokens, make_module, make_trainer
 from whole import whole_tensors
 
 from nvfp4_train.callbacks.oscillation import OscillationControl
-from nvfp4_train.callbacks.requantize import Requantize
 
-STEPS, FIRST = 10, 3
-"""Steps of a run, and the one whose codes are the first to be remembered."""
+STEPS, FIRST, ACTED = 8, 2, 5
+"""Steps of a run, the one whose codes are the first to be remembered, and the first that acts: codes are looked at a step later."""
+LOOKED_AT = (ACTED - 1, ACTED, STEPS)
+PARTS = ("history", "logged", "masters", "served")
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "rope_theta": 10000.0}
 CASES: dict[str, dict[str, Any]] = {
     "reset": {"action": "reset"},
     "freeze": {"action": "freeze"},
     # Steps of the rule flip codes, too.
     "fitted": {"action": "freeze", "quant": {"rule": "hessian", "refit_every": 1}},
-    # The second of two micro-batches is followed by validation, in the middle of a window.
-    "validation in a window": {"action": "reset", "val_check_interval": 1, "limit_val_batches": 1.0, "sequences": 4},
     "experts": {"action": "freeze", "model": EXPERTS},
-    "tied, from the switch on": {
+    # The second of two micro-batches is followed by validation, in the middle of a window. It begins at the switch.
+    "validation": {
         "action": "reset",
+        "val_check_interval": 1,
+        "limit_val_batches": 1.0,
+        "sequences": 4,
         "model": {"tie_word_embeddings": True},
         "quant": {"start_step": FIRST},
         "from_share": 0.0,
     },
 }
-WAYS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {"how": "auto"}},
-    2: {"ddp": {"how": "ddp"}, "fsdp2": {"how": "fsdp2"}, "bf16": {"how": "fsdp2", "quant": {"gather": "bf16"}}},
+WAYS: dict[str, dict[str, Any]] = {
+    "one": {"how": "auto"},
+    "ddp": {"how": "ddp"},
+    "fsdp2": {"how": "fsdp2"},
+    "bf16": {"how": "fsdp2", "quant": {"gather": "bf16"}},
 }
+ON_TWO = (
+    ("reset", "ddp"),
+    ("freeze", "fsdp2"),
+    ("freeze", "bf16"),
+    ("fitted", "ddp"),
+    ("experts", "fsdp2"),
+    ("validation", "fsdp2"),
+)
 
 
 class Watched(L.Callback):
@@ -44,15 +57,20 @@ class Watched(L.Callback):
         self.logged: dict[str, dict[str, float]] = {}
         self.masters: dict[str, dict[str, torch.Tensor]] = {}
         self.history: dict[str, torch.Tensor] = {}
+        self.served: dict[str, torch.Tensor] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 0:
+            return
         shares = {name: value for name, value in pl_module.results.items() if name.endswith("_share")}
         self.logged[f"{trainer.global_step}"] = shares
-        self.masters[f"{trainer.global_step}"] = masters_of(pl_module)
+        if trainer.global_step in LOOKED_AT:
+            self.masters[f"{trainer.global_step}"] = masters_of(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         state = whole_tensors(pl_module.quant_state)
         self.history = {name: tensor.cpu().clone() for name, tensor in state if name.endswith(".history")}
+        self.served = {name: pl_module.store.compute_weight(name).cpu().clone() for name in pl_module.store.names}
 
 
 def masters_of(module: Any) -> dict[str, torch.Tensor]:
@@ -73,12 +91,12 @@ def train(
     sharding: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    snapshots, watched = Snapshots(), Watched()
-    control = OscillationControl(action=action, from_share=from_share, every_n_steps=3, min_reversals=1)
+    watched = Watched()
+    control = OscillationControl(action=action, from_share=from_share, every_n_steps=2, min_reversals=1)
     accumulate = sequences // torch.distributed.get_world_size()
     trainer = make_trainer(
         how,
-        callbacks=(snapshots, watched, *([StopAndSave(*save)] if save else [])),
+        callbacks=(watched, *([StopAndSave(*save)] if save else [])),
         sharding=sharding,
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
@@ -86,35 +104,31 @@ def train(
     )
     trainer.callbacks.insert(0, control)
     trainer.fit(make_module(model, **(quant or {})), Tokens(sequences * STEPS), ckpt_path=resume, weights_only=True)
-    return {
-        "end": snapshots.taken["end"],
-        "losses": snapshots.taken["losses"],
-        "logged": watched.logged,
-        "masters": watched.masters,
-        "history": watched.history,
-    }
+    return {part: getattr(watched, part) for part in PARTS}
 
 
-def merged(case: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
-    return case | way | {"quant": case.get("quant", {}) | way.get("quant", {})}
+def merged(case: str, way: str) -> dict[str, Any]:
+    options, of_way = CASES[case], WAYS[way]
+    return options | of_way | {"quant": options.get("quant", {}) | of_way.get("quant", {})}
 
 
-def train_all(world_size: int) -> dict[str, Any]:
-    return {
-        f"{case} {way}": train(**merged(options, of_way))
-        for case, options in CASES.items()
-        for way, of_way in WAYS[world_size].items()
-    } | ({"off one": train("auto", action=None)} if world_size == 1 else {})
+def train_on_one() -> dict[str, Any]:
+    return {case: train(**merged(case, "one")) for case in CASES} | {"off": train("auto", action=None)}
+
+
+def train_on_two() -> dict[str, Any]:
+    return {f"{case} {way}": train(**merged(case, way)) for case, way in ON_TWO}
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, list[dict[str, Any]]]:
-    """By case and way, what every rank has."""
-    found = {}
-    for world_size in WAYS:
-        by_rank = run_ranks(world_size, train_all, world_size, gpus=False)
-        found |= {name: [rank[name] for rank in by_rank] for name in by_rank[0]}
-    return found
+def ones() -> dict[str, Any]:
+    return run_ranks(1, train_on_one, gpus=False)[0]
+
+
+@pytest.fixture(scope="module")
+def twos() -> list[dict[str, Any]]:
+    """By rank."""
+    return run_ranks(2, train_on_two, gpus=False)
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -129,13 +143,12 @@ def assert_same(first: Any, second: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_is_something_to_control(case: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    (one,) = runs[f"{case} one"]
-    # The codes of a step are looked at after the next one, and three steps later a window of three ends.
+def test_there_is_something_to_control(case: str, ones: dict[str, Any]) -> None:
+    one = ones[case]
     when = [int(step) for step, shares in one["logged"].items() if "quant/oscillating_share" in shares]
-    assert when[0] == FIRST + 4
-    assert 0 < one["logged"][f"{FIRST + 4}"]["quant/oscillating_share"] < 1
-    assert len(one["history"]) == len(one["end"]["codes"])
+    assert when[0] == ACTED
+    assert 0 < one["logged"][f"{ACTED}"]["quant/oscillating_share"] < 1
+    assert len(one["history"]) == len(one["served"])
     frozen = torch.cat([history.flatten() >> 4 == 15 for history in one["history"].values()]).double().mean().item()
     if CASES[case]["action"] == "freeze":
         assert frozen == one["logged"][f"{STEPS}"]["quant/frozen_share"] > 0
@@ -143,61 +156,58 @@ def test_there_is_something_to_control(case: str, runs: dict[str, list[dict[str,
         assert frozen == 0
 
 
-@pytest.mark.parametrize("way", [way for ways in WAYS.values() for way in ways if way != "one"])
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_do_what_one_does(case: str, way: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    (one,) = runs[f"{case} one"]
-    for rank in runs[f"{case} {way}"]:
-        for part in ("history", "logged", "masters"):
-            assert_same(rank[part], one[part])
+@pytest.mark.parametrize(("case", "way"), ON_TWO)
+def test_two_ranks_do_what_one_does(case: str, way: str, ones: dict[str, Any], twos: list[dict[str, Any]]) -> None:
+    for rank in twos:
+        assert_same(rank[f"{case} {way}"], ones[case])
 
 
 @pytest.mark.parametrize("case", ["reset", "freeze"])
-def test_nothing_happens_before_it_begins(case: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    (one,), (off,) = runs[f"{case} one"], runs["off one"]
-    for step in range(1, FIRST + 4):
-        assert_same(one["masters"][f"{step}"], off["masters"][f"{step}"])
+def test_nothing_happens_before_it_begins(case: str, ones: dict[str, Any]) -> None:
+    before, at = f"{ACTED - 1}", f"{ACTED}"
+    assert_same(ones[case]["masters"][before], ones["off"]["masters"][before])
     with pytest.raises(AssertionError):
-        assert_same(one["masters"][f"{FIRST + 4}"], off["masters"][f"{FIRST + 4}"])
+        assert_same(ones[case]["masters"][at], ones["off"]["masters"][at])
 
 
-def test_off_adds_nothing(runs: dict[str, list[dict[str, Any]]]) -> None:
-    (off,) = runs["off one"]
-    assert off["history"] == {}
-    assert off["logged"][f"{STEPS}"] == {}
+def test_off_adds_nothing(ones: dict[str, Any]) -> None:
+    assert ones["off"]["history"] == {}
+    assert ones["off"]["logged"][f"{STEPS}"] == {}
 
 
-def test_frozen_weights_keep_their_served_value_while_others_train(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_frozen_weights_keep_their_served_value_while_others_train(ones: dict[str, Any]) -> None:
     """Up to the scale of their block, which the others move; most scales stay from one step to the next."""
-    (one,) = runs["freeze one"]
-    frozen_at = f"{FIRST + 4}"
     num_frozen = num_kept = 0
-    for name, first in one["masters"][frozen_at].items():
-        is_frozen = one["history"][f"{name}.history"] >> 4 == 15
-        last = one["masters"][f"{STEPS}"][name]
-        served = one["end"]["compute_weights"][name]
+    for name, first in ones["freeze"]["masters"][f"{ACTED}"].items():
+        is_frozen = ones["freeze"]["history"][f"{name}.history"] >> 4 == 15
+        last, served = ones["freeze"]["masters"][f"{STEPS}"][name], ones["freeze"]["served"][name]
         assert (last != first)[~is_frozen].float().mean() > 0.9
         num_frozen += int(is_frozen.sum())
         num_kept += int((served == last.to(served.dtype))[is_frozen].sum())
     assert num_kept > 0.9 * num_frozen > 0
 
 
-def stop(way: str, path: str, case: str) -> dict[str, Any]:
+def stop(case: str, way: str, path: str) -> None:
     # In the middle of the second window.
-    return train(**merged(CASES[case], WAYS[2][way]), save=(8, path))
+    train(**merged(case, way), save=(6, path))
 
 
-def go_on(way: str, path: str, case: str) -> dict[str, Any]:
-    return train(**merged(CASES[case], WAYS[2][way]), resume=path)
+def go_on(case: str, way: str, path: str) -> dict[str, Any]:
+    return train(**merged(case, way), resume=path)
 
 
-@pytest.mark.parametrize(("case", "stopped", "resumed"), [("freeze", "ddp", "fsdp2"), ("fitted", "fsdp2", "ddp"), ("reset", "fsdp2", "fsdp2")])
+@pytest.mark.parametrize(
+    ("case", "stopped", "resumed"),
+    [("freeze", (2, "fsdp2"), (2, "fsdp2")), ("fitted", (1, "one"), (2, "fsdp2")), ("reset", (2, "fsdp2"), (1, "one"))],
+    ids=str,
+)
 def test_a_run_that_stops_and_continues_ends_with_the_same_bits(
-    case: str, stopped: str, resumed: str, tmp_path: Path, runs: dict[str, list[dict[str, Any]]]
+    case: str, stopped: tuple[int, str], resumed: tuple[int, str], tmp_path: Path, ones: dict[str, Any]
 ) -> None:
+    """On any ranks: here two add up to what one does."""
     path = str(tmp_path / "stopped.ckpt")
-    run_ranks(2, stop, stopped, path, case, gpus=False)
-    for rank in run_ranks(2, go_on, resumed, path, case, gpus=False):
-        (one,) = runs[f"{case} one"]
-        assert_same(rank["history"], one["history"])
-        assert_same(rank["masters"][f"{STEPS}"], one["masters"][f"{STEPS}"])
+    run_ranks(stopped[0], stop, case, stopped[1], path, gpus=False)
+    for rank in run_ranks(resumed[0], go_on, case, resumed[1], path, gpus=False):
+        for part in ("history", "served"):
+            assert_same(rank[part], ones[case][part])
+        assert_same(rank["masters"][f"{STEPS}"], ones[case]["masters"][f"{STEPS}"])
