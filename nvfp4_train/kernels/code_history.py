@@ -37,7 +37,7 @@ def follow_codes(
     is_frozen = seen == FROZEN
     is_up = (change > 0).to(torch.uint8)
     is_reversal = (seen > 0) & ((seen - 1) & 1 != is_up)
-    # Of no flip 255 >> 1: the number of reversals is masked out.
+    # Without a flip so far seen - 1 is 255.
     reversals = torch.where(seen > 0, (seen - 1) >> 1, 0)
     flipped = 1 + 2 * (reversals + is_reversal).clamp(max=MOST_REVERSALS) + is_up
     seen = torch.where((change != 0) & ~is_frozen, flipped, seen)

@@ -176,15 +176,15 @@ def test_off_adds_nothing(ones: dict[str, Any]) -> None:
 
 
 def test_frozen_weights_keep_their_served_value_while_others_train(ones: dict[str, Any]) -> None:
-    """Up to the scale of their block, which the others move; most scales stay from one step to the next."""
-    num_frozen = num_kept = 0
-    for name, first in ones["freeze"]["masters"][f"{ACTED}"].items():
+    """Up to the scale of their block, which the others move."""
+    is_kept: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for name, master in ones["freeze"]["masters"][f"{STEPS}"].items():
         is_frozen = ones["freeze"]["history"][f"{name}.history"] >> 4 == 15
-        last, served = ones["freeze"]["masters"][f"{STEPS}"][name], ones["freeze"]["served"][name]
-        assert (last != first)[~is_frozen].float().mean() > 0.9
-        num_frozen += int(is_frozen.sum())
-        num_kept += int((served == last.to(served.dtype))[is_frozen].sum())
-    assert num_kept > 0.9 * num_frozen > 0
+        is_served = master == ones["freeze"]["served"][name].float()
+        is_kept[True].append(is_served[is_frozen])
+        is_kept[False].append(is_served[~is_frozen])
+    assert torch.cat(is_kept[True]).float().mean() > 0.75
+    assert torch.cat(is_kept[False]).float().mean() < 0.01
 
 
 def stop(case: str, way: str, path: str) -> None:
@@ -198,7 +198,7 @@ def go_on(case: str, way: str, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("case", "stopped", "resumed"),
-    [("freeze", (2, "fsdp2"), (2, "fsdp2")), ("fitted", (1, "one"), (2, "fsdp2")), ("reset", (2, "fsdp2"), (1, "one"))],
+    [("freeze", (2, "fsdp2"), (2, "fsdp2")), ("fitted", (1, "one"), (2, "fsdp2"))],
     ids=str,
 )
 def test_a_run_that_stops_and_continues_ends_with_the_same_bits(
