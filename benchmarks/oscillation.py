@@ -47,11 +47,7 @@ class Controlled(accuracy.Ours):
         # With the history in it.
         self._start = accuracy.copied(self.module)
         self.options = options
-        self.first_step = math.ceil(options.from_share * options.steps)
-        if self.first_step < options.every_n_steps:
-            raise ValueError(
-                f"--from-share must leave a window of --every-n-steps={options.every_n_steps} before step {self.first_step}"
-            )
+        self.first_step = first_step(options)
         self.begin(None)
 
     def begin(self, action: str | None) -> None:
@@ -153,7 +149,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--min-reversals", type=int, default=2, help="of a weight in between, to be acted on")
     options = parser.parse_args(arguments)
     options.arms = options.arms or ARMS
+    if first_step(options) < options.every_n_steps:
+        parser.error(
+            f"--from-share must leave {options.every_n_steps} steps (--every-n-steps) to compare with, got {options.from_share}"
+        )
+    try:
+        OscillationRule(action="reset", every_n_steps=options.every_n_steps, min_reversals=options.min_reversals)
+    except ValueError as error:
+        parser.error(str(error))
     return options
+
+
+def first_step(options: argparse.Namespace) -> int:
+    """The step whose codes are the first that the control sees, as `callbacks.oscillation` has it."""
+    return math.ceil(options.from_share * options.steps)
 
 
 def main() -> None:

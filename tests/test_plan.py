@@ -289,4 +289,3 @@ def test_the_history_of_codes_is_a_byte_a_weight() -> None:
     assert rows(shape)["history of codes"] == (0, QUANTIZED)
     assert rows(shape, QuantConfig(gather="bf16"))["history of codes"] == (0, 1.5625 * QUANTIZED)
     assert "history of codes" not in rows(RunShape(world_size=2))
-    assert "history of codes" not in rows(shape, QuantConfig(enabled=False))
