@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from importlib.metadata import version
@@ -235,9 +235,11 @@ class Worker:
     def _make(self, kind: str) -> Arm:
         return KINDS[kind].make(self.options.model, self.text.calibration.to(DEVICE))
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: Run) -> dict[str, Any]:
+        return self.measure(self.arm_of(run.kind), run)
+
+    def measure(self, arm: Arm, run: Run) -> dict[str, Any]:
         start = time.monotonic()
-        arm = self.arm_of(run.kind)
         if run.setting is not None:
             arm.reset()
             self.train(arm, run.setting, run.seed)
@@ -305,16 +307,16 @@ class Results:
         return [run for run in runs if run not in rows]
 
 
-def measure(options: argparse.Namespace, results: Results) -> list[Run]:
+def measure(options: argparse.Namespace, results: Results, worker: type[Worker] = Worker) -> list[Run]:
     """Make what is missing. A device that is free takes another run of the kind that it has made, if there is one.
 
-    Returns the runs that failed.
+    `worker` makes the runs. Returns the runs that failed.
     """
     deadline = time.monotonic() + 60 * options.minutes
     text = read_text(options)
     context = multiprocessing.get_context("spawn")
     devices = range(max(1, torch.cuda.device_count()))
-    pools = {device: ProcessPoolExecutor(1, context, start_worker, (device, options, text)) for device in devices}
+    pools = {device: ProcessPoolExecutor(1, context, start_worker, (device, options, text, worker)) for device in devices}
     made: dict[int, str] = {}
     failed: list[Run] = []
     running: dict[Future[dict[str, Any]], tuple[int, Run]] = {}
@@ -347,12 +349,12 @@ def measure(options: argparse.Namespace, results: Results) -> list[Run]:
 _worker: Worker
 
 
-def start_worker(device: int, options: argparse.Namespace, text: Text) -> None:
+def start_worker(device: int, options: argparse.Namespace, text: Text, worker: type[Worker]) -> None:
     global _worker
     if DEVICE.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
-    _worker = Worker(options, text)
+    _worker = worker(options, text)
 
 
 def make_run(run: Run) -> dict[str, Any]:
@@ -382,12 +384,13 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, kinds: Collection[str]) -> argparse.ArgumentParser:
+    """What a measurement of such kinds of arms is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder")
     parser.add_argument("--results", required=True, type=Path, help="a file of JSON lines that results are added to")
     parser.add_argument("--text", type=Path, help="a file to keep the token ids in; reading all packages takes a minute")
-    parser.add_argument("--arms", nargs="+", choices=KINDS, help="default: all that can run here")
+    parser.add_argument("--arms", nargs="+", choices=kinds, help="default: all that can run here")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after this time")
     parser.add_argument("--steps", type=int, default=250)
@@ -395,7 +398,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--calibration", type=int, default=64, help="sequences")
     parser.add_argument("--held-out", type=int, default=96, help="sequences")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser_of(__doc__, KINDS).parse_args()
     has_peer = peers.has_model_optimizer() and DEVICE.type == "cuda"
     options.arms = options.arms or [name for name in KINDS if has_peer or not name.startswith("modelopt")]
     results = Results(options)

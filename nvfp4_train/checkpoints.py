@@ -249,6 +249,8 @@ def check_same_weights(path: Path, saved: Mapping[str, tuple[int, ...]], ours: M
         if saved.get(name) != ours.get(name):
             there, here = saved.get(name, "missing"), ours.get(name, "missing")
             options = "quant.*" if name.startswith("quant_state.") else "model.*"
+            if name.startswith("quant_state.") and name.endswith(".history"):
+                options = "callbacks.oscillation.action"
             raise ValueError(
                 f"the checkpoint {path} was saved with another model: {name} is {there} there and {here} here; "
                 f"set {options} as in the run that saved it"

@@ -105,6 +105,7 @@ class QATModule(L.LightningModule):
         """Of the last step, before it was clipped, see `finite.gradient_norms`."""
         self.results: dict[str, float] = {}
         """The run's final numbers, by metric name."""
+        self._keeps_history = False
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
@@ -170,12 +171,21 @@ class QATModule(L.LightningModule):
         self.not_built, self.original_note = built.not_built, built.note
         # As a module of this one it is in every checkpoint.
         self.quant_state = built.store.state
+        if self._keeps_history:
+            built.store.keep_history()
         # DDP would broadcast it in every forward; all ranks have the same.
         self._ddp_params_and_buffers_to_ignore = [f"quant_state.{name}" for name, _ in self.quant_state.named_buffers()]
         if strategy is not None and getattr(self.trainer.datamodule, "isolates_documents", False):  # type: ignore[attr-defined]
             check_isolation(self.model, device)
             if isinstance(teacher := getattr(self.loss, "teacher", None), torch.nn.Module):
                 check_isolation(teacher, device, name="the teacher")
+
+    def keep_history(self) -> None:
+        """Let the store keep the history of codes, see `WeightStore.keep_history`. Callbacks call it in their setup."""
+        self._keeps_history = True
+        if self.store is not None:
+            # Lightning sets up callbacks again for every later fit.
+            self.store.keep_history()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits [B, T, V], in the dtype of the computation, of token ids [B, T]."""

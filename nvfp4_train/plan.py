@@ -42,6 +42,8 @@ class RunShape:
     """Tokens whose logits exist at once, of student and teacher, where the loss has a teacher; None without one."""
     compared_layers: int = 0
     """Decoder layers whose hidden states the loss compares with those of the teacher."""
+    keeps_history: bool = False
+    """Whether `callbacks.oscillation` keeps the history of codes."""
 
     def __post_init__(self) -> None:
         for name, option in (
@@ -265,6 +267,10 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
         memory.append(
             Row(name="Hessians and steps", formula="64 K for every group's input + q / 16", bf16=0, packed=hessians + steps)
         )
+    if manifest is not None and shape.keeps_history:
+        per_weight = 1 if quant.gather == "packed" else 1 + PACKED_BYTES
+        history = per_weight * sum(unit.quantized_shard for unit in units.all)
+        memory.append(Row(name="history of codes", formula="q (1.5625 q with quant.gather=bf16)", bf16=0, packed=history))
     if teacher_units is not None:
         teacher_shard = sum(unit.shard for unit in teacher_units.all)
         memory.append(row("teacher", "2 bytes of its shards", lambda _: 2 * teacher_shard))

@@ -281,3 +281,11 @@ def test_what_the_plan_does_not_know_is_refused() -> None:
 def test_what_cannot_be_sharded_is_refused() -> None:
     with pytest.raises(ValueError, match="world_size must be a multiple of trainer.strategy.replicate_size, got 6 and 4"):
         RunShape(world_size=6, replicate_size=4)
+
+
+def test_the_history_of_codes_is_a_byte_a_weight() -> None:
+    """And the codes and scales themselves, where those do not travel."""
+    shape = RunShape(world_size=2, keeps_history=True)
+    assert rows(shape)["history of codes"] == (0, QUANTIZED)
+    assert rows(shape, QuantConfig(gather="bf16"))["history of codes"] == (0, 1.5625 * QUANTIZED)
+    assert "history of codes" not in rows(RunShape(world_size=2))

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nvfp4_train.kernels import reference
+from nvfp4_train.kernels import code_history, reference
 from nvfp4_train.kernels.chunks import Slots, Weights
 from nvfp4_train.kernels.multi_tensor_reference import ReferencePasses
 from nvfp4_train.kernels.scale_rules import ScaleRule
@@ -149,4 +149,11 @@ _register(
     reference.fake_quant_input,
     lambda x, input_scale: x.new_empty(x.shape),
     module="input_kernels",
+)
+_register(
+    "follow_codes(Tensor packed, Tensor scales, Tensor s2, Tensor(a!) history, Tensor(b!) master, Tensor(c!) counts, "
+    "int min_reversals, int action) -> ()",
+    code_history.follow_codes,
+    lambda packed, scales, s2, history, master, counts, min_reversals, action: None,
+    module="code_history_kernel",
 )

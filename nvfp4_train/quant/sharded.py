@@ -24,7 +24,7 @@ from nvfp4_train.quant.local_weight import LocalWeight, own_rows, rows_per_rank
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.packed_shards import PackedShards
 from nvfp4_train.quant.served import SERVED_DTYPE
-from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.quant.store import WeightStore, empty_codes
 
 KNOWN_TORCH = ((2, 11), (2, 14))
 """Versions of PyTorch whose internals `fsdp2_internals` knows: from the first on, below the second."""
@@ -82,8 +82,8 @@ class GatherUnit:
         """This rank's rows of a master, in the memory that FSDP2 uses."""
         return self.in_order[name]._local_tensor.detach()
 
-    def allocate(self) -> None:
-        """Make room for what this rank sends."""
+    def allocate(self, *, keeps_codes: bool = False) -> None:
+        """Make room for what this rank sends, and for codes and scales beside it where those are kept and do not travel."""
         device = self.rows(self.quantized[0]).device
         self.sent = torch.zeros(self.shards.num_bytes, dtype=torch.uint8, device=device)
         self.table = self.shards.table(self.slots if self.is_packed else []).to(device)
@@ -95,6 +95,9 @@ class GatherUnit:
             }
         else:
             self.outputs = {"decoded": self._own(views)}
+            if keeps_codes:
+                packed, scales = zip(*(empty_codes(self.rows(name)) for name in self.quantized), strict=True)
+                self.outputs |= {"packed": list(packed), "scales": list(scales)}
             views = views[len(self.quantized) :]
         self.rounded = [view[: len(self.rows(name))] for view, name in zip(views, self.unquantized, strict=True)]
 
@@ -127,7 +130,7 @@ class GatherUnit:
         `steps` are those of the rows under a fitted rule.
         """
         index = self.quantized.index(name)
-        if self.is_packed:
+        if "packed" in self.outputs:
             return self.outputs["packed"][index], self.outputs["scales"][index]
         rows, slot = self.rows(name), self.slots[index]
         if rows.dim() == 2:
@@ -377,6 +380,14 @@ class ShardedWeightStore(WeightStore):
             first_expert = unit.first_row(name) if rows.dim() == 3 else None
             yield self._local_weight(name, rows[own], packed, steps, first_expert=first_expert)
 
+    @torch.no_grad()
+    def held_weights(self) -> Iterator[LocalWeight]:
+        for name in self.names:
+            unit = self._unit_of[name]
+            rows = unit.rows(name)
+            first_expert = unit.first_row(name) if rows.dim() == 3 else None
+            yield self._local_weight(name, rows, self.local_packed(name), first_expert=first_expert)
+
     def _current_local_tensors(self) -> list[Tensor]:
         return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]
 
@@ -390,7 +401,7 @@ class ShardedWeightStore(WeightStore):
     def _make_quantizer(self) -> MultiTensorQuantizer:
         outputs: dict[str, list[Tensor]] = {}
         for unit in self._units:
-            unit.allocate()
+            unit.allocate(keeps_codes=self._keeps_codes)
             for name, tensors in unit.outputs.items():
                 outputs.setdefault(name, []).extend(tensors)
         self._local_tensors = self._current_local_tensors()

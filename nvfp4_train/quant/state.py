@@ -22,6 +22,7 @@ class QuantState(nn.Module):
         GROUP.input_scale   float32 [1]               1 / g of the group's input, a power of two; 0 until it is calibrated
         GROUP.hessian       float32 [K/16, 16, 16]    mean of x_b x_b' over its input's blocks x_b (fitted rules)
         NAME.steps          int8 [.., N, K/16]        each block's choice, in steps of E4M3 from the max rule's scale (fitted rules)
+        NAME.history        uint8 [.., N, K]          last code and what it did before, see `kernels.code_history` (`add_history`)
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], manifest: QuantManifest) -> None:
@@ -36,7 +37,14 @@ class QuantState(nn.Module):
             if self.is_fitted:
                 self._add(group[0], "hessian", torch.zeros(num_blocks, BLOCK_SIZE, BLOCK_SIZE, device=device))
         for name, parameter in parameters.items() if self.is_fitted else ():
-            self._add(name, "steps", _zero_steps(parameter))
+            self._add(name, "steps", _zeros_beside(parameter, parameter.shape[-1] // BLOCK_SIZE, torch.int8))
+
+    def add_history(self, parameters: Mapping[str, Tensor]) -> None:
+        """Remember the codes of parameters, by name. Nothing happens to those whose codes are remembered already."""
+        present = dict(self.named_buffers())
+        for name, parameter in parameters.items():
+            if f"{name}.history" not in present:
+                self._add(name, "history", _zeros_beside(parameter, parameter.shape[-1], torch.uint8))
 
     @torch.no_grad()
     def fill(self, statistics: Mapping[str, InputStatistics], *, headroom: float) -> None:
@@ -59,6 +67,10 @@ class QuantState(nn.Module):
         """int8 [.., N, K/16] of a parameter; a DTensor where the parameter is one."""
         return self._get(name, "steps")
 
+    def history(self, name: str) -> Tensor:
+        """uint8 [.., N, K] of a parameter; a DTensor where the parameter is one."""
+        return self._get(name, "history")
+
     def _add(self, name: str, leaf: str, tensor: Tensor) -> None:
         # A name has dots, which the name of a buffer may not have: modules lead to it.
         node: nn.Module = self
@@ -74,8 +86,9 @@ class QuantState(nn.Module):
         return tensor
 
 
-def _zero_steps(parameter: Tensor) -> Tensor:
-    shape = (*parameter.shape[:-1], parameter.shape[-1] // BLOCK_SIZE)
+def _zeros_beside(parameter: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [.., N, width] that lie, and are sharded, as a parameter [.., N, K] is."""
+    shape = (*parameter.shape[:-1], width)
     if isinstance(parameter, DTensor):
-        return sharded_zeros(*shape, dtype=torch.int8, device_mesh=parameter.device_mesh, placements=parameter.placements)
-    return torch.zeros(shape, dtype=torch.int8, device=parameter.device)
+        return sharded_zeros(*shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)

@@ -53,6 +53,8 @@ class WeightStore(ABC):
         self.inputs: InputQuantizers | None = None
         """What the first update enables, and `masters_only` disables, where the forward is to compute with quantized inputs."""
         self._is_first = True
+        self._keeps_codes = False
+        """Whether the codes of all rows that this rank holds are at hand, see `keep_history`."""
 
     @property
     def names(self) -> list[str]:
@@ -87,6 +89,17 @@ class WeightStore(ABC):
             self.inputs.enable()
         self._is_first = False
 
+    def keep_history(self) -> None:
+        """Make room in the state for the history of every weight's codes, and keep the codes themselves from the next update on.
+
+        Checkpoints hold the history from then on; call it before one is loaded.
+        """
+        self.state.add_history({name: self._parameter(name) for name in self.names})
+        if not self._keeps_codes and self._quantizer is not None:
+            self._use(False)
+            self._quantizer = None
+        self._keeps_codes = True
+
     def check_finite(self) -> None:
         """Raise ValueError, naming the weights, if the last update met a NaN or Inf. Waits for the device."""
         is_finite = self.global_amax.isfinite().cpu()
@@ -119,6 +132,13 @@ class WeightStore(ABC):
     @abstractmethod
     def local_weights(self) -> Iterator[LocalWeight]:
         """The rows of every quantized weight that this rank alone owns, as the last update left them. No collective."""
+
+    @abstractmethod
+    def held_weights(self) -> Iterator[LocalWeight]:
+        """All rows of every quantized weight that this rank holds, as the last update left them, after `keep_history`.
+
+        Replicas hold the same rows. The masters are those that the optimizer changes, and may be written to.
+        """
 
     def _local_weight(
         self,
@@ -198,8 +218,11 @@ class WeightStore(ABC):
 
     def _local_steps(self, name: str) -> Tensor:
         """This rank's rows of the steps of a weight, in the memory of the state."""
-        steps = self.state.steps(name)
-        return steps._local_tensor if isinstance(steps, DTensor) else steps
+        return _local(self.state.steps(name))
+
+    def local_history(self, name: str) -> Tensor:
+        """The history of the rows that this rank holds of a weight, uint8 [.., n, K], in the memory of the state."""
+        return _local(self.state.history(name))
 
     @abstractmethod
     def _use(self, quantized: bool) -> None:
@@ -223,6 +246,8 @@ class ReplicatedWeightStore(WeightStore):
         """The parameters that the quantizer was made of."""
         self._compute_weights: dict[str, Tensor] = {}
         """Compute weight by the first name of its parameter."""
+        self._codes: dict[str, tuple[Tensor, Tensor]] = {}
+        """Codes and block scales beside it, where they are kept."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -267,6 +292,11 @@ class ReplicatedWeightStore(WeightStore):
             steps = self.state.steps(name)[..., own, :] if self.state.is_fitted else None
             yield self._local_weight(name, master[..., own, :], steps=steps)
 
+    @torch.no_grad()
+    def held_weights(self) -> Iterator[LocalWeight]:
+        for name in self.names:
+            yield self._local_weight(name, self.master(name), self._codes[name])
+
     def _is_replaced(self) -> bool:
         assert self._quantizer is not None
         return any(self._parameter(name) is not master for name, master in self._masters.items()) or (
@@ -286,10 +316,13 @@ class ReplicatedWeightStore(WeightStore):
         self._compute_weights = {
             name: torch.empty_like(master, dtype=self.compute_dtype, requires_grad=False) for name, master in masters.items()
         }
+        outputs = {"decoded": list(self._compute_weights.values())}
+        if self._keeps_codes:
+            self._codes = {name: empty_codes(master) for name, master in masters.items()}
+            packed, scales = zip(*self._codes.values(), strict=True)
+            outputs |= {"packed": list(packed), "scales": list(scales)}
         first_slots = [self._slots[name].start for name in masters]
-        return self._quantizer_of(
-            list(masters.values()), list(masters), first_slots, decoded=list(self._compute_weights.values())
-        )
+        return self._quantizer_of(list(masters.values()), list(masters), first_slots, **outputs)
 
     def _use(self, quantized: bool) -> None:
         self.is_enabled = quantized
@@ -300,6 +333,19 @@ class ReplicatedWeightStore(WeightStore):
         for name, places in self._shown.items():
             for place in places:
                 place.compute_weight = self._compute_weights[self._owners[name]] if name in names else None
+
+
+def empty_codes(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the codes uint8 [.., N, K / 2] and block scales float8_e4m3fn [.., N, K / 16] of a master [.., N, K]."""
+    *rows, width = master.shape
+    return (
+        torch.empty(*rows, width // 2, dtype=torch.uint8, device=master.device),
+        torch.empty(*rows, width // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=master.device),
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _max_over_ranks(measured: Tensor) -> None:

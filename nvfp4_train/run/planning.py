@@ -41,6 +41,7 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
         batch_size=data.batch_size,
         seq_len=data.seq_len,
         gradient_checkpointing=model.gradient_checkpointing,
+        keeps_history=((options["callbacks"] or {}).get("oscillation") or {}).get("action") is not None,
         **of_loss,
     )
     return plan_table(make_plan(meta, quant, shape, teacher), shape)

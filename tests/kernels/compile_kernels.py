@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from nvfp4_train.kernels import input_kernels, multi_tensor_kernels
+from nvfp4_train.kernels import code_history, code_history_kernel, input_kernels, multi_tensor_kernels
 from nvfp4_train.kernels import triton_kernels as kernels
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
@@ -32,7 +32,7 @@ TORCH_DTYPES = {
     FLOAT: torch.float32, BF16: torch.bfloat16, HALF: torch.float16, INT: torch.int32, LONG: torch.int64, BYTES: torch.uint8,
     STEPS: torch.int8,
 }  # fmt: skip
-SIZES = {"blocks_per_row": "i32", "num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32"}
+SIZES = {"blocks_per_row": "i32", "num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32", "min_reversals": "i32"}
 """Scalars that are not int64."""
 OPTIONAL = ("steps_ptr",)
 """Pointers that are None unless a kernel is given a type for them."""
@@ -62,6 +62,8 @@ PASS = (multi_tensor_kernels.TILE, multi_tensor_kernels.NUM_WARPS)
 INPUT = (input_kernels.TILE, input_kernels.NUM_WARPS)
 INPUT_OF_BF16 = {"x_ptr": BF16, "input_scale_ptr": FLOAT, "out_ptr": BF16}
 INPUT_OF_FLOAT = {"x_ptr": FLOAT, "input_scale_ptr": FLOAT, "out_ptr": FLOAT}
+HISTORY = {"history_ptr": BYTES, "master_ptr": FLOAT, "counts_ptr": LONG}
+FOLLOW = (code_history_kernel.TILE, code_history_kernel.NUM_WARPS)
 CODES = {"packed_ptr": BYTES, "scales_ptr": BYTES}
 TILES = kernels.TILES
 
@@ -117,6 +119,7 @@ KERNELS = {
     "update_scales": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": True}),
     "quantize_input": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_BF16, **CODES}, {}),
     "fake_quant_input": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_BF16, {}),
+    "follow_codes": (code_history_kernel.follow_codes_kernel, FOLLOW, {**TO_PACKED, **HISTORY}, {"ACTION": code_history.COUNT}),
 }  # fmt: skip
 VARIANTS = {
     "search_bf16": (kernels.choose_steps_kernel, TILES["choose_steps"], {"x_ptr": BF16, **SEARCH}, SEARCHED),
@@ -157,6 +160,9 @@ VARIANTS = {
     "whole_model_quantized": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **SECOND_OF_TWO}),
     "quantize_input_fp32": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_FLOAT, **CODES}, {}),
     "fake_quant_input_fp32": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_FLOAT, {}),
+    "follow_codes_and_freeze": (
+        code_history_kernel.follow_codes_kernel, FOLLOW, {**TO_PACKED, **HISTORY}, {"ACTION": code_history.FREEZE},
+    ),
     "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": False}),
 }  # fmt: skip
 """Kernels of other dtypes and options, compiled for CAPABILITIES_OF_VARIANTS alone."""

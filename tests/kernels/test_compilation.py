@@ -53,13 +53,16 @@ ACCESSES = {
     "quantize_input_fp32": ({"128": 4, "32": 1}, {"128": 4, "64": 1, "U8": 1}),
     "fake_quant_input": ({"128": 2, "32": 1}, {"128": 2}),
     "fake_quant_input_fp32": ({"128": 4, "32": 1}, {"128": 4}),
+    "follow_codes": ({"32": 4, "64": 2, "U8": 2}, {"64": 2, "32": 16}),
+    "follow_codes_and_freeze": ({"32": 4, "64": 2, "U8": 2}, {"64": 2, "32": 16}),
 }
 """Global loads and stores in the code of a kernel, by width in bits. Most kernels have two paths, by the kind of s2.
 
 Values move in 16-byte accesses. Of codes, scales and amax a thread has less: 8 bytes of codes of a block, 1 of its scale, 4 of its
-amax, or 4 bytes of the codes of an octet. Table rows (64), s2 (32) and the 136 numbers of a Hessian (32) are single values.
+amax, or 4 bytes of the codes of an octet and 8 of its history. Table rows (64), s2 (32), the 136 numbers of a Hessian (32) and
+masters that are set to their served values (32) are single values.
 """
-VARIANTS = 16
+VARIANTS = 17
 """Kernels that are compiled for 80, 90 and 100 only."""
 
 

@@ -68,7 +68,7 @@ def test_the_script_plans_teacher_hessians_and_quantized_inputs() -> None:
     assert rows["optimizer (AdamW)"][0] == round(8 * trained / 8 / 2**30, 3)
 
 
-def test_options_of_the_loss_change_the_plan() -> None:
+def test_options_of_the_loss_and_of_a_callback_change_the_plan() -> None:
     def row(name: str, *overrides: str) -> str:
         planned = plan_recipe(ROOT, ["trainer=fsdp2", *overrides], 2).splitlines()
         return next((line for line in planned if line.startswith(name)), "")
@@ -78,6 +78,8 @@ def test_options_of_the_loss_change_the_plan() -> None:
     assert row("logits ", "loss=distillation", "loss.chunk_tokens=8") != row("logits ", "loss=distillation")
     assert not row("hidden states", "loss=distillation")
     assert row("hidden states", "loss=distillation", "loss.hidden=0.5")
+    assert not row("history of codes")
+    assert row("history of codes", "callbacks.oscillation.action=reset")
 
 
 def test_a_teacher_of_a_folder_is_planned_or_refused(tmp_path: Path) -> None:
