@@ -58,9 +58,9 @@ def tasks_table(rows: Sequence[Row]) -> str:
     for row in rows:
         for task, numbers in row.tasks.items():
             for metric, value in numbers.items():
-                if "_stderr" in metric or not isinstance(value, int | float):
-                    continue
                 name, _, filter = metric.partition(",")
+                if name.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
                 error = numbers.get(f"{name}_stderr,{filter}")
                 shown = f"{value:.4f}" + (f" ±{error:.4f} (1 standard error)" if isinstance(error, float) else "")
                 lines.append([row.label, shown_serving(row.serving), task, metric.removesuffix(",none"), shown])

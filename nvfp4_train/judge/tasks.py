@@ -30,8 +30,11 @@ class Tasks:
             raise ValueError(f"tasks= needs lm-evaluation-harness, which cannot be imported: {one_line(error)}") from error
         # It speaks of every task that it looks at.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._manager = TaskManager(include_path=folder)
         self.names, self.limit = list(names), limit
+        # To look at all of its own tasks takes ten seconds.
+        self._manager = TaskManager(include_path=folder, include_defaults=False)
+        if not set(self.names) <= set(self._manager.all_subtasks):
+            self._manager = TaskManager(include_path=folder)
         if unknown := [name for name in self.names if not self._manager.match_tasks([name])]:
             raise ValueError(
                 f"tasks must be names that lm-evaluation-harness knows, or of yaml files in tasks_path, got {', '.join(unknown)}"
@@ -52,7 +55,8 @@ class Tasks:
                 harness, tasks=own, limit=self.limit, task_manager=self._manager, log_samples=False, verbosity="ERROR"
             )
             found = {
-                task: {name: value for name, value in numbers.items() if name != "alias"}
+                # Metrics are named METRIC,FILTER.
+                task: {name: value for name, value in numbers.items() if "," in name}
                 for task, numbers in results["results"].items()
             }
         of_ranks: dict[str, dict[str, Any]] = {}
