@@ -14,7 +14,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nvfp4_train.checkpoints import UNREADABLE, first_line, is_sharded_checkpoint, newest_complete, read_unsharded, saved_step
+from nvfp4_train.checkpoints import (
+    UNREADABLE,
+    WEIGHTS_ONLY,
+    first_line,
+    inspect_checkpoint,
+    is_sharded_checkpoint,
+    newest_complete,
+    read_unsharded,
+)
 from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD
 from nvfp4_train.models.architecture import config_of, read_config, read_exported_config
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
@@ -119,8 +127,10 @@ def _kind_of(path: str) -> tuple[str, str, str]:
 
 
 def _checkpoint(path: Path) -> tuple[str, str, str]:
-    step = saved_step(path)
-    return CHECKPOINT, str(path), "checkpoint" + ("" if step is None else f" of step {step}")
+    facts = inspect_checkpoint(path, verify=False)
+    if facts.fault not in (None, WEIGHTS_ONLY):
+        raise ValueError(f"{facts}")
+    return CHECKPOINT, str(path), f"checkpoint of step {facts.step}"
 
 
 def _quant_method(folder: Path) -> str | None:

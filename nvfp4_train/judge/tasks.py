@@ -2,7 +2,9 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,9 +53,10 @@ class Tasks:
         found: dict[str, dict[str, Any]] = {}
         if own := self.names[rank::num_ranks]:
             harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-            results = simple_evaluate(
-                harness, tasks=own, limit=self.limit, task_manager=self._manager, log_samples=False, verbosity="ERROR"
-            )
+            with _alone():
+                results = simple_evaluate(
+                    harness, tasks=own, limit=self.limit, task_manager=self._manager, log_samples=False, verbosity="ERROR"
+                )
             found = {
                 # Metrics are named METRIC,FILTER.
                 task: {name: value for name, value in numbers.items() if "," in name}
@@ -63,3 +66,14 @@ class Tasks:
         for of_rank in gather_from_ranks(found):
             of_ranks |= of_rank
         return of_ranks
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """The package gives no results on ranks that the environment does not call the first."""
+    local_rank = os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if local_rank is not None:
+            os.environ["LOCAL_RANK"] = local_rank

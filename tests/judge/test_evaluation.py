@@ -151,6 +151,7 @@ def test_texts_of_their_own_and_all_of_them(
         "domains.numbers.val_fraction=1",
         "data.seq_len=64",
         "data.val_fraction=0.25",
+        "data.val_sequences=1000",
         "servings=[w4a16]",
         "keep_sequences=true",
     )
