@@ -4,10 +4,12 @@ So all kinds of models compute by the same code, and differ in their weights, an
 """
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +89,26 @@ def load(
             hold_as_served(model, place.compute_dtype)
             return Loaded(model=model.to(place.device), servings=(UNQUANTIZED,))  # type: ignore[arg-type]
         if subject.kind == EXPORT:
-            return _load_export(Path(subject.path), place)
-        if subject.kind == CHECKPOINT:
-            return _load_checkpoint(Path(subject.path), place)
-        return _quantize(subject, place, quant, calibration)
+            found = _load_export(Path(subject.path), place)
+        elif subject.kind == CHECKPOINT:
+            found = _load_checkpoint(Path(subject.path), place)
+        else:
+            found = _quantize(subject, place, quant, calibration)
+            # The masters leave the device before the served values come to it.
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        return _on_device(found, place)
+
+
+class _Quantized(NamedTuple):
+    """A quantized model, still on the CPU."""
+
+    model: PreTrainedModel
+    input_scales: Mapping[str, Tensor]
+    """1 / g by name of the quantized weights; empty where its inputs cannot be quantized."""
+    without: str
+    """Why they cannot, if so."""
 
 
 def _model_config(subject: Subject, place: Place) -> ModelConfig:
@@ -99,15 +117,15 @@ def _model_config(subject: Subject, place: Place) -> ModelConfig:
     )
 
 
-def _load_export(path: Path, place: Place) -> Loaded:
+def _load_export(path: Path, place: Place) -> _Quantized:
     format = format_of(path)
     verify_export(path, format=format)
     folder = PackedFolder(path, format)
     model = served_model(folder.layout.served_config, tensors_in_memory(folder), place)
-    return _with_inputs(model, input_scales(folder), place, "the folder has no input scales, as an export for W4A16 has none")
+    return _Quantized(model, input_scales(folder), "the folder has no input scales, as an export for W4A16 has none")
 
 
-def _load_checkpoint(path: Path, place: Place) -> Loaded:
+def _load_checkpoint(path: Path, place: Place) -> _Quantized:
     found = load_checkpoint(path, trust_remote_code=place.trust_remote_code)
     served = FromMasters(found.weights, found.manifest, found.config, found.quant_state)
     return _of_served(served, found.config, found.quant_state, place, "the checkpoint's run had not been calibrated")
@@ -115,7 +133,7 @@ def _load_checkpoint(path: Path, place: Place) -> Loaded:
 
 def _quantize(
     subject: Subject, place: Place, quant: QuantConfig, calibration: Callable[[int], list[tuple[Batch, bool]]]
-) -> Loaded:
+) -> _Quantized:
     """As launch/ptq.py does it."""
     built = build_model(_model_config(subject, place), quant, place.device, compute_dtype=place.compute_dtype)
     model = built.model.to(place.device).eval()  # type: ignore[arg-type]
@@ -132,7 +150,7 @@ def _quantize(
 
 def _of_served(
     served: ServedWeights, config: PretrainedConfig, state: Mapping[str, Tensor], place: Place, without: str
-) -> Loaded:
+) -> _Quantized:
     manifest, experts = served.manifest, served.layout.experts
 
     def in_class() -> Iterator[tuple[str, Tensor]]:
@@ -146,16 +164,15 @@ def _of_served(
         scale = state[key].cpu() if (key := f"{group[0]}.input_scale") in state else torch.zeros(1)
         scales |= dict.fromkeys(group, scale)
     is_calibrated = all(is_input_scale(scale.item()) for scale in scales.values())
-    return _with_inputs(served_model(config, in_class(), place), scales if is_calibrated else {}, place, without)
+    return _Quantized(served_model(config, in_class(), place), scales if is_calibrated else {}, without)
 
 
-def _with_inputs(model: PreTrainedModel, scales: Mapping[str, Tensor], place: Place, without: str) -> Loaded:
-    """A quantized model that quantizes inputs, too, when it is told to. `scales` are by name of the quantized weights; where there are
-    none, it cannot, and `without` says why.
-    """
-    if not scales:
-        return Loaded(model=model, servings=("w4a16",), notes=[f"measured as W4A16 alone: {without}"])
-    live = {name: scale.to(place.device) for name, scale in scales.items()}
+def _on_device(found: _Quantized, place: Place) -> Loaded:
+    """The model where it computes, with inputs that are quantized when it is told to."""
+    model: PreTrainedModel = found.model.to(place.device)  # type: ignore[arg-type]
+    if not found.input_scales:
+        return Loaded(model=model, servings=("w4a16",), notes=[f"measured as W4A16 alone: {found.without}"])
+    live = {name: scale.to(place.device) for name, scale in found.input_scales.items()}
     open_inputs(model, live)
     # Each weight quantizes its own input. Siblings that share one get the same codes.
     manifest = QuantManifest(groups=tuple((name,) for name in live), rule=ScaleRule())
@@ -164,8 +181,10 @@ def _with_inputs(model: PreTrainedModel, scales: Mapping[str, Tensor], place: Pl
 
 
 def served_model(config: PretrainedConfig, tensors: Iterable[tuple[str, Tensor]], place: Place) -> PreTrainedModel:
-    """The plain class with these tensors, by `state_dict` name and without tied copies, on the device. Raises ValueError where one is
-    missing."""
+    """The plain class with these tensors, by `state_dict` name and without tied copies, on the CPU.
+
+    Raises ValueError where one is missing.
+    """
     options = {"dtype": SERVED_DTYPE, "attn_implementation": place.attn_implementation}
     with parameters_on_meta():
         model = from_config(copy.deepcopy(config), options)
@@ -189,4 +208,4 @@ def served_model(config: PretrainedConfig, tensors: Iterable[tuple[str, Tensor]]
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"weights must hold every parameter of {type(model).__name__}, missing: {', '.join(missing[:3])}")
     hold_as_served(model, place.compute_dtype)
-    return model.requires_grad_(False).eval().to(place.device)  # type: ignore[arg-type]
+    return model.requires_grad_(False).eval()

@@ -38,55 +38,21 @@ from nvfp4_train.judge.subjects import BF16, PTQ, Subject, config_of_subject, fi
 from nvfp4_train.judge.table import differences_table, metrics_table, tasks_table
 from nvfp4_train.judge.tasks import Tasks
 from nvfp4_train.models.architecture import positions
-from nvfp4_train.models.causal_lm import COMPUTE_DTYPES, choose_compute_dtype
+from nvfp4_train.models.causal_lm import choose_compute_dtype
 from nvfp4_train.models.isolation import check_isolation
 from nvfp4_train.progress import progress_bar, tame_other_bars
 from nvfp4_train.quant.policy import SERVINGS, QuantConfig
 from nvfp4_train.ranks import is_rank_zero
-from nvfp4_train.run.compose import compose_options, make
+from nvfp4_train.run.compose import make
+from nvfp4_train.run.evaluation_options import Options, override, read_options, read_quant
 from nvfp4_train.run.identity import choose_run_id
-from nvfp4_train.run.options import check_options, check_targets
+from nvfp4_train.run.options import check_targets
 from nvfp4_train.sequence_metrics import LEVEL
 
 FAILED = 2
 """Exit code where a quantized model exceeds a threshold."""
-CONFIG = "evaluate"
-_MODEL, _DOMAINS = "model=", "domains."
+_MODEL = "model="
 _PACKAGES = ("nvfp4_train", "torch", "transformers", "datasets", "lm_eval")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Those of configs/evaluate.yaml, which says what they are."""
-
-    data: dict
-    quant: dict
-    servings: Sequence[str]
-    domains: dict
-    fail_if: dict
-    tasks: Sequence[str]
-    tasks_path: str | None
-    task_limit: int | None
-    run_dir: str
-    output: str
-    keep_sequences: bool
-    device: str
-    compute_dtype: str
-    attn_implementation: str | None
-    trust_remote_code: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not self.servings or set(self.servings) - SERVINGS.keys():
-            raise ValueError(f"servings must be some of {', '.join(SERVINGS)}, got {list(self.servings)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}")
-        if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
-            raise ValueError(f"compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
-        if self.task_limit is not None and self.task_limit < 1:
-            raise ValueError(f"task_limit must be at least 1, or null, got {self.task_limit}")
-        if ALL in self.domains:
-            raise ValueError(f"domains must not have the name {ALL}, which is that of all texts together")
 
 
 def run_evaluation(root: Path, arguments: Sequence[str]) -> int:
@@ -94,42 +60,21 @@ def run_evaluation(root: Path, arguments: Sequence[str]) -> int:
     tame_other_bars(is_shown=is_rank_zero())
     try:
         given = [argument.removeprefix(_MODEL) for argument in arguments if argument.startswith(_MODEL)]
-        overrides = [_override(argument) for argument in arguments if not argument.startswith(_MODEL)]
+        overrides = [override(argument) for argument in arguments if not argument.startswith(_MODEL)]
         os.environ["RUN_ID"] = choose_run_id()
         options = read_options(root, overrides)
         subjects = find_subjects(given)
         quants = {
             subject.label: read_quant(root, [*overrides, *subject.options]) for subject in subjects if subject.kind == PTQ
         }
+        # As in a run.
+        torch.set_float32_matmul_precision("high")
         with _process_group(options.device) as device:
             return Evaluation(options, subjects, quants, device).run(["python", "launch/evaluate.py", *arguments])
     except (ValueError, OSError, RunError) as error:
         rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         print(f"error: {f'rank {rank}: ' if num_ranks > 1 else ''}{one_line(error)}", file=sys.stderr, flush=True)
         return 1
-
-
-def _override(argument: str) -> str:
-    """Domains have names that no config knows."""
-    return f"++{argument}" if argument.startswith(_DOMAINS) else argument
-
-
-def read_options(root: Path, overrides: Sequence[str]) -> Options:
-    """Raises ValueError for a command line that cannot be composed, or an option that is none or out of range."""
-    composed, _ = compose_options(root, overrides, CONFIG)
-    if isinstance(composed.get("tasks"), str):
-        composed["tasks"] = [composed["tasks"]]
-    check_targets(composed)
-    check_options(Options, composed, CONFIG)
-    check_options(Limits, composed["fail_if"], "fail_if")
-    return Options(**composed)
-
-
-def read_quant(root: Path, overrides: Sequence[str]) -> QuantConfig:
-    """How a model is quantized on the fly. Raises ValueError as `read_options` does."""
-    composed, _ = compose_options(root, overrides, CONFIG)
-    check_targets(composed["quant"], "quant")
-    return make(composed["quant"], "quant")
 
 
 class Evaluation:
@@ -371,7 +316,6 @@ def _fitting(subject: Subject, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _process_group(option: str) -> Iterator[torch.device]:
     """The device of this rank, and a process group where torchrun started several."""
-    torch.set_float32_matmul_precision("high")
     local_rank, num_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if option != "cpu" and torch.cuda.is_available():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_data import conversation, write_jsonl
 from judged_models import save_model
 from running import ROOT
@@ -55,6 +56,8 @@ def evaluate(tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
         output = tmp_path / "evaluation.json"
         output.unlink(missing_ok=True)
         code = run_evaluation(ROOT, [*arguments, f"output={output}", "device=cpu"])
+        # It is of its process, which other tests share.
+        torch.set_float32_matmul_precision("highest")
         return code, json.loads(output.read_text()) if output.exists() else {}
 
     return call
