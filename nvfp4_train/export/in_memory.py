@@ -14,11 +14,8 @@ def tensors_in_memory(folder: PackedFolder, decode: Decode = decode_by_reader) -
     layout, key_of = folder.layout, folder.layout.hub_names()
     for names, keys in layout.bundles.items():
         name = names[0]
-        if (
-            f"{name}".endswith(".weight")
-            and keys[0].removesuffix(".weight") in folder.quantized
-            or name in layout.quantized_experts
-        ):
+        is_matrix = keys == (key_of.get(name),) and keys[0].removesuffix(".weight") in folder.quantized
+        if is_matrix or name in layout.quantized_experts:
             # A quantized weight is a bundle of its own, and its matrices on disk are parts of it.
             whole = torch.empty(layout.tensors[name].shape, dtype=layout.served_dtype(name))
             for key, part in layout.to_hub({name: whole}).items():

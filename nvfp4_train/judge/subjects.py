@@ -23,7 +23,8 @@ from nvfp4_train.checkpoints import (
     newest_complete,
     read_unsharded,
 )
-from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD
+from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD, format_of
+from nvfp4_train.export.registry import find_reader
 from nvfp4_train.models.architecture import config_of, read_config, read_exported_config
 from nvfp4_train.models.causal_lm import ModelConfig, load_config
 
@@ -92,6 +93,8 @@ def config_of_subject(subject: Subject, *, trust_remote_code: bool = False) -> P
         if subject.kind == EXPORT:
             if trust_remote_code:
                 read_config(subject.path, trust_remote_code=True)
+            settings = json.loads((Path(subject.path) / "config.json").read_text())
+            find_reader(format_of(Path(subject.path))).check_config(Path(subject.path), settings)
             return read_exported_config(Path(subject.path))
         saved = read_unsharded(Path(subject.path))["hyper_parameters"]["export"]["config"]
         return config_of(saved, Path(subject.path).parent / "tokenizer", trust_remote_code=trust_remote_code)

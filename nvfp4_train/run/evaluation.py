@@ -112,6 +112,17 @@ class Evaluation:
         self._load_texts()
         rows = self._measure()
         found, judged = list(differences(rows)), verdicts(rows, self.limits)
+        self._print(
+            "\nheld-out text: "
+            + "; ".join(
+                f"{name}, {len(m.positions)} sequences, {int(m.positions.sum()):,} positions"
+                for name, m in rows[0].texts.items()
+            )
+            + f"\neach mean ± half of its {LEVEL:.0%} interval, a bootstrap over sequences\n\n{metrics_table(rows)}"
+        )
+        for table in (differences_table(found), tasks_table(rows)):
+            if table:
+                self._print(f"\n{table}")
         if self.is_first_rank:
             results = {
                 **self._circumstances(command, rows[0]),
@@ -126,17 +137,6 @@ class Evaluation:
                 ),
             }
             write_json(Path(self.options.output), results)
-        self._print(
-            "\nheld-out text: "
-            + "; ".join(
-                f"{name}, {len(m.positions)} sequences, {int(m.positions.sum()):,} positions"
-                for name, m in rows[0].texts.items()
-            )
-            + f"\neach mean ± half of its {LEVEL:.0%} interval, a bootstrap over sequences\n\n{metrics_table(rows)}"
-        )
-        for table in (differences_table(found), tasks_table(rows)):
-            if table:
-                self._print(f"\n{table}")
         self._print("".join(f"\n{verdict}" for verdict in judged) + f"\nwritten to {self.options.output}")
         return FAILED if any(verdict.is_exceeded for verdict in judged) else 0
 
@@ -170,8 +170,9 @@ class Evaluation:
                 raise ValueError(
                     f"models must have one vocabulary to be compared, got {sizes[first]} tokens of {first} and {size} of {label}"
                 )
-        # By the tokenizer's own errors where it cannot be read.
         data = next(iter(self.texts.values()))
+        if data.config.tokenizer == "auto" and self.subjects[0].tokenizer is None:
+            raise ValueError(f"{first} has no tokenizer/ beside its checkpoint; data.tokenizer= must say which to take")
         vocabulary = data.tokenizer.get_vocab()
         for subject in self.subjects[1:] if data.config.tokenizer == "auto" else ():
             if self._vocabulary(subject) not in (None, vocabulary):

@@ -1,5 +1,6 @@
 """Thresholds and their exit codes, and what is refused in one line before anything is measured."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,6 +95,8 @@ def test_a_verdict_says_whether_the_interval_includes_the_threshold(
         (["model=ptq:{original}", "data.val_fraction=1"], "nothing is left to train on, or to calibrate with"),
         (["model={original}", "model={cut}"], "was cut short"),
         (["model={original}", "model={junk}"], "is no checkpoint"),
+        (["model=alone@{alone}"], "alone has no tokenizer/ beside its checkpoint"),
+        (["model={original}", "model={foreign}"], "config: format must be 'nvfp4-pack-quantized', got 'int-quantized'"),
         (["model={original}", "tasks=[no_such_task]", "tasks_path={empty}"], "got no_such_task"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -110,7 +113,7 @@ def test_what_cannot_be_judged_is_refused_in_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"original": original, "run": run, "empty": tmp_path / "empty"}
-    places |= {name: tmp_path / name for name in ("wider", "other", "cut", "junk")}
+    places |= {name: tmp_path / name for name in ("wider", "other", "cut", "junk", "alone", "foreign")}
     places["empty"].mkdir()
     if "model={wider}" in arguments:
         save_model(places["wider"], vocab_size=272)
@@ -120,6 +123,10 @@ def test_what_cannot_be_judged_is_refused_in_a_line(
     checkpoint = (run / "checkpoints" / "last.ckpt").read_bytes()
     places["cut"].write_bytes(checkpoint[: len(checkpoint) // 2])
     places["junk"].write_bytes(b"no checkpoint at all")
+    places["alone"].write_bytes(checkpoint)
+    shutil.copytree(run / "export", places["foreign"])
+    settings = (run / "export" / "config.json").read_text()
+    (places["foreign"] / "config.json").write_text(settings.replace("nvfp4-pack-quantized", "int-quantized"))
     if "tasks=[no_such_task]" in arguments:
         pytest.importorskip("lm_eval.tasks")
         monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__", _own_tasks_alone)
