@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from running import ROOT, metrics
 
+from nvfp4_train.export.convert import convert_folder
 from nvfp4_train.metrics import evaluation_metric
 from nvfp4_train.run.evaluation import run_evaluation
 from nvfp4_train.sequence_metrics import SequenceMetrics
@@ -23,8 +24,6 @@ def evaluated(
     """All kinds of models side by side: the results, and what was printed of them."""
     folder = tmp_path_factory.mktemp("evaluated")
     decoded = folder / "decoded"
-    from nvfp4_train.export.convert import convert_folder
-
     convert_folder(run / "export", decoded, to="bf16")
     models = [
         original,
