@@ -77,9 +77,28 @@ ALLOWED = {
         },
         {"lightning", "transformers", "wandb"},
     ),
+    # It judges what a run or an export has left, by the numbers that a run reports itself.
+    "judge": (
+        {
+            "kernels",
+            "quant",
+            "models",
+            "losses",
+            "export",
+            "checkpoints",
+            "module",
+            "progress",
+            "sequence_metrics",
+            "judge",
+        },
+        {"transformers"},
+    ),
     "run": (
         {
             "ranks",
+            "judge",
+            "quant",
+            "sequence_metrics",
             "models",
             "losses",
             "checkpoints",

@@ -47,7 +47,7 @@ class DataConfig:
     val_batch_size: int | None = None
     """Sequences per rank and validation batch; null takes batch_size."""
     val_fraction: float = 0.05
-    """Share of the documents that is held out."""
+    """Share of the documents that is held out; 1 leaves none to train on, as an evaluation of a whole file wants it."""
     val_sequences: int = 64
     """At most so many held-out sequences are used, over all ranks, spread evenly over the held-out text."""
     max_documents: int | None = None
@@ -67,8 +67,8 @@ class DataConfig:
         for name in ("val_batch_size", "max_documents"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1, or null; got {value}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction must lie between 0 and 1; got {self.val_fraction}")
+        if not 0 < self.val_fraction <= 1:
+            raise ValueError(f"data.val_fraction must be above 0 and at most 1; got {self.val_fraction}")
         if self.streaming and self.max_documents is None:
             raise ValueError("data.streaming=true reads until there are data.max_documents documents; set data.max_documents")
         for name in ("path", "text_column", "chat_column", "chat_template", "split", "tokenizer"):

@@ -109,6 +109,8 @@ class TextDataModule(L.LightningDataModule):
             self.train_sequences, self.val_sequences = len(self._train), count
             self._fingerprint = fingerprint(self._train, NUM_SEQUENCES)
             self.held_out_fingerprint = fingerprint(self._val)
+        if stage == "fit":
+            self._check_training_text()
         _, world_size = self._rank_and_world_size()
         if self.val_sequences < world_size:
             raise ValueError(
@@ -163,6 +165,7 @@ class TextDataModule(L.LightningDataModule):
         them.
         """
         assert self._train is not None, "setup comes first"
+        self._check_training_text()
         num_sequences = min(num_sequences, len(self._train))
         rank, world_size = self._rank_and_world_size()
         order = next(iter(StreamSampler(len(self._train), batch_size=num_sequences, seed=self.seed)))
@@ -312,6 +315,13 @@ class TextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"the model embeds {self._vocab_size} tokens; the conversations have ids up to {largest} (data.tokenizer="
                 f"{self.config.tokenizer!r}). Set data.tokenizer to the model's own, or raise the model's vocab_size."
+            )
+
+    def _check_training_text(self) -> None:
+        if not self._train:
+            raise ValueError(
+                f"data.val_fraction={self.config.val_fraction:g} holds out all of data.path={self.config.path!r}: nothing is left to "
+                "train on, or to calibrate with; set one below 1"
             )
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -76,11 +76,19 @@ def pack_and_split(
     val_fraction: float,
     packing: Packing = PLAIN,
 ) -> tuple[Subset, Subset]:
-    """(training sequences, held-out sequences), at least one of each.
+    """(training sequences, held-out sequences), at least one of each; of a `val_fraction` of 1 all are held out.
 
     Documents are held out by the hash of their content. Where that leaves a side without a sequence, as with one big file, the
     last sequences are held out instead, and of equal documents one is kept: a copy would stand on both sides.
     """
+    if val_fraction == 1:
+        packed = _pack(tokenize(documents, tokenizer, packing), tokenizer, seq_len, packing)
+        if not len(packed):
+            raise ValueError(
+                f"an evaluation needs a sequence; {len(documents)} documents with {packed.num_tokens} tokens make none of "
+                f"data.seq_len={seq_len}. Lower data.seq_len or give more text (data.path)."
+            )
+        return Subset(packed, range(0)), Subset(packed, range(len(packed)))
     content = "said" if packing.is_chat else "text"
     sides = split_documents(documents, val_fraction, column=content)
     if all(len(side) for side in sides):

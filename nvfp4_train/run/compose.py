@@ -125,15 +125,17 @@ def run_options(cfg: DictConfig) -> dict[str, Any]:
     return options
 
 
-def compose_options(root: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def compose_options(root: Path, overrides: Sequence[str], config: str = "train") -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of a command line without running a job, and the same with interpolations as they are written.
+
+    `config` is the file of configs/ at the root of all.
 
     Raises ValueError for a command line that cannot be composed.
     """
     register_configs(root)
     try:
         with initialize_config_dir(str(root / "configs"), version_base="1.3"):
-            cfg = compose("train", overrides=list(overrides))
+            cfg = compose(config, overrides=list(overrides))
     except HydraException as error:
         raise ValueError(str(error)) from error
     return plain(cfg), plain(cfg, resolve=False)

@@ -37,7 +37,7 @@ def take(loader, count: int) -> torch.Tensor:
         ({"max_documents": 0}, "data.max_documents must be at least 1, or null; got 0"),
         ({"val_sequences": 0}, "data.val_sequences must be at least 1; got 0"),
         ({"num_workers": -1}, "data.num_workers must be at least 0; got -1"),
-        ({"val_fraction": 1.0}, "data.val_fraction must lie between 0 and 1; got 1.0"),
+        ({"val_fraction": 1.5}, "data.val_fraction must be above 0 and at most 1; got 1.5"),
         ({"path": ""}, "data.path must not be empty"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -45,6 +45,20 @@ def take(loader, count: int) -> torch.Tensor:
 def test_an_option_out_of_range_is_an_error_that_names_it(option: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**option)
+
+
+def test_all_of_a_text_can_be_held_out_but_not_trained_on(corpus: Path) -> None:
+    """As an evaluation wants it: every sequence, whatever is held out of a text that is trained on."""
+    module = TextDataModule(DataConfig(path=str(corpus), seq_len=32, val_fraction=1.0, val_sequences=10_000), seed=0)
+    module.prepare_data()
+    module.setup("validate")
+    other = data_module(corpus, val_sequences=10_000)
+    assert module.train_sequences == 0
+    assert 0 <= module.val_sequences - other.train_sequences - other.val_sequences <= 1
+    with pytest.raises(ValueError, match="val_fraction=1 holds out all of .* nothing is left to train on"):
+        module.calibration_batches(4)
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        data_module(corpus, val_fraction=1.0)
 
 
 def test_batches_are_int64_of_the_asked_shape(corpus: Path) -> None:

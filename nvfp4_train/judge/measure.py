@@ -1,0 +1,80 @@
+"""Measures a model against a reference, sequence by sequence, on this rank's share of the held-out batches."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from nvfp4_train.losses.base import Batch, num_positions_per_sequence
+from nvfp4_train.losses.distillation import DistillationLoss
+from nvfp4_train.module import check_num_positions, gather_from_ranks
+from nvfp4_train.sequence_metrics import SequenceMetrics
+
+LOSS, KL, TOP1 = "loss", "kl", "top1_agreement"
+"""Metrics: the next token's cross-entropy and the forward KL from the reference, in nats a position, and the share of positions at
+which both hold the same token most likely. `losses.distillation` defines them; a run reports its own by it."""
+_NAMES = {"cross_entropy": LOSS, "kl": KL, "top1_agreement": TOP1}
+ALL = "all"
+"""The name of all texts together."""
+
+
+@torch.no_grad()
+def measure(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], device: torch.device) -> SequenceMetrics:
+    """The metrics of a model against a reference, which may be the model itself.
+
+    Ranks share out whole batches, each with the whole of both models, so the numbers are the same bits on any number of equal ranks.
+    `batches` are the same on all of them. Logits exist a few hundred tokens at a time. Raises ValueError if no position counts. A
+    collective, if there is a process group.
+    """
+    loss = DistillationLoss()
+    loss.teacher = reference
+    rank, num_ranks = rank_and_number()
+    own: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+    for number, batch in enumerate(batches):
+        if number % num_ranks != rank:
+            continue
+        counts = num_positions_per_sequence(batch).double()
+        found = loss.per_sequence(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        # Parts of the batch's mean, which is over all of its positions.
+        means = {
+            name: (found[part].double().cpu() * counts.sum() / counts.clamp(min=1)).numpy() for part, name in _NAMES.items()
+        }
+        own[number] = counts.numpy(), means
+    by_number = {number: of_batch for of_rank in gather_from_ranks(own) for number, of_batch in of_rank.items()}
+    in_order = [by_number[number] for number in sorted(by_number)]
+    positions = np.concatenate([counts for counts, _ in in_order])
+    check_num_positions(positions.sum())
+    values = {name: np.concatenate([means[name] for _, means in in_order]) for name in _NAMES.values()}
+    return SequenceMetrics(positions, values)
+
+
+def rank_and_number() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def with_all(texts: Mapping[str, SequenceMetrics]) -> dict[str, SequenceMetrics]:
+    """The metrics of every text, and before them those of all texts together where there are several."""
+    if ALL in texts:
+        return dict(texts)
+    parts = list(texts.values())
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    return {ALL: SequenceMetrics(np.concatenate([part.positions for part in parts]), values), **texts}
+
+
+def only(metrics: SequenceMetrics, names: Sequence[str]) -> SequenceMetrics:
+    """Some of the metrics."""
+    return SequenceMetrics(metrics.positions, {name: metrics.values[name] for name in names})
+
+
+def own_share(sequences: Sequence[Mapping[str, Tensor]]) -> list[tuple[Batch, bool]]:
+    """This rank's part of calibration sequences that all ranks have, as `models.prepare` takes them, and whether each counts.
+
+    Every rank has equally many: some repeat one that does not count.
+    """
+    rank, num_ranks = rank_and_number()
+    places = range(rank, -(-len(sequences) // num_ranks) * num_ranks, num_ranks)
+    return [(sequences[place % len(sequences)], place < len(sequences)) for place in places]
