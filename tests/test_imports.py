@@ -53,10 +53,6 @@ ALLOWED = {
         },
         {"lightning", "transformers"},
     ),
-    "judge": (
-        {"kernels", "quant", "models", "losses", "module", "pictures", "sequence_metrics", "judge"},
-        {"transformers"},
-    ),
     "callbacks": (
         {
             "kernels",
@@ -87,6 +83,7 @@ ALLOWED = {
             "export",
             "checkpoints",
             "module",
+            "pictures",
             "progress",
             "sequence_metrics",
             "judge",
@@ -111,9 +108,6 @@ ALLOWED = {
             "progress",
             "callbacks",
             "plan",
-            "judge",
-            "quant",
-            "sequence_metrics",
             "run",
         },
         {"lightning", "hydra", "omegaconf", "wandb"},
