@@ -22,6 +22,7 @@ ALLOWED = {
     "ranks": (set(), set()),
     "sequence_metrics": (set(), set()),
     "pictures": (set(), {"matplotlib"}),
+    "worst_layers": ({"metrics", "quant"}, set()),
     "loggers": (set(), {"lightning", "wandb"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
