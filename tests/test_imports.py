@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nvfp4_train"
 
-FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "datasets", "matplotlib"}
+FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "tensorboard", "datasets", "matplotlib"}
 ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
     # What a REPL asks for by name, imported then.
@@ -21,9 +21,13 @@ ALLOWED = {
     "load_errors": (set(), set()),
     "ranks": (set(), set()),
     "sequence_metrics": (set(), set()),
+    "earlier": (set(), set()),
     "pictures": (set(), {"matplotlib"}),
+    "layer_table": ({"earlier"}, set()),
+    "layer_pictures": ({"layer_table", "metrics", "pictures", "quant", "worst_layers"}, {"matplotlib"}),
+    "drawing": ({"pictures", "quant"}, {"lightning", "matplotlib", "wandb"}),
     "worst_layers": ({"metrics", "quant"}, set()),
-    "loggers": (set(), {"lightning", "wandb"}),
+    "loggers": (set(), {"lightning", "wandb", "tensorboard"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
     "parallel": (set(), set()),
@@ -70,6 +74,9 @@ ALLOWED = {
             "metrics",
             "progress",
             "loggers",
+            "drawing",
+            "layer_pictures",
+            "layer_table",
             "callbacks",
         },
         {"lightning", "transformers", "wandb"},
@@ -77,6 +84,8 @@ ALLOWED = {
     "run": (
         {
             "ranks",
+            "earlier",
+            "layer_table",
             "models",
             "losses",
             "checkpoints",

@@ -66,7 +66,7 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if trainer_options.get("enable_progress_bar") is not False and not has_own_bar:
         callbacks.append(TrainingProgress())
-    keep_earlier_metrics(Path(options["run_dir"]))
+    keep_earlier_metrics(Path(options["run_dir"]), options["ckpt_path"])
     loggers = [make(node, f"logger.{name}") for name, node in parts["logger"].items()]
     trainer = make(trainer_options, "trainer", callbacks=callbacks, logger=loggers)
     for logger in loggers:
