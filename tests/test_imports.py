@@ -9,7 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nvfp4_train"
 
-FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "tensorboard", "datasets", "matplotlib"}
+FRAMEWORKS = {
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "transformers",
+    "wandb",
+    "wandb_workspaces",
+    "tensorboard",
+    "datasets",
+    "matplotlib",
+}
 ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
     # What a REPL asks for by name, imported then.
@@ -86,6 +96,8 @@ ALLOWED = {
             "ranks",
             "earlier",
             "layer_table",
+            "metrics",
+            "quant",
             "models",
             "losses",
             "checkpoints",
@@ -100,7 +112,7 @@ ALLOWED = {
             "plan",
             "run",
         },
-        {"lightning", "hydra", "omegaconf", "wandb"},
+        {"lightning", "hydra", "omegaconf", "wandb", "wandb_workspaces"},
     ),
 }
 

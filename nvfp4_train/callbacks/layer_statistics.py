@@ -51,7 +51,8 @@ class LayerStatistics(Callback):
         self.per_layer = per_layer
         self.draw_every = draw_every
         self.table = None if run_dir is None else Path(run_dir) / LAYERS_FILE
-        self._names = names
+        self.names = names
+        self.histogram_names = list(chain.from_iterable(statistic.histogram_names for statistic in self.statistics))
         self._last_step = -1
         self._has_drawn = False
 
@@ -96,7 +97,7 @@ class LayerStatistics(Callback):
                     values |= statistic.finish(sums)
             pl_module.report({statistic_metric(name): value for name, value in aggregates.items()})
             if layers and self.table is not None:
-                append_rows(self.table, trainer.global_step, layers, statistics=self._names)
+                append_rows(self.table, trainer.global_step, layers, statistics=self.names)
             if can_draw(trainer.loggers):
                 draw(trainer.loggers, self._drawings(trainer, layers, histograms), trainer.global_step)
 
