@@ -59,28 +59,28 @@ class SegmentedWandbLogger(WandbLogger):
 
 
 class SegmentedTensorBoardLogger(TensorBoardLogger):
-    """Writes into the folder `save_dir`, one file of events for each segment.
-
-    A segment begins where its checkpoint is from: TensorBoard then leaves out what earlier segments logged of later steps.
-    """
+    """Writes into the folder `save_dir`, a file of events for each segment."""
 
     def __init__(self, save_dir: str, *, max_queue: int = 10, flush_secs: int = 120) -> None:
         """`max_queue` events wait for `flush_secs` at most before they are written. Raises ValueError without TensorBoard."""
         if find_spec("tensorboard") is None:
             raise ValueError("the package tensorboard is not installed: pip install tensorboard")
         super().__init__(save_dir, name="", version="", default_hp_metric=False, max_queue=max_queue, flush_secs=flush_secs)
-        self._has_begun = False
+        self._continues_after: int | None = None
+
+    def continue_after(self, step: int) -> None:
+        """Let TensorBoard leave out what earlier segments logged of later steps. Call it before anything is logged."""
+        self._continues_after = step
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if not self._has_begun and step is not None:
-            self._has_begun = True
+        if self._continues_after is not None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            # As SummaryWriter(purge_step=step) does, which would have to know the step before anything is logged.
-            self.experiment.file_writer.add_event(
-                Event(step=step, session_log=SessionLog(status=SessionLog.START))  # type: ignore[attr-defined]
-            )
+            # What SummaryWriter(purge_step=...) does, but in a file that only a run that logs something has.
+            session = SessionLog(status=SessionLog.START)  # type: ignore[attr-defined]
+            self.experiment.file_writer.add_event(Event(step=self._continues_after + 1, session_log=session))
+            self._continues_after = None
         super().log_metrics(metrics, step)
 
     def save(self) -> None:

@@ -96,6 +96,7 @@ ALLOWED = {
             "ranks",
             "earlier",
             "layer_table",
+            "loggers",
             "metrics",
             "quant",
             "models",
