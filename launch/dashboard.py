@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="OPTION=VALUE", help="options of launch/train.py")
     parser.add_argument("--name", help="of the workspace; default: NVFP4 training")
     parser.add_argument("--dry-run", action="store_true", help="print the layout, and save nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     entity, slash, project = arguments.project.partition("/")
     if not (entity and project) or "/" in project:
         sys.exit(f"error: the first argument must be ENTITY/PROJECT, got {arguments.project!r}")
