@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
 
 from nvfp4_train.drawing import Drawings, Table, can_draw, draw
 from nvfp4_train.layer_pictures import heat_maps, worst_table
@@ -76,6 +77,11 @@ class LayerStatistics(Callback):
         # The only hook of a run that continues from its last step.
         self.on_train_end(trainer, pl_module)
 
+    def measure(self, pl_module: QATModule) -> tuple[list[str], list[Tensor]]:
+        """Names of the weights, and for each statistic their sums over all ranks, see `sum_over_ranks`. A collective."""
+        assert pl_module.store is not None
+        return sum_over_ranks(pl_module.store.local_weights(), self.statistics)
+
     @torch.no_grad()
     def _log(self, trainer: Trainer, pl_module: QATModule) -> None:
         store = pl_module.store
@@ -84,7 +90,7 @@ class LayerStatistics(Callback):
             return
         self._last_step = trainer.global_step
         with pl_module.clock.paused():
-            names, tables = sum_over_ranks(store.local_weights(), self.statistics)
+            names, tables = self.measure(pl_module)
             if not trainer.is_global_zero:
                 return
             layers: dict[str, dict[str, float]] = {owner_of(name): {} for name in names} if self.per_layer else {}
