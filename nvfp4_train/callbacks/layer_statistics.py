@@ -56,6 +56,7 @@ class LayerStatistics(Callback):
         self.histogram_names = list(chain.from_iterable(statistic.histogram_names for statistic in self.statistics))
         self._last_step = -1
         self._has_drawn = False
+        self._latest: dict[str, dict[str, float]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # Micro-batches before the first optimizer step change no weight.
@@ -104,19 +105,19 @@ class LayerStatistics(Callback):
             pl_module.report({statistic_metric(name): value for name, value in aggregates.items()})
             if layers and self.table is not None:
                 append_rows(self.table, trainer.global_step, layers, statistics=self.names)
+            # A statistic that is not measured at each look is drawn as it was last.
+            self._latest = {layer: self._latest.get(layer, {}) | values for layer, values in layers.items()}
             if can_draw(trainer.loggers):
-                draw(trainer.loggers, self._drawings(trainer, layers, histograms), trainer.global_step)
+                draw(trainer.loggers, self._drawings(trainer, histograms), trainer.global_step)
 
-    def _drawings(
-        self, trainer: Trainer, layers: Mapping[str, Mapping[str, float]], histograms: Mapping[str, Histogram]
-    ) -> Drawings:
+    def _drawings(self, trainer: Trainer, histograms: Mapping[str, Histogram]) -> Drawings:
         of_all = {histogram_name(name): histogram for name, histogram in histograms.items()}
-        if not layers or not self._is_due(trainer):
+        if not self._latest or not self._is_due(trainer):
             return Drawings(histograms=of_all)
         self._has_drawn = True
         return Drawings(
-            images={heat_map_name(statistic): figure for statistic, figure in heat_maps(layers)},
-            tables={WORST_LAYERS: Table(*worst_table(layers))},
+            images={heat_map_name(statistic): figure for statistic, figure in heat_maps(self._latest)},
+            tables={WORST_LAYERS: Table(*worst_table(self._latest))},
             histograms=of_all,
         )
 
