@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nvfp4_train.callbacks.scale_stats import ScaleStats
+from nvfp4_train.drawing import DRAWERS, Drawings
 from nvfp4_train.kernels import reference
 from nvfp4_train.layer_table import LAYERS_FILE, read_rows
 from nvfp4_train.quant.local_weight import LocalWeight
@@ -121,8 +122,7 @@ def report(how: str, run_dir: str, **options: Any) -> dict[str, Any]:
         module.store.master(module.store.names[0])
     values = {name: value for step, metrics in recorder.logged if step == STEPS for name, value in metrics.items()}
     file = folder / LAYERS_FILE
-    rows = read_rows(file) if file.exists() else []
-    assert all(row.step == STEPS for row in rows)
+    rows = [row for row in read_rows(file) if row.step == STEPS] if file.exists() else []
     values |= {f"{row.layer}/{statistic}": value for row in rows for statistic, value in row.values.items()}
     return {
         "values": values,
@@ -298,3 +298,39 @@ def test_reports_come_when_they_are_due(tmp_path: Path) -> None:
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScaleStats(**options)
+
+
+class Rare(Statistic):
+    """Known at the first look alone."""
+
+    names = ("rare",)
+    looks = 0
+
+    def local(self, weight: LocalWeight) -> Tensor:
+        return torch.zeros(1, dtype=torch.float64)
+
+    def finish(self, sums: Tensor) -> dict[str, float]:
+        return {"rare": 0.5} if self.looks == 0 else {}
+
+
+def drawings() -> list[tuple[int, set[str], set[str]]]:
+    """Of each look of a run, its step, its pictures, and the columns of its tables."""
+    rare, drawn = Rare(), []
+
+    def drawer(logger: Logger, drawings: Drawings, step: int) -> None:
+        rare.looks += 1
+        drawn.append((step, set(drawings.images), {name for table in drawings.tables.values() for name in table.columns}))
+
+    DRAWERS[Recorder] = drawer
+    run("auto", stats={"every_n_steps": 1, "draw_every": 3, "statistics": {"rare": rare}}, steps=4)
+    return drawn
+
+
+def test_what_is_not_measured_at_each_look_is_drawn_as_it_was_last() -> None:
+    (found,) = run_ranks(1, drawings)
+    # The first look, the third and the last one.
+    assert [(step, bool(images), bool(columns)) for step, images, columns in found] == [
+        (step, step != 2, step != 2) for step in (1, 2, 3, 4)
+    ]
+    drawn = [(images, columns) for _, images, columns in found if images]
+    assert all({"heat_maps/rare", "heat_maps/sqnr_db"} <= images and "rare" in columns for images, columns in drawn)
