@@ -1,13 +1,14 @@
-"""The wandb logger of a run that may be stopped and continued: what each process of it logs is a segment of one wandb run."""
+"""The loggers of a run that may be stopped and continued: what each process of it logs is a segment of one run."""
 
 import os
 import shlex
 from collections.abc import Mapping
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 OFFLINE = "offline-run-*"
@@ -55,6 +56,37 @@ class SegmentedWandbLogger(WandbLogger):
 
     def _counter(self) -> Path:
         return Path(self.save_dir or ".") / "wandb" / "next_step"
+
+
+class SegmentedTensorBoardLogger(TensorBoardLogger):
+    """Writes into the folder `save_dir`, a file of events for each segment."""
+
+    def __init__(self, save_dir: str, *, max_queue: int = 10, flush_secs: int = 120) -> None:
+        """`max_queue` events wait for `flush_secs` at most before they are written. Raises ValueError without TensorBoard."""
+        if find_spec("tensorboard") is None:
+            raise ValueError("the package tensorboard is not installed: pip install tensorboard")
+        super().__init__(save_dir, name="", version="", default_hp_metric=False, max_queue=max_queue, flush_secs=flush_secs)
+        self._continues_after: int | None = None
+
+    def continue_after(self, step: int) -> None:
+        """Let TensorBoard leave out what earlier segments logged of later steps. Call it before anything is logged."""
+        self._continues_after = step
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._continues_after is not None:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            # What SummaryWriter(purge_step=...) does, but in a file that only a run that logs something has.
+            session = SessionLog(status=SessionLog.START)  # type: ignore[attr-defined]
+            self.experiment.file_writer.add_event(Event(step=self._continues_after + 1, session_log=session))
+            self._continues_after = None
+        super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Write what waits. Lightning's own also writes a file of hyperparameters, which are in .hydra/."""
+        if self._experiment is not None:
+            self._experiment.flush()
 
 
 def _read(counter: Path) -> int:

@@ -28,9 +28,20 @@ EXPORT_BITS_PER_WEIGHT = "export/bits_per_weight"
 SQNR_STATISTIC = "sqnr_db"
 
 
-def statistic_metric(statistic: str, layer: str | None = None) -> str:
-    """The metric of a statistic of one layer, or of all quantized weights together."""
-    return f"quant/{statistic}" if layer is None else f"quant/{layer}/{statistic}"
+def statistic_metric(statistic: str) -> str:
+    """The metric of a statistic of all quantized weights together. Those of each layer are in layers.csv."""
+    return f"quant/{statistic}"
 
+
+def heat_map_name(statistic: str) -> str:
+    """The picture of a statistic of all layers, in loggers that show pictures."""
+    return f"heat_maps/{statistic}"
+
+
+def histogram_name(histogram: str) -> str:
+    return f"histograms/{histogram}"
+
+
+WORST_LAYERS = "worst_layers/table"
 
 SQNR_DB = statistic_metric(SQNR_STATISTIC)

@@ -9,7 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nvfp4_train"
 
-FRAMEWORKS = {"lightning", "hydra", "omegaconf", "transformers", "wandb", "datasets", "matplotlib"}
+FRAMEWORKS = {
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "transformers",
+    "wandb",
+    "wandb_workspaces",
+    "tensorboard",
+    "datasets",
+    "matplotlib",
+}
 ALLOWED = {
     # room: (rooms of ours, frameworks) that it may import; torch and the standard library are open to all.
     # What a REPL asks for by name, imported then.
@@ -21,8 +31,13 @@ ALLOWED = {
     "load_errors": (set(), set()),
     "ranks": (set(), set()),
     "sequence_metrics": (set(), set()),
+    "earlier": (set(), set()),
     "pictures": (set(), {"matplotlib"}),
-    "loggers": (set(), {"lightning", "wandb"}),
+    "layer_table": ({"earlier"}, set()),
+    "layer_pictures": ({"layer_table", "metrics", "pictures", "quant", "worst_layers"}, {"matplotlib"}),
+    "drawing": ({"pictures", "quant"}, {"lightning", "matplotlib", "wandb"}),
+    "worst_layers": ({"metrics", "quant"}, set()),
+    "loggers": (set(), {"lightning", "wandb", "tensorboard"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
     "parallel": (set(), set()),
@@ -69,6 +84,9 @@ ALLOWED = {
             "metrics",
             "progress",
             "loggers",
+            "drawing",
+            "layer_pictures",
+            "layer_table",
             "callbacks",
         },
         {"lightning", "transformers", "wandb"},
@@ -93,7 +111,11 @@ ALLOWED = {
     "run": (
         {
             "ranks",
+            "earlier",
             "judge",
+            "layer_table",
+            "loggers",
+            "metrics",
             "quant",
             "sequence_metrics",
             "models",
@@ -110,7 +132,7 @@ ALLOWED = {
             "plan",
             "run",
         },
-        {"lightning", "hydra", "omegaconf", "wandb"},
+        {"lightning", "hydra", "omegaconf", "wandb", "wandb_workspaces"},
     ),
 }
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from running import ROOT, metrics, train_command, train_environment
 
+from nvfp4_train.layer_table import read_rows
+
 SCALE_RULE = """
 # Scales a sixth of a power of two apart from 6, 5 and 4.
 BLOCK_SCALE_RULES["toy"] = BlockScaleRule(factors=(1.5, 1.2, 1.0), largest=256.0)
@@ -122,5 +124,6 @@ def test_the_format_is_verified_and_loads(run: Path) -> None:
 
 def test_the_statistic_is_logged_for_every_layer_and_in_aggregate(run: Path) -> None:
     assert 0 < metrics(run)["quant/zero_share"] < 0.5
-    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert sum(name.endswith("mlp.down_proj/zero_share") for name in header) == 2
+    rows = [row for row in read_rows(run / "layers.csv") if row.layer.endswith("mlp.down_proj")]
+    assert len(rows) == 2
+    assert all(0 < row.values["zero_share"] < 0.5 for row in rows)

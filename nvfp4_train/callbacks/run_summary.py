@@ -111,7 +111,16 @@ class RunSummary(Callback):
         wandb = [logger for logger in trainer.loggers if isinstance(logger, SegmentedWandbLogger)]
         folders = [
             name
-            for name in ("export", "export_modelopt", "checkpoints", "metrics.csv", "metrics.json", "wandb")
+            for name in (
+                "export",
+                "export_modelopt",
+                "checkpoints",
+                "metrics.csv",
+                "layers.csv",
+                "metrics.json",
+                "wandb",
+                "tensorboard",
+            )
             if (self.run_dir / name).exists()
         ]
         print(

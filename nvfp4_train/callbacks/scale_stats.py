@@ -18,6 +18,14 @@ class ScaleStats(LayerStatistics):
         statistics: Mapping[str, Statistic | None] | None = None,
         every_n_steps: int = 100,
         per_layer: bool = True,
+        draw_every: int = 10,
+        run_dir: str | None = None,
     ) -> None:
         own = {"global_amax": GlobalAmax(), "block_scales": BlockScales(), "sqnr": Sqnr()}
-        super().__init__(statistics=own | dict(statistics or {}), every_n_steps=every_n_steps, per_layer=per_layer)
+        super().__init__(
+            statistics=own | dict(statistics or {}),
+            every_n_steps=every_n_steps,
+            per_layer=per_layer,
+            draw_every=draw_every,
+            run_dir=run_dir,
+        )

@@ -29,6 +29,8 @@ class Statistic(ABC):
 
     names: tuple[str, ...]
     """Names of the metrics that `finish` returns."""
+    histogram_names: tuple[str, ...] = ()
+    """Names of what `histograms` returns."""
 
     @abstractmethod
     def local(self, weight: LocalWeight) -> Tensor:
@@ -85,6 +87,7 @@ class BlockScales(Statistic):
         "scale_below_floor_share",
         "scale_saturated_share",
     )
+    histogram_names = ("scale_log2",)
 
     def local(self, weight: LocalWeight) -> Tensor:
         # torch.bincount would wait for the device. Atomic additions into few counts would wait for each other.

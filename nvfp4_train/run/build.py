@@ -8,8 +8,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
 from nvfp4_train.callbacks.progress import TrainingProgress
+from nvfp4_train.checkpoints import saved_step
 from nvfp4_train.data.cache import check_data_cache
 from nvfp4_train.data.module import TextDataModule
+from nvfp4_train.loggers import SegmentedTensorBoardLogger
 from nvfp4_train.models.architecture import positions
 from nvfp4_train.models.causal_lm import load_config
 from nvfp4_train.models.weight_files import check_folder
@@ -66,10 +68,12 @@ def build(options: dict[str, Any], *, trains: bool = True) -> tuple[L.Trainer, Q
     has_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if trainer_options.get("enable_progress_bar") is not False and not has_own_bar:
         callbacks.append(TrainingProgress())
-    keep_earlier_metrics(Path(options["run_dir"]))
+    keep_earlier_metrics(Path(options["run_dir"]), options["ckpt_path"])
     loggers = [make(node, f"logger.{name}") for name, node in parts["logger"].items()]
     trainer = make(trainer_options, "trainer", callbacks=callbacks, logger=loggers)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(options)
+        if isinstance(logger, SegmentedTensorBoardLogger) and (path := options["ckpt_path"]) is not None:
+            logger.continue_after(saved_step(Path(path)) or 0)
     return trainer, module, data

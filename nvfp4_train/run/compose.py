@@ -21,9 +21,9 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nvfp4_train.earlier import keep_earlier
 from nvfp4_train.errors import JobFailed, one_line
 from nvfp4_train.run.identity import choose_run_id, wandb_id
-from nvfp4_train.run.resume import keep_earlier
 
 PATH_OPTIONS = ("ckpt_path", "model.path", "data.path", "data.tokenizer", "data.chat_template", "loss.teacher_path")
 """Options that may be paths, of the folder in which the command was given."""

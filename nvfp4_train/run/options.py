@@ -52,7 +52,7 @@ OF_NO_USE: Mapping[str, tuple[Sequence[Any], str]] = {
     "barebones": ((False,), "logger=none trainer.enable_progress_bar=false leaves out what can be left out"),
     "enable_checkpointing": ((None, True), "callbacks.checkpoint=null callbacks.last_checkpoint=null leave out checkpoints"),
     "callbacks": ((None,), "callbacks are the options of the group callbacks, each under a name"),
-    "logger": ((None,), "loggers are those of the group: logger=wandb, csv or none"),
+    "logger": ((None,), "loggers are those of the group: logger=wandb, tensorboard, csv or none"),
     "max_time": (
         (None,),
         "a run that time ends is no finished one; `timeout -s USR1 TIME python launch/train.py ...` saves and ends with 75",

@@ -14,7 +14,9 @@ from nvfp4_train.checkpoints import (
     saved_step,
 )
 from nvfp4_train.data.identity import as_written
+from nvfp4_train.earlier import keep_earlier
 from nvfp4_train.export.folder import partial_folders
+from nvfp4_train.layer_table import LAYERS_FILE
 from nvfp4_train.ranks import is_rank_zero
 from nvfp4_train.run.identity import has_agent_store, of_rank_zero
 from nvfp4_train.saving import remove_partials, set_aside
@@ -170,15 +172,13 @@ def clear_partials(run_dir: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def keep_earlier(path: Path) -> None:
-    """Give a file of an earlier run in the folder a numbered name, NAME.1.SUFFIX or the next that is free."""
-    number = 1
-    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(earlier)
+def keep_earlier_metrics(run_dir: Path, ckpt_path: str | None) -> None:
+    """Keep the metrics file of an earlier run in the folder under a numbered name: the CSV logger starts a new file.
 
-
-def keep_earlier_metrics(run_dir: Path) -> None:
-    """Keep the metrics file of an earlier run in the folder under a numbered name: the CSV logger starts a new file."""
-    if is_rank_zero() and (path := run_dir / "metrics.csv").exists():
-        keep_earlier(path)
+    The table of layers goes on where the run does, and is kept likewise where a run begins anew.
+    """
+    if not is_rank_zero():
+        return
+    for name in ("metrics.csv", *([LAYERS_FILE] if ckpt_path is None else [])):
+        if (path := run_dir / name).exists():
+            keep_earlier(path)

@@ -1,13 +1,11 @@
 """One report whatever the layout: each rank measures its own rows, and only sums travel."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from ranks import run_ranks
 from small_runs import StopAndSave, Tokens, make_module, make_trainer
@@ -15,9 +13,10 @@ from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nvfp4_train.callbacks.layer_statistics import _draw
 from nvfp4_train.callbacks.scale_stats import ScaleStats
+from nvfp4_train.drawing import DRAWERS, Drawings
 from nvfp4_train.kernels import reference
+from nvfp4_train.layer_table import LAYERS_FILE, read_rows
 from nvfp4_train.quant.local_weight import LocalWeight
 from nvfp4_train.quant.statistics import Statistic, sum_over_ranks
 
@@ -109,14 +108,22 @@ def run(
     return module, callback, recorder
 
 
-def report(how: str, **options: Any) -> dict[str, Any]:
-    """The metrics of the end, by name, the sums, and what travels for them."""
-    module, callback, recorder = run(how, **options)
+def report(how: str, run_dir: str, **options: Any) -> dict[str, Any]:
+    """The metrics of the end by name, those of layers by layer and name, the sums, and what travels for them.
+
+    Each rank has a folder of its own, in which all but the first leave nothing.
+    """
+    folder = Path(run_dir) / str(distributed.get_rank())
+    folder.mkdir(parents=True)
+    module, callback, recorder = run(how, stats={"run_dir": str(folder)}, **options)
     with Sent() as sent:
         names, tables = sum_over_ranks(module.store.local_weights(), callback.statistics)
     with Sent() as sent_for_a_master:
         module.store.master(module.store.names[0])
     values = {name: value for step, metrics in recorder.logged if step == STEPS for name, value in metrics.items()}
+    file = folder / LAYERS_FILE
+    rows = [row for row in read_rows(file) if row.step == STEPS] if file.exists() else []
+    values |= {f"{row.layer}/{statistic}": value for row in rows for statistic, value in row.values.items()}
     return {
         "values": values,
         "names": names,
@@ -150,7 +157,7 @@ def definitions(module: Any) -> dict[str, float]:
             "sqnr_db": 10 * torch.log10(power[0] / power[1]),
         }
         layer = name.removesuffix(".weight")
-        values |= {f"quant/{layer}/{statistic}": value.item() for statistic, value in of_layer.items()}
+        values |= {f"{layer}/{statistic}": value.item() for statistic, value in of_layer.items()}
     values["quant/sqnr_db"] = (10 * torch.log10(powers[0] / powers[1])).item()
     values["quant/global_amax"] = store.global_amax.max().item()
     return values
@@ -168,14 +175,15 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-def reports(world_size: int) -> dict[str, Any]:
-    return {name: report(**options) for name, options in LAYOUTS[world_size].items()}
+def reports(world_size: int, folder: str) -> dict[str, Any]:
+    return {name: report(run_dir=f"{folder}/{world_size}/{name}", **options) for name, options in LAYOUTS[world_size].items()}
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[tuple[int, str], list[dict[str, Any]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """By number of ranks and layout, one report per rank."""
-    runs = {world_size: run_ranks(world_size, reports, world_size) for world_size in LAYOUTS}
+    folder = str(tmp_path_factory.mktemp("reports"))
+    runs = {world_size: run_ranks(world_size, reports, world_size, folder) for world_size in LAYOUTS}
     return {(size, name): [rank[name] for rank in ranks] for size, ranks in runs.items() for name in ranks[0]}
 
 
@@ -190,14 +198,14 @@ def test_every_layer_has_every_statistic(found: Any) -> None:
         "global_amax", "scale_min", "scale_median", "scale_max", "scale_at_floor_share", "scale_below_floor_share",
         "scale_saturated_share", "sqnr_db", "zero_code_share", "num_values",
     ]  # fmt: skip
-    expected = {f"quant/{layer}/{statistic}" for layer in LAYERS for statistic in statistics}
+    expected = {f"{layer}/{statistic}" for layer in LAYERS for statistic in statistics}
     for layout, (first, *others) in found.items():
         layers = {name.removesuffix(".weight") for name in first["names"]}
         assert len(layers) == len(first["names"]) == len(LAYERS), layout
         assert first["values"].keys() == expected | {f"quant/{statistic}" for statistic in statistics}, layout
         assert all(not other["values"] for other in others), "the first rank reports"
     (one,) = found[1, "one"]
-    assert one["values"]["quant/num_values"] == sum(one["values"][f"quant/{layer}/num_values"] for layer in LAYERS)
+    assert one["values"]["quant/num_values"] == sum(one["values"][f"{layer}/num_values"] for layer in LAYERS)
     assert 0 < one["values"]["quant/zero_code_share"] < 0.5
 
 
@@ -234,9 +242,9 @@ def test_one_collective_of_sums_is_all_that_travels(found: Any) -> None:
                 assert any(num_bytes >= 4 * 32 * 32 // len(ranks) for _, num_bytes in rank["sent for a master"])
 
 
-def schedules(path: str) -> dict[str, list[tuple[int, int]]]:
-    """Step and number of metrics of each report."""
-    runs = {
+def schedules(path: str) -> dict[str, dict[str, list[Any]]]:
+    """Step and number of metrics of each report, and by step the rows of the table of layers."""
+    runs: dict[str, dict[str, Any]] = {
         "every 2 of 4": {"stats": {"every_n_steps": 2}},
         "every 3 of 4": {"stats": {"every_n_steps": 3}},
         "from step 3 on": {"stats": {"every_n_steps": 1}, "quant": {"start_step": 3}},
@@ -246,29 +254,42 @@ def schedules(path: str) -> dict[str, list[tuple[int, int]]]:
         "saved": {"stats": {"every_n_steps": 4}, "save": (2, path)},
         "from the last step": {"stats": {"every_n_steps": 100}, "resume": path, "steps": 2},
     }
-    return {
-        name: [(step, len(metrics)) for step, metrics in run("auto", **({"steps": 4} | options))[2].logged]
-        for name, options in runs.items()
-    }
+    found = {}
+    for name, options in runs.items():
+        folder = Path(path).parent / name
+        folder.mkdir()
+        stats = options["stats"] | {"run_dir": str(folder)}
+        logged = run("auto", **({"steps": 4} | options | {"stats": stats}))[2].logged
+        file = folder / LAYERS_FILE
+        found[name] = {
+            "logged": [(step, len(metrics)) for step, metrics in logged],
+            "rows": [(row.step, row.layer) for row in read_rows(file)] if file.exists() else [],
+        }
+    return found
 
 
 def test_reports_come_when_they_are_due(tmp_path: Path) -> None:
     (found,) = run_ranks(1, schedules, f"{tmp_path}/saved.ckpt")
-    both = [10, 10 * len(LAYERS)]
-    assert found["every 2 of 4"] == [(step, number) for step in (2, 4) for number in both]
-    assert found["every 3 of 4"] == [(step, number) for step in (3, 4) for number in both]
-    assert found["from step 3 on"] == [(step, number) for step in (3, 4) for number in both]
-    # The end quantizes, to say what that would cost.
-    assert found["without quantization"] == [(4, number) for number in both]
-    assert found["aggregates alone"] == [(4, 10)]
-    assert found["fewer"] == [(4, 1)]
-    assert found["from the last step"] == [(2, number) for number in both]
+    steps = {
+        "every 2 of 4": [2, 4],
+        "every 3 of 4": [3, 4],
+        "from step 3 on": [3, 4],
+        # The end quantizes, to say what that would cost.
+        "without quantization": [4],
+        "from the last step": [2],
+    }
+    for name, of_reports in steps.items():
+        assert found[name]["logged"] == [(step, 10) for step in of_reports], name
+        assert found[name]["rows"] == [(step, layer) for step in of_reports for layer in LAYERS], name
+    assert found["aggregates alone"] == {"logged": [(4, 10)], "rows": []}
+    assert found["fewer"] == {"logged": [(4, 1)], "rows": []}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"draw_every": -1}, "draw_every must be at least 0, got -1"),
         ({"statistics": {"zeros": 3}}, r"statistics\.zeros must be null or a Statistic \(give its _target_\), got 3"),
         ({"statistics": {"zeros": ZeroCodes(), "again": ZeroCodes()}}, "zero_code_share, num_values, zero_code_share"),
         ({"statistics": dict.fromkeys(("global_amax", "block_scales", "sqnr"))}, "at least one, .* got none"),
@@ -279,12 +300,37 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message:
         ScaleStats(**options)
 
 
-def test_histograms_are_drawn_by_wandb(tmp_path: Path) -> None:
-    recorder, wandb_logger = Recorder(), WandbLogger(save_dir=tmp_path, offline=True)
-    histogram = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5, 2.0])
-    _draw(SimpleNamespace(loggers=[recorder, wandb_logger], global_step=7), {"quant/scale_log2": histogram})
-    summary = wandb_logger.experiment.summary
-    assert summary["trainer/global_step"] == 7
-    assert dict(summary["quant/scale_log2"]) == {"_type": "histogram", "values": [1.0, 2.0], "bins": [0.0, 0.5, 2.0]}
-    wandb_logger.experiment.finish()
-    assert not recorder.logged, "others take numbers alone"
+class Rare(Statistic):
+    """Known at the first look alone."""
+
+    names = ("rare",)
+    looks = 0
+
+    def local(self, weight: LocalWeight) -> Tensor:
+        return torch.zeros(1, dtype=torch.float64)
+
+    def finish(self, sums: Tensor) -> dict[str, float]:
+        return {"rare": 0.5} if self.looks == 0 else {}
+
+
+def drawings() -> list[tuple[int, set[str], set[str]]]:
+    """Of each look of a run, its step, its pictures, and the columns of its tables."""
+    rare, drawn = Rare(), []
+
+    def drawer(logger: Logger, drawings: Drawings, step: int) -> None:
+        rare.looks += 1
+        drawn.append((step, set(drawings.images), {name for table in drawings.tables.values() for name in table.columns}))
+
+    DRAWERS[Recorder] = drawer
+    run("auto", stats={"every_n_steps": 1, "draw_every": 3, "statistics": {"rare": rare}}, steps=4)
+    return drawn
+
+
+def test_what_is_not_measured_at_each_look_is_drawn_as_it_was_last() -> None:
+    (found,) = run_ranks(1, drawings)
+    # The first look, the third and the last one.
+    assert [(step, bool(images), bool(columns)) for step, images, columns in found] == [
+        (step, step != 2, step != 2) for step in (1, 2, 3, 4)
+    ]
+    drawn = [(images, columns) for _, images, columns in found if images]
+    assert all({"heat_maps/rare", "heat_maps/sqnr_db"} <= images and "rare" in columns for images, columns in drawn)

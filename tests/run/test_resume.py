@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from nvfp4_train.run.resume import choose_checkpoint
+from nvfp4_train.layer_table import append_rows
+from nvfp4_train.run.resume import choose_checkpoint, keep_earlier_metrics
 
 
 def test_all_ranks_continue_from_the_checkpoint_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +21,13 @@ def test_all_ranks_continue_from_the_checkpoint_of_rank_0(tmp_path: Path, monkey
     store.set("nvfp4_train/checkpoint/0", str(tmp_path / "elsewhere.ckpt"))
     with pytest.raises(ValueError, match="storage that all ranks share"):
         choose_checkpoint("auto", tmp_path / "checkpoints")
+
+
+def test_the_table_of_layers_goes_on_where_the_run_does(tmp_path: Path) -> None:
+    table = tmp_path / "layers.csv"
+    append_rows(table, 10, {"a.q": {"sqnr_db": 20.0}})
+    (tmp_path / "metrics.csv").write_text("step\n")
+    keep_earlier_metrics(tmp_path, "checkpoints/step-0000010.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.csv", "metrics.1.csv"]
+    keep_earlier_metrics(tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.1.csv", "metrics.1.csv"]
