@@ -105,6 +105,8 @@ class QATModule(L.LightningModule):
         """Of the last step, before it was clipped, see `finite.gradient_norms`."""
         self.results: dict[str, float] = {}
         """The run's final numbers, by metric name."""
+        self.sequences: dict[str, SequenceMetrics] = {}
+        """What the evaluations among them found, sequence by sequence, by `metrics.evaluated_state`."""
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)

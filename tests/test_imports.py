@@ -22,6 +22,10 @@ ALLOWED = {
     "ranks": (set(), set()),
     "sequence_metrics": (set(), set()),
     "pictures": (set(), {"matplotlib"}),
+    "report": (
+        {"disk", "layer_table", "metrics", "pictures", "quant", "sequence_metrics", "worst_layers", "report"},
+        {"matplotlib"},
+    ),
     "loggers": (set(), {"lightning", "wandb"}),
     "losses": ({"models", "losses"}, set()),
     "lightning_quirks": (set(), {"lightning"}),
@@ -69,6 +73,7 @@ ALLOWED = {
             "metrics",
             "progress",
             "loggers",
+            "report",
             "callbacks",
         },
         {"lightning", "transformers", "wandb"},
