@@ -29,6 +29,8 @@ SMALL_RUN = (
     "data.val_sequences=4",
     "quant.calibration.sequences=8",
     "logger=csv",
+    # Its pictures take longer than such a run.
+    "callbacks.report=null",
 )
 SMALL = (*(f"model.config.{field}" for field in SMALL_MODEL), *SMALL_RUN)
 

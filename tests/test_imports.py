@@ -74,6 +74,7 @@ ALLOWED = {
             "progress",
             "loggers",
             "report",
+            "sequence_metrics",
             "callbacks",
         },
         {"lightning", "transformers", "wandb"},

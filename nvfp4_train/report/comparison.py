@@ -1,6 +1,6 @@
 """What quantization costs and what training gave back: masters, PTQ and the final weights side by side, each with its interval."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import numpy as np
 from nvfp4_train import pictures
 from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, evaluated_state
 from nvfp4_train.report.blocks import Block, Picture, Table, Text, Tile
-from nvfp4_train.report.numbers import significance, with_interval
+from nvfp4_train.report.numbers import NONE, significance, with_interval
 from nvfp4_train.report.run_files import RunFiles
 from nvfp4_train.sequence_metrics import LEVEL, Interval, SequenceMetrics
 
@@ -182,31 +182,26 @@ def comparison_blocks(files: RunFiles, found: list[Comparison]) -> Iterator[Bloc
         )
 
 
-def _table(rows: list[Comparison], is_trained: bool) -> Table:
+def _table(of_servings: list[Comparison], is_trained: bool) -> Table:
+    def row(label: str, cells: Iterable[str]) -> list[str]:
+        return [label, *cells]
+
+    def difference(label: str, found: Iterable[Interval | None]) -> list[str]:
+        cells = zip(of_servings, found, strict=True)
+        return row(
+            label, (NONE if value is None else f"{one.cell(value, sign=True)}, {significance(value)}" for one, value in cells)
+        )
+
+    rows = [
+        row("masters, at the end" if is_trained else "masters", (one.cell(one.masters) for one in of_servings)),
+        row("PTQ", (one.cell(one.ptq) for one in of_servings)),
+    ]
     if is_trained:
-        header = ["served", "masters, at the end", "PTQ", "final", "final minus PTQ", "", "final minus masters", ""]
-        cells = [
-            [
-                one.served_as,
-                one.cell(one.masters),
-                one.cell(one.ptq),
-                one.cell(one.final),
-                one.cell(one.gained, sign=True),
-                significance(one.gained),
-                one.cell(one.cost, sign=True),
-                significance(one.cost),
-            ]
-            for one in rows
-        ]
-        align = "lrrrrlrl"
-    else:
-        header = ["served", "masters", "PTQ", "PTQ minus masters", ""]
-        cells = [
-            [one.served_as, one.cell(one.masters), one.cell(one.ptq), one.cell(one.cost, sign=True), significance(one.cost)]
-            for one in rows
-        ]
-        align = "lrrrl"
-    return Table(title=_first_upper(rows[0].metric.title), header=header, rows=cells, align=align)
+        rows.append(row("final", (one.cell(one.final) for one in of_servings)))
+        rows.append(difference("final minus PTQ", (one.gained for one in of_servings)))
+    rows.append(difference("final minus masters" if is_trained else "PTQ minus masters", (one.cost for one in of_servings)))
+    header = ["", *(one.served_as for one in of_servings)]
+    return Table(title=_first_upper(of_servings[0].metric.title), header=header, rows=rows, align="l" + "r" * len(of_servings))
 
 
 def _picture(rows: list[Comparison]) -> Picture:

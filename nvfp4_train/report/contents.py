@@ -76,7 +76,7 @@ def _run_blocks(files: RunFiles) -> Iterator[Block]:
         ("model", f"{_model(files)}" + (f" ({record['architecture']})" if record else "")),
         ("parameters", parameters),
         ("method", record.get("method")),
-        ("loss", _options(files, "loss", ("divergence", "temperature", "cross_entropy", "hidden", "teacher_path"))),
+        ("loss", _loss(files)),
         ("data", _options(files, "data", ("path", "seq_len", "batch_size", "train_on", "max_documents"))),
         ("optimizer steps", f"{step:,}" + (f" ({record['tokens']:,} tokens)" if record.get("tokens") else "")),
         ("quantized", quantized),
@@ -101,11 +101,15 @@ def _run_blocks(files: RunFiles) -> Iterator[Block]:
 
 
 def _options(files: RunFiles, group: str, names: tuple[str, ...]) -> str:
-    """The class of a group, and those of its options that are set."""
-    kind = str(files.option(f"{group}._target_", "")).rpartition(".")[2].removesuffix("Config").removesuffix("Module")
+    """Those of the options of a group that are set."""
     known = [(name, files.option(f"{group}.{name}")) for name in names]
-    said = ", ".join(f"{name}={value}" for name, value in known if value is not None)
-    return f"{kind}: {said}" if kind and said else kind or said
+    return ", ".join(f"{name}={value}" for name, value in known if value is not None)
+
+
+def _loss(files: RunFiles) -> str:
+    kind = str(files.option("loss._target_", "")).rpartition(".")[2]
+    options = _options(files, "loss", ("divergence", "temperature", "cross_entropy", "hidden", "teacher_path"))
+    return f"{kind}: {options}" if options else kind
 
 
 def _hardware(record: Any) -> str | None:

@@ -64,13 +64,18 @@ def number(value: float | None) -> str:
 
 
 def with_interval(found: Interval | None, *, percent: bool = False, sign: bool = False) -> str:
-    """A mean and its interval, to two digits of the interval's width."""
+    """A mean and its interval, to two digits of the interval's width, or so many that a bound beside 0 shows on which side it is."""
     if found is None:
         return NONE
     mean, low, high = (100 * value for value in found) if percent else found
     width = high - low
-    digits = min(max(1 - math.floor(math.log10(width)), 1 if percent else 3), 7) if width > 0 else 4
-    form = f"{'+' if sign else ''}.{digits}f"
+    digits = 4
+    if width > 0:
+        nearest = min(abs(low), abs(high)) or width
+        needed = max(1 - math.floor(math.log10(width)), -math.floor(math.log10(nearest)))
+        digits = min(max(needed, 1 if percent else 3), 8)
+    form = f"{'+' if sign else ''}z.{digits}f"
+    # z: no -0.
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]{' %' if percent else ''}"
 
 
