@@ -223,6 +223,7 @@ def _picture(rows: list[Comparison]) -> Picture:
         intervals=[(scale * found.low, scale * found.high) for found in intervals],
         colours=colours,
     )
+    figure.set_size_inches(6.4, figure.get_figheight())
     if metric.label != METRICS["kl"].label:
         low, high = min(found.low for found in intervals), max(found.high for found in intervals)
         margin = 0.15 * (high - low) or 0.01 * abs(high)

@@ -11,6 +11,8 @@ from nvfp4_train.report.run_files import RunFiles
 POINTS = 300
 """More than a page can show; longer series are drawn as means of as many parts."""
 ROWS = 12
+SIZE = (5.4, 3.3)
+"""Inches: two fit beside each other, and one on a phone."""
 LOG_RANGE = 20
 """Largest over smallest value, above which the axis is logarithmic."""
 
@@ -52,7 +54,7 @@ def _curve(title: str, unit: str, lines: dict[str, Points], files: RunFiles) -> 
         steps, means = zip(*thinned(points), strict=True)
         series.append(pictures.Series(label=label, x=steps, y=means))
     figure = pictures.curves(title, "step", f"{unit}{', log scale' if is_log else ''}", series, marks=marks, log=is_log)
-    figure.set_size_inches(6.4, 3.5)
+    figure.set_size_inches(SIZE)
     said = [
         f"{label} from {number(points[0][1])} at step {points[0][0]} to {number(points[-1][1])} at step {points[-1][0]}"
         for label, points in lines.items()

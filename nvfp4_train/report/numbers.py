@@ -69,7 +69,7 @@ def with_interval(found: Interval | None, *, percent: bool = False, sign: bool =
         return NONE
     mean, low, high = (100 * value for value in found) if percent else found
     width = high - low
-    digits = 4
+    digits = 2 if percent else 4
     if width > 0:
         nearest = min(abs(low), abs(high)) or width
         needed = max(1 - math.floor(math.log10(width)), -math.floor(math.log10(nearest)))

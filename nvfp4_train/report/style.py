@@ -36,19 +36,25 @@ td { overflow-wrap: anywhere; min-width: 5rem; }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; overflow-x: auto; }
-.card svg { display: block; max-width: 100%; height: auto; min-width: 28rem; margin: 0 auto; }
+.card svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .wide .card svg { min-width: 46rem; }
 details { font-size: .9rem; margin-top: .3rem; }
 summary { color: var(--soft); cursor: pointer; width: fit-content; }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .4rem 0 .9rem;
   overflow-x: auto; font: .88rem/1.5 ui-monospace, "Cascadia Mono", "Liberation Mono", "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 44rem) {
+  .r { white-space: normal; }
+  tbody th { min-width: 7rem; }
+  td:last-child:not(.r):nth-child(n + 3) { min-width: 13rem; }
+  th, td { padding-right: .8rem; }
+}
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --tint: #f4f4f4; --mark: #0b6e4f; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, details:not([open]) { display: none; }
   .scroll, .card { overflow: visible; }
-  .card svg, .wide .card svg { min-width: 0; }
+  .wide .card svg { min-width: 0; }
   figure, tr, dl > div { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
 }
