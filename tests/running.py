@@ -33,6 +33,8 @@ SMALL_RUN = (
     "callbacks.report=null",
 )
 SMALL = (*(f"model.config.{field}" for field in SMALL_MODEL), *SMALL_RUN)
+REPORTED = tuple(option for option in SMALL if option != "callbacks.report=null")
+"""As `SMALL`, with a report at the end."""
 
 
 def train_command(

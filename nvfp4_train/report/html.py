@@ -1,5 +1,6 @@
 """The report as one HTML file: styles and pictures stand in it, nothing is fetched and nothing runs."""
 
+import hashlib
 import re
 from html import escape
 
@@ -64,8 +65,10 @@ def _block(block: Block) -> str:
 
 
 def _svg(picture: Picture) -> str:
-    """The picture without names of its parts, which would stand in the page more than once."""
-    text = re.sub(r' id="[a-z]+\d*_\d+"', "", pictures.svg(picture.figure))
+    """The picture without names that nothing refers to, and with others of its own: pictures share what looks alike."""
+    text = re.sub(r' id="[\w.]+_\d+"', "", pictures.svg(picture.figure))
+    own = hashlib.sha256(picture.says.encode()).hexdigest()[:8]
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>p{own}-", text)
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
