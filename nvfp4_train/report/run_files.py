@@ -116,6 +116,8 @@ def _validations(metrics: Mapping[str, Any]) -> dict[str, list[tuple[int, float]
     points: dict[str, list[tuple[int, float]]] = {}
     for found in metrics.get("validations", []):
         for name in found.keys() - {"step"}:
+            if not math.isfinite(found[name]):
+                continue
             points.setdefault(name, []).append((int(found["step"]), found[name]))
     return points
 
