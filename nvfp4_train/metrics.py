@@ -6,12 +6,14 @@ MASTER_AT_SWITCH, PTQ = "master_at_switch", "ptq"
 """The same at the switch."""
 
 
-def evaluation_metric(name: str, state: str, serving: str | None = None) -> str:
-    """The metric of what an evaluation of weights in a state calls `name`: `loss`, or what the loss reports beside it.
+def evaluated_state(state: str, serving: str | None = None) -> str:
+    """What is evaluated: weights in a state, as a serving computes with them. Without a serving it is the one that was trained."""
+    return state if serving is None else f"{state}_{serving}"
 
-    Without a serving it is of the one that was trained.
-    """
-    return f"val/{name}_{state}" if serving is None else f"val/{name}_{state}_{serving}"
+
+def evaluation_metric(name: str, state: str, serving: str | None = None) -> str:
+    """The metric of what an evaluation of weights in a state calls `name`: `loss`, or what the loss reports beside it."""
+    return f"val/{name}_{evaluated_state(state, serving)}"
 
 
 VAL_LOSS_MASTER = evaluation_metric("loss", MASTER)

@@ -106,6 +106,8 @@ class QATModule(L.LightningModule):
         self.results: dict[str, float] = {}
         """The run's final numbers, by metric name."""
         self._keeps_history = False
+        self.sequences: dict[str, SequenceMetrics] = {}
+        """What the evaluations among them found, sequence by sequence, by `metrics.evaluated_state`."""
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)

@@ -29,8 +29,12 @@ SMALL_RUN = (
     "data.val_sequences=4",
     "quant.calibration.sequences=8",
     "logger=csv",
+    # Its pictures take longer than such a run.
+    "callbacks.report=null",
 )
 SMALL = (*(f"model.config.{field}" for field in SMALL_MODEL), *SMALL_RUN)
+REPORTED = tuple(option for option in SMALL if option != "callbacks.report=null")
+"""As `SMALL`, with a report at the end."""
 
 
 def train_command(

@@ -54,6 +54,8 @@ class Export(Callback):
         self.overwrite = overwrite
         self.max_shard_bytes = max_shard_bytes
         self.command = command or ()
+        self.reports: list[ExportReport] = []
+        """Of the folders that were written, in the order of `folders`, on the first rank."""
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
@@ -71,18 +73,17 @@ class Export(Callback):
             "run": run_facts(trainer, pl_module, self.command),
             "progress": progress,
         }
-        reports: list[ExportReport] = []
         with first_rank_awaited():
             if isinstance(store, ShardedWeightStore):
                 # What the last forward decoded is decoded again, to be compared with the folder.
                 ranks = FromRanks(model, store)
                 with ranks.answered() as is_writer:
                     if is_writer:
-                        reports = self._write(ranks, pl_module, options)
+                        self.reports = self._write(ranks, pl_module, options)
             elif trainer.is_global_zero:
-                reports = self._write(FromStore(model, store), pl_module, options)
-        if reports:
-            report = reports[0]
+                self.reports = self._write(FromStore(model, store), pl_module, options)
+        if self.reports:
+            report = self.reports[0]
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             pl_module.report(
                 {

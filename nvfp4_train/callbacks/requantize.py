@@ -8,16 +8,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from nvfp4_train.finite import Diverged
 from nvfp4_train.lightning_quirks import run_missing_validation
 from nvfp4_train.losses.base import num_positions
-from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, VAL_LOSS_QUANTIZED, evaluation_metric
+from nvfp4_train.metrics import (
+    MASTER,
+    MASTER_AT_SWITCH,
+    PTQ,
+    QUANTIZED,
+    VAL_LOSS_QUANTIZED,
+    evaluated_state,
+    evaluation_metric,
+)
 from nvfp4_train.models.prepare import first_sequences
 from nvfp4_train.module import QATModule, check_num_positions, sum_over_ranks
 from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.calibration import Batch, check_num_tokens
 from nvfp4_train.quant.policy import SERVINGS
 from nvfp4_train.quant.store import WeightStore
+from nvfp4_train.sequence_metrics import SequenceMetrics
 
-Metrics = dict[tuple[str, str | None], float]
-"""By name and serving; a serving of None is the one that was trained."""
+Measured = dict[str | None, SequenceMetrics]
+"""By serving; None is the one that was trained."""
 
 
 class Requantize(Callback):
@@ -32,6 +41,8 @@ class Requantize(Callback):
         self._last_step = -1
         self._has_switched = False
         self._metrics_at_switch: dict[str, float] = {}
+        self._sequences_at_switch: dict[str, SequenceMetrics] = {}
+        """The same sequence by sequence, see `QATModule.sequences`."""
         self._measured_by: dict[str, Any] = {}
         """What the metrics at the switch are of."""
 
@@ -39,12 +50,16 @@ class Requantize(Callback):
         # Checkpoints know the metrics by the name that they had when they were losses alone.
         return {
             "losses_at_switch": self._metrics_at_switch,
+            "sequences_at_switch": {state: found.to_dict() for state, found in self._sequences_at_switch.items()},
             "has_switched": self._has_switched,
             "measured_by": self._measured_by,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._metrics_at_switch = dict(state_dict["losses_at_switch"])
+        # Checkpoints of earlier versions have means alone.
+        saved = state_dict.get("sequences_at_switch", {})
+        self._sequences_at_switch = {state: SequenceMetrics.from_dict(found) for state, found in saved.items()}
         self._has_switched = state_dict.get("has_switched", bool(self._metrics_at_switch))
         self._measured_by = dict(state_dict.get("measured_by", {}))
 
@@ -64,7 +79,8 @@ class Requantize(Callback):
                 pl_module.print(
                     f"quant.start_step={start_step}: quantization, which had begun before this checkpoint, begins anew"
                 )
-            self._has_switched, self._metrics_at_switch = False, {}
+            self._has_switched = False
+            self._forget_switch()
         self._forget_other_measures(trainer, pl_module)
         self._after_step(trainer, pl_module)
         if not self._has_switched:
@@ -77,7 +93,10 @@ class Requantize(Callback):
             pl_module.print(
                 f"what was measured at the switch is left out: {' and '.join(others)} changed since, so the end cannot be compared"
             )
-            self._metrics_at_switch = {}
+            self._forget_switch()
+
+    def _forget_switch(self) -> None:
+        self._metrics_at_switch, self._sequences_at_switch = {}, {}
 
     @staticmethod
     def _check_data(trainer: Trainer, pl_module: QATModule) -> None:
@@ -130,10 +149,12 @@ class Requantize(Callback):
         else:
             if not pl_module.store.is_enabled:
                 pl_module.update()
-            quantized = _evaluate_quantized(trainer, pl_module)
-        pl_module.results |= self._metrics_at_switch
+            quantized = _measure_quantized(trainer, pl_module)
         with pl_module.store.masters_only():
-            pl_module.report(_named(quantized, QUANTIZED) | _named(_evaluate(trainer, pl_module), MASTER))
+            masters = _measure(trainer, pl_module)
+        pl_module.results |= self._metrics_at_switch
+        pl_module.sequences = self._sequences_at_switch | _by_state(quantized, QUANTIZED) | _by_state(masters, MASTER)
+        pl_module.report(_means(quantized, QUANTIZED) | _means(masters, MASTER))
 
     def _after_step(self, trainer: Trainer, pl_module: QATModule) -> None:
         self._last_step = trainer.global_step
@@ -149,10 +170,10 @@ class Requantize(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             _check_finite(store)
 
-    def _switch(self, trainer: Trainer, pl_module: QATModule) -> Metrics:
-        """Begin with quantization. Returns the metrics of the quantized model."""
+    def _switch(self, trainer: Trainer, pl_module: QATModule) -> Measured:
+        """Begin with quantization. Returns what is measured of the quantized model."""
         assert pl_module.store is not None
-        masters = _evaluate(trainer, pl_module)
+        masters = _measure(trainer, pl_module)
         if num_sequences := pl_module.quant_config.calibration.sequences:
             notes = pl_module.prepare(
                 _calibration_batches(trainer, num_sequences), progress_bar("calibration", is_shown=trainer.is_global_zero)
@@ -161,9 +182,10 @@ class Requantize(Callback):
                 print("\n".join(notes), flush=True)
         pl_module.update(refit=True)
         _check_finite(pl_module.store)
-        quantized = _evaluate_quantized(trainer, pl_module)
+        quantized = _measure_quantized(trainer, pl_module)
         self._has_switched = True
-        self._metrics_at_switch = _named(masters, MASTER_AT_SWITCH) | _named(quantized, PTQ)
+        self._metrics_at_switch = _means(masters, MASTER_AT_SWITCH) | _means(quantized, PTQ)
+        self._sequences_at_switch = _by_state(masters, MASTER_AT_SWITCH) | _by_state(quantized, PTQ)
         self._measured_by = measure_of(trainer, pl_module)
         pl_module.report(self._metrics_at_switch)
         return quantized
@@ -194,26 +216,33 @@ def _check_finite(store: WeightStore) -> None:
         raise Diverged(str(error)) from None
 
 
-def _evaluate(trainer: Trainer, pl_module: QATModule, serving: str | None = None) -> Metrics:
+def _measure(trainer: Trainer, pl_module: QATModule, serving: str | None = None) -> Measured:
     shown = progress_bar("evaluation", is_shown=trainer.is_global_zero)
-    batches = shown(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-    return {(name, serving): value for name, value in pl_module.evaluate(batches).items()}
+    return {serving: pl_module.measure(shown(trainer.datamodule.val_dataloader()))}  # type: ignore[attr-defined]
 
 
-def _evaluate_quantized(trainer: Trainer, pl_module: QATModule) -> Metrics:
+def _measure_quantized(trainer: Trainer, pl_module: QATModule) -> Measured:
     """As trained, and after a calibration under every serving."""
     trained = pl_module.quant_config.trained_serving
-    metrics = _evaluate(trainer, pl_module)
+    measured = _measure(trainer, pl_module)
     if pl_module.is_calibrated:
-        metrics |= {(name, trained): value for (name, _), value in metrics.items()}
+        measured[trained] = measured[None]
         for serving in SERVINGS.keys() - {trained}:
             with pl_module.serving(serving):
-                metrics |= _evaluate(trainer, pl_module, serving)
-    return metrics
+                measured |= _measure(trainer, pl_module, serving)
+    return measured
 
 
-def _named(metrics: Metrics, state: str) -> dict[str, float]:
-    return {evaluation_metric(name, state, serving): value for (name, serving), value in metrics.items()}
+def _by_state(measured: Measured, state: str) -> dict[str, SequenceMetrics]:
+    return {evaluated_state(state, serving): found for serving, found in measured.items()}
+
+
+def _means(measured: Measured, state: str) -> dict[str, float]:
+    return {
+        evaluation_metric(name, state, serving): value
+        for serving, found in measured.items()
+        for name, value in found.means().items()
+    }
 
 
 def _calibration_batches(trainer: Trainer, num_sequences: int) -> list[tuple[Batch, bool]]:

@@ -1,7 +1,6 @@
-"""Writes metrics.json at the end of a run, and prints a short summary."""
+"""Writes metrics.json and sequences.json at the end of a run, and prints a short summary."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from nvfp4_train.callbacks.requantize import changed, measure_of
-from nvfp4_train.disk import disk_errors_named
+from nvfp4_train.disk import replace_text
 from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.loggers import SegmentedWandbLogger
 from nvfp4_train.metrics import (
@@ -36,7 +35,7 @@ from nvfp4_train.quant.policy import SERVINGS, selection_table
 
 class RunSummary(Callback):
     """Prints what is quantized before training, and the outcome after it, which it writes with all validations of the run to
-    metrics.json; keeps the tokenizer beside the checkpoints.
+    metrics.json, with what the evaluations found sequence by sequence in sequences.json; keeps the tokenizer beside the checkpoints.
 
     List it after the callbacks whose results it reports.
     """
@@ -95,10 +94,10 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # The results so far are on disk before the export begins.
-        self._write_metrics(trainer, pl_module)
+        self._write_results(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
-        self._write_metrics(trainer, pl_module)
+        self._write_results(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -152,20 +151,18 @@ class RunSummary(Callback):
             flush=True,
         )
 
-    def _write_metrics(self, trainer: Trainer, pl_module: QATModule) -> None:
+    def _write_results(self, trainer: Trainer, pl_module: QATModule) -> None:
         if not trainer.is_global_zero:
             return
         results: dict[str, Any] = {"step": trainer.global_step} | pl_module.results
         if self._validations:
             results["validations"] = self._validations
-        path = self.run_dir / "metrics.json"
-        temporary = path.with_suffix(".json.tmp")
-        try:
-            with disk_errors_named(path, "the results of the run"):
-                temporary.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        sequences = {state: found.to_dict() for state, found in pl_module.sequences.items()}
+        for name, text in (
+            ("metrics.json", json.dumps(results, indent=2, sort_keys=True)),
+            ("sequences.json", json.dumps(sequences, sort_keys=True)),
+        ):
+            replace_text(self.run_dir / name, f"{text}\n", what="the results of the run")
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

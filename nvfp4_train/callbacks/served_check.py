@@ -18,27 +18,27 @@ class ServedCheck(Callback):
         if tokens < 2:
             raise ValueError(f"callbacks.served_check.tokens must be at least 2, got {tokens}")
         self.tokens = tokens
-        self._is_done = False
+        self.outcome: str | None = None
+        """What the check has found, in a line."""
 
     def on_train_start(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         self._check(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # The only hook of a run without steps.
-        if not self._is_done:
+        if self.outcome is None:
             self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, pl_module: QATModule) -> None:
-        self._is_done = True
         assert pl_module.model is not None
         config = pl_module.model.config.get_text_config()
         length = min(self.tokens, getattr(config, "max_position_embeddings", None) or self.tokens)
         ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         with pl_module.clock.paused():
             num_modules = check_served(pl_module.model, ids.to(pl_module.device), pl_module.compute_dtype, pl_module.inputs)
+        self.outcome = (
+            f"the training forward is that of the plain {class_of(pl_module.model).__name__}: {num_modules} modules compared"
+            + (", before torch.compile" if pl_module.model_config.compile else "")
+        )
         if trainer.is_global_zero:
-            print(
-                f"the training forward is that of the plain {class_of(pl_module.model).__name__}: {num_modules} modules compared"
-                + (", before torch.compile" if pl_module.model_config.compile else ""),
-                flush=True,
-            )
+            print(self.outcome, flush=True)

@@ -129,6 +129,12 @@ def adapted(text: str, old: str, new: str, section: str) -> str | None:
     return before + section + after
 
 
+def serve_commands(format: str, folder: str) -> list[tuple[str, str]]:
+    """Readers of a folder, each with the line that serves it."""
+    known = _FORMATS.get(format)
+    return [(reader, line.replace("FOLDER", shlex.quote(folder))) for reader, line in known.commands] if known else []
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of what made the folder, of the packages that are installed."""
     found = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -47,12 +48,17 @@ class ExportReport:
     """What an export wrote."""
 
     folder: Path
+    format: str
     shards: int
     quantized: int
     """Modules on disk with a weight in NVFP4."""
     note: str | None
     """What the format has to say about its readers; FOLDER stands for the folder."""
     verified: VerifyReport
+    write_s: float
+    """Seconds until all files were on disk."""
+    verify_s: float
+    """Seconds of the verification after that."""
 
     def __str__(self) -> str:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
@@ -135,6 +141,7 @@ def export_model(
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     served.layout.not_built = {} if passed_through is None else passed_through.on_meta()
     writer, rule = _Writer(served, find_format(format)), served.manifest.rule
+    start = perf_counter()
     with replacing_folder(target, overwrite) as partial:
         writer.write_configs(partial)
         if generation_config is not None:
@@ -146,6 +153,7 @@ def export_model(
         copied = () if passed_through is None else passed_through.file_groups()
         shards = write_shards(partial, chain(writer.file_groups(), copied), max_shard_bytes, progress)
         scales = ((name, served.input_scale(name)) for name in served.manifest.names)
+        written = perf_counter()
         verified = verify_export(
             partial,
             served if expected is None else expected,
@@ -155,6 +163,7 @@ def export_model(
             passed_through=passed_through,
             progress=progress,
         )
+        end = perf_counter()
         note = writer.format.note(served.layout, writer.hub_modules)
         text = card(
             run or RunFacts(base_model=getattr(served.layout.served_config, "name_or_path", None) or None),
@@ -172,7 +181,14 @@ def export_model(
         )
         (partial / CARD_FILE).write_text(text, encoding="utf-8")
     return ExportReport(
-        folder=target, shards=shards, quantized=sum(map(len, writer.matrices.values())), note=note, verified=verified
+        folder=target,
+        format=format,
+        shards=shards,
+        quantized=sum(map(len, writer.matrices.values())),
+        note=note,
+        verified=verified,
+        write_s=written - start,
+        verify_s=end - written,
     )
 
 

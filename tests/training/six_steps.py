@@ -30,3 +30,4 @@ def assert_same_end(whole: Path, resumed: Path) -> None:
         assert_same(ends[0][key], ends[1][key], key)
     for name in ("val/loss_master", "val/loss_quantized", "val/loss_ptq", "quant/sqnr_db"):
         assert metrics(whole)[name] == metrics(resumed)[name], name
+    assert (whole / "sequences.json").read_bytes() == (resumed / "sequences.json").read_bytes()

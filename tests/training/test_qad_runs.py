@@ -131,6 +131,7 @@ def test_a_run_that_stopped_between_two_choices_ends_with_the_same_bits(
     numbers = metrics(whole), metrics(tmp_path)
     for name in numbers[0].keys() - {"train/tokens_per_s"}:
         assert numbers[0][name] == numbers[1][name], name
+    assert (whole / "sequences.json").read_bytes() == (tmp_path / "sequences.json").read_bytes()
 
     masters = {name: tensor for name, tensor in ends[0]["state_dict"].items() if name.startswith("model.")}
     kept = {name for name, tensor in masters.items() if torch.equal(tensor, stopped[name])}

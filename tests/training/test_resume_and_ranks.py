@@ -16,7 +16,7 @@ def test_ranks_hold_identical_masters_scales_and_codes(whole_run: Callable[[int]
 
 def test_ranks_share_one_run_folder(whole_run: Callable[[int], Path]) -> None:
     assert {path.name for path in whole_run(2).iterdir()} == {
-        ".hydra", "checkpoints", "dump", "export", "metrics.csv", "metrics.json",
+        ".hydra", "checkpoints", "dump", "export", "layers.csv", "metrics.csv", "metrics.json", "sequences.json",
     }  # fmt: skip
     assert load_checkpoint(whole_run(2) / "checkpoints" / "last.ckpt")["global_step"] == 6
 

@@ -1,0 +1,70 @@
+"""The page of a real run in a real browser."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import look
+
+PAGE = '<!DOCTYPE html><html lang="en"><head><link rel="icon" href="data:,"><title>.</title></head><body>{}</body></html>'
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (400, True)])
+def test_a_browser_shows_the_page_and_has_nothing_to_say(width: int, dark: bool, run: tuple[Path, str], tmp_path: Path) -> None:
+    seen = look(run[0] / "report.html", tmp_path / "seen.png", width=width, dark=dark)
+    assert seen.pixels.shape[1] == width
+    assert not seen.is_blank()
+    assert seen.console == []
+    assert seen.requests == []
+    # The paper at the edge is light, or dark.
+    assert (np.median(seen.pixels[:, :8]) < 128) == dark
+
+
+def test_the_look_finds_errors_requests_and_blank_pages(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(PAGE.format('<img src="http://example.invalid/a.png" alt=""><script>not_defined()</script>'))
+    seen = look(page, tmp_path / "seen.png", width=400, height=400)
+    assert seen.requests == ["http://example.invalid/a.png"]
+    (line,) = seen.console
+    assert "not_defined is not defined" in line
+    page.write_text(PAGE.format(""))
+    seen = look(page, tmp_path / "seen.png", width=400, height=400)
+    assert seen.is_blank()
+    assert seen.requests == seen.console == []
+
+
+def test_no_wide_table_or_picture_widens_the_page_of_a_phone(run: tuple[Path, str], tmp_path: Path) -> None:
+    """A script that is added to the page tells how wide it came to be. Chromium opens no window below 500 pixels."""
+    text = (run[0] / "report.html").read_text()
+    page = tmp_path / "page.html"
+    page.write_text(
+        text.replace("</body>", "<script>console.log(`${document.documentElement.scrollWidth} wide`)</script></body>")
+    )
+    (line,) = look(page, tmp_path / "seen.png", width=500).console
+    assert '"500 wide"' in line
+
+
+def test_the_page_refers_to_nothing_outside_of_it(run: tuple[Path, str]) -> None:
+    text = (run[0] / "report.html").read_text()
+    assert "<script" not in text
+    assert not re.search(r"@import|<iframe|<object|<embed|<base|http-equiv", text)
+    references = re.findall(r"""(?:src|href|data|action)\s*=\s*["']?([^"'\s>]*)""", text) + re.findall(r"url\(([^)]*)\)", text)
+    assert references
+    assert all(reference.startswith(("#", "data:")) for reference in references), references
+
+
+def test_names_of_a_page_are_its_own(run: tuple[Path, str]) -> None:
+    """Each name once, each reference to a name that is there, headings in order, and words for each picture."""
+    text = (run[0] / "report.html").read_text()
+    names = re.findall(r'\bid="([^"]+)"', text)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)) <= {(name, "") for name in names} | {
+        ("", name) for name in names
+    }
+    assert text.count('<a href="#') == text.count("<h2>")
+    levels = [int(level) for level in re.findall(r"<h(\d)", text)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert text.count("<svg") == len(re.findall(r'role="img" aria-label="[^"]{20,}"', text)) > 3
+    assert '<html lang="en">' in text
