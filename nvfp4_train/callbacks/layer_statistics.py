@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 
 from nvfp4_train.metrics import statistic_metric
 from nvfp4_train.module import QATModule
@@ -53,6 +54,11 @@ class LayerStatistics(Callback):
         # The only hook of a run that continues from its last step.
         self.on_train_end(trainer, pl_module)
 
+    def measure(self, pl_module: QATModule) -> tuple[list[str], list[Tensor]]:
+        """Names of the weights, and for each statistic their sums over all ranks, see `sum_over_ranks`. A collective."""
+        assert pl_module.store is not None
+        return sum_over_ranks(pl_module.store.local_weights(), self.statistics)
+
     @torch.no_grad()
     def _log(self, trainer: Trainer, pl_module: QATModule) -> None:
         store = pl_module.store
@@ -61,7 +67,7 @@ class LayerStatistics(Callback):
             return
         self._last_step = trainer.global_step
         with pl_module.clock.paused():
-            names, tables = sum_over_ranks(store.local_weights(), self.statistics)
+            names, tables = self.measure(pl_module)
             if not trainer.is_global_zero:
                 return
             layers = [owner_of(name) for name in names]
