@@ -16,7 +16,7 @@ from nvfp4_train.kernels import triton_scales as scale_arithmetic
 from nvfp4_train.kernels.triton_kernels import launch
 
 TILE, NUM_WARPS = 128, 4
-"""Blocks and warps of a program. A histogram counts an element twice where a tile has fewer blocks than threads."""
+"""Blocks and warps of a program: a block for each thread, so that no thread repeats what another one adds to a histogram."""
 PROGRAMS = 1056
 """Most programs of a launch: 8 for each of 132 multiprocessors."""
 

@@ -174,13 +174,6 @@ VARIANTS = {
     "whole_model_quantized": (multi_tensor_kernels.pass_kernel, PASS, TABLES, {**TO_BF16, **SECOND_OF_TWO}),
     "quantize_input_fp32": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_FLOAT, **CODES}, {}),
     "fake_quant_input_fp32": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_FLOAT, {}),
-    "weight_sums_bf16": (statistics_kernels.weight_sums_kernel, STATISTICS, {"master_ptr": BF16, **SUMS}, {}),
-    "weight_changes_bf16": (
-        statistics_kernels.weight_changes_kernel,
-        STATISTICS,
-        {"now_master_ptr": BF16, "last_master_ptr": BF16, **CHANGES},
-        {},
-    ),
     "update_scales_exact": (multi_tensor_kernels.update_scales_kernel, (256, 4), SLOTS, {"DIVISOR": 2688.0, "IS_POW2": False}),
 }  # fmt: skip
 """Kernels of other dtypes and options, compiled for CAPABILITIES_OF_VARIANTS alone."""
