@@ -22,6 +22,7 @@ from nvfp4_train.models.layout import HubLayout
 from nvfp4_train.models.sharding import FsdpUnit, fsdp_units
 from nvfp4_train.quant.local_weight import rows_per_rank
 from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.quant.statistics import Statistic
 
 PACKED_BYTES = 0.5625
 """Bytes of a quantized weight: 4 bits of code, and 8 bits of scale for every 16 weights."""
@@ -223,8 +224,17 @@ def _logits(model: PreTrainedModel, shape: RunShape) -> tuple[float, str]:
     return num_bytes + 4 * config.vocab_size * config.hidden_size, f"{FUSED_BYTES} V C + 6 h T + 4 V h"
 
 
-def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teacher: PreTrainedModel | None = None) -> Plan:
-    """Count memory and traffic. `model` and the teacher of its loss, if it has one, may lie on the meta device."""
+def make_plan(
+    model: PreTrainedModel,
+    quant: QuantConfig,
+    shape: RunShape,
+    teacher: PreTrainedModel | None = None,
+    statistics: Sequence[Statistic] = (),
+) -> Plan:
+    """Count memory and traffic. `model` and the teacher of its loss, if it has one, may lie on the meta device.
+
+    `statistics` are those of the run, some of which keep what they saw last.
+    """
     config, width = model.config.get_text_config(), shape.shard_size
     manifest = select(model, quant, HubLayout(model.config)).manifest if quant.enabled else None
     names = [] if manifest is None else manifest.names
@@ -271,6 +281,16 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
         per_weight = 1 if quant.gather == "packed" else 1 + PACKED_BYTES
         history = per_weight * sum(unit.quantized_shard for unit in units.all)
         memory.append(Row(name="history of codes", formula="q (1.5625 q with quant.gather=bf16)", bf16=0, packed=history))
+    weights = {id(parameters[name]): parameters[name] for name in names}.values()
+    if kept := sum(_bytes_kept(statistics, weight.shape, shape) for weight in weights):
+        memory.append(
+            Row(
+                name="last look of statistics",
+                formula="5.0625 for each weight of the sampled rows",
+                bf16=0,
+                packed=kept,
+            )
+        )
     if teacher_units is not None:
         teacher_shard = sum(unit.shard for unit in teacher_units.all)
         memory.append(row("teacher", "2 bytes of its shards", lambda _: 2 * teacher_shard))
@@ -393,6 +413,13 @@ def make_plan(model: PreTrainedModel, quant: QuantConfig, shape: RunShape, teach
         wire=wire,
         wire_total=wire_total,
     )
+
+
+def _bytes_kept(statistics: Sequence[Statistic], weight: Sequence[int], shape: RunShape) -> float:
+    """Bytes that one rank keeps of a weight [N, K], or [E, N, K], of which it has a shard, and of that a part beside other replicas."""
+    num_own, *matrix = rows_per_rank(weight[0], shape.shard_size), *weight[1:]
+    own, num_rows = ([num_own, *matrix], matrix[0]) if len(matrix) == 2 else ([weight[0], *matrix], num_own)
+    return sum(statistic.bytes_kept(own, rows_per_rank(num_rows, shape.replicate_size)) for statistic in statistics)
 
 
 def _on(flag: bool) -> str:

@@ -10,7 +10,9 @@ from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.build import freeze, quantize
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
 from nvfp4_train.plan import RunShape, layer_activation_bytes, make_plan, meta_model
+from nvfp4_train.quant.changes import Changes
 from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.quant.statistics import Sqnr
 
 TINY = ModelConfig(
     config={
@@ -140,6 +142,18 @@ def test_a_fitted_rule_keeps_hessians_and_steps() -> None:
     without = rows(RunShape(world_size=2, seq_len=10), QuantConfig(rule="mse"))
     assert "Hessians and steps" not in without
     assert found["peak"] == (without["peak"][0], without["peak"][1] + held)
+
+
+def test_statistics_keep_sampled_rows() -> None:
+    """With rows=16: of a rank's half of each weight, 16 rows of q and o, 8 of k and v, 24 of gate and up, 16 of down 48 wide."""
+    model, shape = meta_model(TINY), RunShape(world_size=2, seq_len=10)
+    kept, without = (
+        make_plan(model, QuantConfig(), shape, statistics=statistics) for statistics in ([Changes(), Sqnr()], [Sqnr()])
+    )
+    (row,) = [row for row in kept.memory if row.name == "last look of statistics"]
+    assert (row.bf16, row.packed) == (0, 2 * 5.0625 * ((1 + 1 + 1 + 1 + 2 + 2) * 32 + 48))
+    assert kept.peak.packed == without.peak.packed + row.packed
+    assert not [row for row in without.memory if row.name == "last look of statistics"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -62,7 +62,7 @@ from nvfp4_train.quant.statistics import Statistic
 
 
 class ZeroShare(Statistic):
-    names = ("zero_share",)
+    names = ("zero_code_share",)
 
     def local(self, weight):
         low, high = weight.codes & 7, (weight.codes >> 4) & 7
@@ -70,7 +70,7 @@ class ZeroShare(Statistic):
         return torch.stack((zeros.double(), zeros.new_tensor(weight.master.numel()).double()))
 
     def finish(self, sums):
-        return {"zero_share": (sums[0] / sums[1]).item()}
+        return {"zero_code_share": (sums[0] / sums[1]).item()}
 '''
 FILES = {
     "kernels/scale_rules.py": SCALE_RULE,
@@ -123,7 +123,7 @@ def test_the_format_is_verified_and_loads(run: Path) -> None:
 
 
 def test_the_statistic_is_logged_for_every_layer_and_in_aggregate(run: Path) -> None:
-    assert 0 < metrics(run)["quant/zero_share"] < 0.5
+    assert 0 < metrics(run)["quant/zero_code_share"] < 0.5
     rows = [row for row in read_rows(run / "layers.csv") if row.layer.endswith("mlp.down_proj")]
     assert len(rows) == 2
-    assert all(0 < row.values["zero_share"] < 0.5 for row in rows)
+    assert all(0 < row.values["zero_code_share"] < 0.5 for row in rows)

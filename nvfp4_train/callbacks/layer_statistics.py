@@ -102,7 +102,8 @@ class LayerStatistics(Callback):
                 histograms |= statistic.histograms(table.sum(0))
                 for values, sums in zip(layers.values(), table, strict=True) if layers else ():
                     values |= statistic.finish(sums)
-            pl_module.report({statistic_metric(name): value for name, value in aggregates.items()})
+            if aggregates:
+                pl_module.report({statistic_metric(name): value for name, value in aggregates.items()})
             if layers and self.table is not None:
                 append_rows(self.table, trainer.global_step, layers, statistics=self.names)
             # A statistic that is not measured at each look is drawn as it was last.

@@ -10,11 +10,12 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvfp4_train.kernels import code_history, reference
+from nvfp4_train.kernels import code_history, reference, statistics_reference
 from nvfp4_train.kernels.chunks import Slots, Weights
 from nvfp4_train.kernels.multi_tensor_reference import ReferencePasses
 from nvfp4_train.kernels.scale_rules import ScaleRule
@@ -69,6 +70,13 @@ def passes(weights: Weights, slots: Slots, rule: ScaleRule) -> ReferencePasses:
     return make(weights, slots, rule)
 
 
+def weight_changes(*args: Any) -> Tensor:
+    """`statistics_reference.weight_changes` on the device of the weight."""
+    # No operator either: what it changes in place are most of its arguments, and views of rows are no contiguous tensors.
+    changes = _kernels("statistics_kernels") if args[0].is_cuda else statistics_reference
+    return changes.weight_changes(*args)
+
+
 def _static_fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor, quantize_block_scales: bool, dtype: torch.dtype) -> Tensor:
     return reference.static_fake_quant(x, reference.static_scales(amax, global_amax, quantize_block_scales), dtype)
 
@@ -101,6 +109,10 @@ def _quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _fake_quantize_input(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), *_fake_quantize(x, input_scale)
+
+
+def _fake_weight_sums(master: Tensor, codes: Tensor, block_scales: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    return master.new_zeros(statistics_reference.NUM_SUMS, dtype=torch.float64), s2.new_zeros(s2.shape)
 
 
 _register("block_amax(Tensor x) -> Tensor", reference.block_amax, _fake_block_amax)
@@ -156,4 +168,10 @@ _register(
     code_history.follow_codes,
     lambda packed, scales, s2, history, master, counts, min_reversals, action: None,
     module="code_history_kernel",
+)
+_register(
+    "weight_sums(Tensor master, Tensor codes, Tensor block_scales, Tensor s2) -> (Tensor, Tensor)",
+    statistics_reference.weight_sums,
+    _fake_weight_sums,
+    module="statistics_kernels",
 )

@@ -87,6 +87,13 @@ def _ratio(amax, s2, IS_SIMPLE: tl.constexpr):
 
 
 @triton.jit
+def max_rule(amax, s2):
+    """amax / 6 / s2 of each block amax [TILE], see `_ratio`, and the block scale under the rule max."""
+    ratio = _ratio(amax, s2, False)
+    return ratio, _candidate(ratio, 1.0)
+
+
+@triton.jit
 def in_units_of_s2(a, b, c, d, s2, IS_SIMPLE: tl.constexpr):
     """The block scales of quarters under the rule max, [TILE], and the quarters in units of s2."""
     scales = _candidate(_ratio(arithmetic.block_amax(a, b, c, d), s2, IS_SIMPLE), 1.0)

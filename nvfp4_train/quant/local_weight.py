@@ -2,8 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
 
 PIECE, PIECE_ON_GPU = 1 << 20, 1 << 22
 """Elements of a piece on a CPU, where they fit the caches, and on a GPU, where the launches of smaller pieces would take too long."""
@@ -18,6 +23,15 @@ def own_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
     """One rank's part of rows that all ranks hold: ceil(num_rows / num_ranks) of them, fewer or none on the last ranks."""
     each = rows_per_rank(num_rows, num_ranks)
     return slice(rank * each, (rank + 1) * each)
+
+
+class WeightSums(NamedTuple):
+    """What one pass over the rows of a weight measures, see `kernels.statistics_reference`."""
+
+    sums: Tensor
+    """Sums over rows and slots, float64 [NUM_SUMS]."""
+    amax: Tensor
+    """The largest magnitude of the rows of each slot, float32 [S]; 0 without rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,15 @@ class LocalWeight:
     """Amax of every slot of the whole weight, float32. Every rank knows it, whatever rows it has."""
     global_scale: Tensor
     """s2, float32 [S]."""
+    first_row: int = 0
+    """Index of the first of the n rows in its matrix [N, K]. Of the ranks that have a slot, one has its row 0."""
+    has_siblings: bool = False
+    """Whether other weights share the slots."""
+
+    @cached_property
+    def measured(self) -> WeightSums:
+        """All that the built-in statistics need of the rows: measured once, when the first of them asks."""
+        return WeightSums(*torch.ops.nvfp4.weight_sums(self.master, self.codes, self.block_scales, self.global_scale))
 
     def pieces(self) -> Iterator["LocalWeight"]:
         """The same rows in pieces [1, rows, K] of one slot and about `PIECE` elements, which bounds the memory of intermediates."""
@@ -57,4 +80,6 @@ class LocalWeight:
                     block_scales=self.block_scales[part],
                     global_amax=self.global_amax,
                     global_scale=self.global_scale[slot : slot + 1],
+                    first_row=self.first_row + start,
+                    has_siblings=self.has_siblings,
                 )

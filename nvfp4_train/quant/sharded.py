@@ -374,11 +374,14 @@ class ShardedWeightStore(WeightStore):
             replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
             rows = unit.rows(name)
             # Of experts each replica owns some rows of every matrix of the shard.
-            own = (..., own_rows(rows.shape[-2], replica, num_replicas), slice(None))
-            packed = [part[own] for part in self.local_packed(name)] if unit.is_packed else None
+            part = own_rows(rows.shape[-2], replica, num_replicas)
+            own = (..., part, slice(None))
+            packed = [tensor[own] for tensor in self.local_packed(name)] if unit.is_packed else None
             steps = self._local_steps(name)[own] if self.state.is_fitted else None
+            # A shard of [E, N, K] has whole experts.
             first_expert = unit.first_row(name) if rows.dim() == 3 else None
-            yield self._local_weight(name, rows[own], packed, steps, first_expert=first_expert)
+            first_row = min(part.start, rows.shape[-2]) + (unit.first_row(name) if rows.dim() == 2 else 0)
+            yield self._local_weight(name, rows[own], packed, steps, first_row=first_row, first_expert=first_expert)
 
     @torch.no_grad()
     def held_weights(self) -> Iterator[LocalWeight]:
@@ -386,7 +389,8 @@ class ShardedWeightStore(WeightStore):
             unit = self._unit_of[name]
             rows = unit.rows(name)
             first_expert = unit.first_row(name) if rows.dim() == 3 else None
-            yield self._local_weight(name, rows, self.local_packed(name), first_expert=first_expert)
+            first_row = unit.first_row(name) if rows.dim() == 2 else 0
+            yield self._local_weight(name, rows, self.local_packed(name), first_row=first_row, first_expert=first_expert)
 
     def _current_local_tensors(self) -> list[Tensor]:
         return [parameter._local_tensor for unit in self._units for parameter in unit.in_order.values()]

@@ -1,16 +1,18 @@
 """What quantization does to the weights, as sums. Sums add up over rows, ranks and layers, whatever the sharding.
 
-To add a statistic is to write a subclass of `Statistic` and to name it in `callbacks.scale_stats.statistics`.
+To add a statistic is to write a subclass of `Statistic` and to name it in `callbacks.scale_stats.statistics`. Those here pick what they
+need from one pass over a weight, `LocalWeight.measured`. `changes` has those of two looks, `input_statistics` those of inputs.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from nvfp4_train.kernels import ops as _ops  # noqa: F401  (registers torch.ops.nvfp4)
-from nvfp4_train.kernels.reference import E4M3_MAX, E4M3_MIN, FP4_MAX, divide
+from nvfp4_train.kernels import statistics_reference as measured
+from nvfp4_train.kernels.reference import E2M1_VALUES, E4M3_MAX, E4M3_MIN
 from nvfp4_train.metrics import SQNR_STATISTIC
 from nvfp4_train.quant.local_weight import LocalWeight
 
@@ -19,6 +21,9 @@ SCALE_VALUES = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).do
 
 LOG2_EDGES = torch.cat((SCALE_VALUES[1:127], SCALE_VALUES.new_tensor([480.0]))).log2()
 """Bin edges: log2 of the positive `SCALE_VALUES`. The last edge is where the value after 448 would be."""
+
+CODE_EDGES = torch.tensor([*(-v for v in reversed(E2M1_VALUES)), *E2M1_VALUES[1:], 8.0], dtype=torch.float64)
+"""Bin edges: the values of the codes in ascending order, -0 and 0 as one. The last edge is where the value after 6 would be."""
 
 Histogram = tuple[Tensor, Tensor]
 """Counts [bins] and edges [bins + 1], float64 on the CPU; a bin holds its lower edge."""
@@ -36,12 +41,17 @@ class Statistic(ABC):
     def local(self, weight: LocalWeight) -> Tensor:
         """The sums over this rank's rows: float64 [entries] on their device, without waiting for it.
 
-        The number of entries is the same for every weight, also without rows.
+        The number of entries is the same for every weight, also without rows. What is no sum over ranks goes into entries that one
+        rank fills, where others have zeros.
         """
 
     @abstractmethod
     def finish(self, sums: Tensor) -> dict[str, float]:
-        """The metrics of a layer from its sums over all ranks, float64 [entries] on the CPU."""
+        """The metrics of a layer from its sums over all ranks, float64 [entries] on the CPU. A metric that does not exist is absent."""
+
+    def bytes_kept(self, shape: Sequence[int], num_rows: int) -> float:
+        """Bytes that a rank keeps between looks of its part of a weight: `num_rows` rows of [N, K], or of each matrix of [E, N, K]."""
+        return 0.0
 
     def aggregate(self, sums: Tensor) -> dict[str, float]:
         """The metrics of all layers, from their sums, float64 [layers, entries]. By default those of one layer with all rows."""
@@ -53,22 +63,63 @@ class Statistic(ABC):
 
 
 class GlobalAmax(Statistic):
-    """The largest magnitude of a weight and its siblings, which share s2; over layers the largest one.
-
-    Every rank knows it already, so the sum over ranks is divided by their number. In float64 that is exact.
-    """
+    """The largest magnitude of a weight and its siblings, which share s2; over layers the largest one."""
 
     names = ("global_amax",)
 
     def local(self, weight: LocalWeight) -> Tensor:
-        amax = weight.global_amax.max().double()
-        return torch.stack((amax, torch.ones_like(amax)))
+        amax = weight.global_amax.max().double().reshape(1)
+        # Every rank knows it already.
+        return amax if rank_and_world_size()[0] == 0 else torch.zeros_like(amax)
+
+    def finish(self, sums: Tensor) -> dict[str, float]:
+        return {"global_amax": sums.item()}
+
+    def aggregate(self, sums: Tensor) -> dict[str, float]:
+        return {"global_amax": sums.max().item()}
+
+
+class SiblingAmax(Statistic):
+    """The amax of a weight over the global amax that it shares with its siblings: 1 for the largest of them; the aggregate is the
+    smallest. With a ratio of r a weight has 1 / r less of the range of block scales than under an s2 of its own.
+
+    It is of linears, since experts hold gate and up as one weight. A weight without siblings has none, and a group of zeros or NaN
+    neither.
+    """
+
+    names = ("sibling_amax_ratio",)
+
+    def local(self, weight: LocalWeight) -> Tensor:
+        rank, world_size = rank_and_world_size()
+        if not weight.has_siblings or len(weight.global_amax) > 1:
+            return torch.zeros(world_size, dtype=torch.float64, device=weight.master.device)
+        # Every rank has an entry, of which `finish` takes the largest. 1 is added, since 0 is a ratio too.
+        ratio = (weight.measured.amax / weight.global_amax).double() + 1
+        return ratio if world_size == 1 else torch.nn.functional.pad(ratio, (rank, world_size - rank - 1))
 
     def finish(self, sums: Tensor) -> dict[str, float]:
         return self.aggregate(sums.unsqueeze(0))
 
     def aggregate(self, sums: Tensor) -> dict[str, float]:
-        return {"global_amax": (sums[:, 0] / sums[:, 1]).max().item()}
+        ratios = sums.amax(1)
+        ratios = ratios[(ratios != 0) & ~ratios.isnan()] - 1
+        return {"sibling_amax_ratio": ratios.min().item()} if len(ratios) else {}
+
+
+class GlobalScale(Statistic):
+    """log2 of s2: a whole number, but a fraction under `quant.global_scale=exact`. Of experts and over layers the mean."""
+
+    names = ("global_scale_exponent",)
+
+    def local(self, weight: LocalWeight) -> Tensor:
+        return weight.measured.sums[measured.LOG2_S2 : measured.SLOTS + 1]
+
+    def finish(self, sums: Tensor) -> dict[str, float]:
+        return self.aggregate(sums.unsqueeze(0))
+
+    def aggregate(self, sums: Tensor) -> dict[str, float]:
+        # Ranks count a slot as often as they have rows of it, hence the mean of the layers' means.
+        return {"global_scale_exponent": (sums[:, 0] / sums[:, 1]).mean().item()}
 
 
 class BlockScales(Statistic):
@@ -76,7 +127,7 @@ class BlockScales(Statistic):
 
     The median is the lower one, as in torch.median. Shares are fractions of the blocks. `at_floor` and `saturated` count blocks whose
     scale is the floor or the largest E4M3 value. `below_floor` counts those whose amax / 6 / s2 is below the floor, so that their
-    scale was raised to it.
+    scale was raised to it. `other_scale` counts those whose rule chose another scale than the rule max, which makes amax 6.
     """
 
     names = (
@@ -86,35 +137,61 @@ class BlockScales(Statistic):
         "scale_at_floor_share",
         "scale_below_floor_share",
         "scale_saturated_share",
+        "other_scale_share",
     )
     histogram_names = ("scale_log2",)
 
     def local(self, weight: LocalWeight) -> Tensor:
-        # torch.bincount would wait for the device. Atomic additions into few counts would wait for each other.
-        scales = weight.block_scales.reshape(-1).view(torch.uint8).sort().values
-        num_up_to = torch.searchsorted(scales, torch.arange(256, dtype=torch.uint8, device=scales.device), right=True)
-        unrounded = divide(torch.ops.nvfp4.block_amax(weight.master), FP4_MAX) / weight.global_scale.view(-1, 1, 1)
-        num_below_floor = (unrounded < E4M3_MIN).sum().reshape(1)
-        return torch.cat((num_up_to.diff(prepend=num_up_to.new_zeros(1)), num_below_floor)).double()
+        sums = weight.measured.sums
+        return torch.cat((sums[measured.SCALES], sums[measured.BELOW_FLOOR : measured.OTHER_SCALE + 1]))
 
     def finish(self, sums: Tensor) -> dict[str, float]:
-        counts, num_below_floor = _by_scale(sums), sums[-1]
+        # NumPy, since a look does this for every layer: tensors of this size take five times as long.
+        values = SCALE_VALUES.numpy()
+        counts, (num_below_floor, num_others) = _by_scale(sums).numpy(), sums[-2:].tolist()
         num_blocks = counts.sum()
-        present = SCALE_VALUES[counts > 0]
+        present = values[counts > 0]
         # The first byte whose cumulative count exceeds the number of blocks before the median.
-        median = torch.searchsorted(counts.cumsum(0), (num_blocks - 1).div(2, rounding_mode="floor") + 1)
-        values = (
+        median = np.searchsorted(counts.cumsum(), (num_blocks - 1) // 2 + 1)
+        found = (
             present.min(),
-            SCALE_VALUES[median],
+            values[median],
             present.max(),
-            counts[SCALE_VALUES == E4M3_MIN].sum() / num_blocks,
+            counts[values == E4M3_MIN].sum() / num_blocks,
             num_below_floor / num_blocks,
-            counts[SCALE_VALUES == E4M3_MAX].sum() / num_blocks,
+            counts[values == E4M3_MAX].sum() / num_blocks,
+            num_others / num_blocks,
         )
-        return {name: value.item() for name, value in zip(self.names, values, strict=True)}
+        return {name: float(value) for name, value in zip(self.names, found, strict=True)}
 
     def histograms(self, sums: Tensor) -> dict[str, Histogram]:
         return {"scale_log2": (_by_scale(sums)[1:127], LOG2_EDGES)}
+
+
+class Codes(Statistic):
+    """Where the elements lie on the grid of E2M1. Shares are fractions of the elements.
+
+    `underflow` counts |w| < amax / 24 with the amax of the block: under the rule max these become zero. `zero` counts elements that are
+    not zero but have the code of zero. `edge` counts those whose |w| / s is within 1 % of a value at which the code changes, so that a
+    small update flips it.
+    """
+
+    names = ("underflow_share", "zero_share", "edge_share")
+    histogram_names = ("code",)
+
+    def local(self, weight: LocalWeight) -> Tensor:
+        sums = weight.measured.sums
+        return torch.cat((sums[measured.CODES], sums[measured.UNDERFLOW : measured.EDGE + 1]))
+
+    def finish(self, sums: Tensor) -> dict[str, float]:
+        *counts, underflow, zero, edge = sums.tolist()
+        num_elements = sum(counts)
+        return dict(zip(self.names, (underflow / num_elements, zero / num_elements, edge / num_elements), strict=True))
+
+    def histograms(self, sums: Tensor) -> dict[str, Histogram]:
+        positive, negative = sums[:8], sums[8:16]
+        zeros = positive[:1] + negative[:1]
+        return {"code": (torch.cat((negative[1:].flip(0), zeros, positive[1:])), CODE_EDGES)}
 
 
 class Sqnr(Statistic):
@@ -126,12 +203,7 @@ class Sqnr(Statistic):
     names = (SQNR_STATISTIC,)
 
     def local(self, weight: LocalWeight) -> Tensor:
-        sums = torch.zeros(2, dtype=torch.float64, device=weight.master.device)
-        for piece in weight.pieces():
-            decoded = torch.ops.nvfp4.dequantize(piece.codes, piece.block_scales, piece.global_scale, torch.float32)
-            master = piece.master.double()
-            sums += torch.stack((master.square().sum(), (master - decoded).square().sum()))
-        return sums
+        return weight.measured.sums[measured.SIGNAL : measured.NOISE + 1]
 
     def finish(self, sums: Tensor) -> dict[str, float]:
         signal, noise = sums
@@ -143,17 +215,24 @@ def sum_over_ranks(weights: Iterable[LocalWeight], statistics: Sequence[Statisti
 
     A collective: one all_reduce of one tensor, and one copy to the host, the only time that something waits for the device.
     """
-    names, table = [], []
-    widths: list[int] = []
+    names: list[str] = []
+    table: list[Tensor] = []
     for weight in weights:
-        local = [statistic.local(weight) for statistic in statistics]
         names.append(weight.name)
-        table.append(torch.cat(local))
-        widths = [len(sums) for sums in local]
-    sums = torch.stack(table)
+        table += [statistic.local(weight) for statistic in statistics]
+    widths = [len(sums) for sums in table[: len(statistics)]]
+    # One operation for all layers, since each small one takes the host as long as a large one.
+    sums = torch.cat(table).view(len(names), -1)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(sums)
     return names, list(sums.cpu().split(widths, dim=1))
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of the default process group; 0 and 1 without one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def _by_scale(sums: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ class WeightStore(ABC):
         self._owners = self._find_owners()
         """The first name of every parameter, by each of its names."""
         self._slots = self._find_slots()
+        self._with_siblings = {
+            name for group in manifest.groups if len({self._owners[name] for name in group}) > 1 for name in group
+        }
+        """Parameters that share their slots with other ones."""
         self._quantizer: MultiTensorQuantizer | None = None
         self.global_amax = torch.empty(0)
         """float32 [slots], of the last update."""
@@ -147,11 +151,13 @@ class WeightStore(ABC):
         packed: Sequence[Tensor] | None = None,
         steps: Tensor | None = None,
         *,
+        first_row: int,
         first_expert: int | None = None,
     ) -> LocalWeight:
         """Rows of one slot [n, K], or of several experts [S, n, K], with the codes and scales that the store has of them.
 
-        Where it has none, `steps` are those of the rows under a fitted rule. `first_expert` is the first of a rank that has some.
+        Where it has none, `steps` are those of the rows under a fitted rule. `first_row` is the index of the first row in its matrix,
+        `first_expert` the first of a rank that has some.
         """
         slots = self._slots[name]
         if first_expert is not None:
@@ -164,7 +170,7 @@ class WeightStore(ABC):
             of_slot = [None] * len(master) if steps is None else list(steps.reshape(*master.shape[:2], -1))
             of_slots = [quantize(part, scale, rule, own) for part, scale, own in zip(master, s2, of_slot, strict=True)]
             codes, scales = (
-                (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+                (_stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
                 if of_slots
                 else (master.new_empty(0, 0, master.shape[-1] // size, dtype=torch.uint8) for size in (2, BLOCK_SIZE))
             )
@@ -179,6 +185,8 @@ class WeightStore(ABC):
             # Of every slot of the whole weight, whatever rows this rank has.
             global_amax=self.global_amax[self._slots[name]],
             global_scale=s2,
+            first_row=first_row,
+            has_siblings=name in self._with_siblings,
         )
 
     def _parameter(self, name: str) -> Tensor:
@@ -290,12 +298,13 @@ class ReplicatedWeightStore(WeightStore):
             master = self.master(name)
             own = own_rows(master.shape[-2], rank, num_ranks)
             steps = self.state.steps(name)[..., own, :] if self.state.is_fitted else None
-            yield self._local_weight(name, master[..., own, :], steps=steps)
+            first_row = min(own.start, master.shape[-2])
+            yield self._local_weight(name, master[..., own, :], steps=steps, first_row=first_row)
 
     @torch.no_grad()
     def held_weights(self) -> Iterator[LocalWeight]:
         for name in self.names:
-            yield self._local_weight(name, self.master(name), self._codes[name])
+            yield self._local_weight(name, self.master(name), self._codes[name], first_row=0)
 
     def _is_replaced(self) -> bool:
         assert self._quantizer is not None
@@ -346,6 +355,11 @@ def empty_codes(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` that copies nothing where there is one tensor."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _max_over_ranks(measured: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from nvfp4_train.callbacks.layer_statistics import LayerStatistics
 from nvfp4_train.losses.base import Loss
 from nvfp4_train.losses.chunked import rows_at_once
 from nvfp4_train.losses.distillation import DistillationLoss, vocabulary_size
@@ -44,7 +45,9 @@ def plan_recipe(root: Path, overrides: Sequence[str], world_size: int) -> str:
         keeps_history=((options["callbacks"] or {}).get("oscillation") or {}).get("action") is not None,
         **of_loss,
     )
-    return plan_table(make_plan(meta, quant, shape, teacher), shape)
+    scale_stats = make((options.get("callbacks") or {}).get("scale_stats"), "callbacks.scale_stats")
+    statistics = scale_stats.statistics if isinstance(scale_stats, LayerStatistics) else ()
+    return plan_table(make_plan(meta, quant, shape, teacher, statistics), shape)
 
 
 def plan_loss(loss: Loss, student: nn.Module, *, trust_remote_code: bool = False) -> tuple[Any, dict[str, int]]:

@@ -17,11 +17,17 @@ from nvfp4_train.callbacks.scale_stats import ScaleStats
 from nvfp4_train.drawing import DRAWERS, Drawings
 from nvfp4_train.kernels import reference
 from nvfp4_train.layer_table import LAYERS_FILE, read_rows
+from nvfp4_train.quant.input_statistics import InputClipping
 from nvfp4_train.quant.local_weight import LocalWeight
 from nvfp4_train.quant.statistics import Statistic, sum_over_ranks
 
 # After these, masters are the same bits in every layout (test_world_sizes.py).
 STEPS = 3
+STATISTICS = {
+    "zeros": {"_target_": f"{__name__}.ZeroCodes"},
+    # Rows of which the ranks of every layout have some.
+    "changes": {"_target_": "nvfp4_train.quant.changes.Changes", "rows": 3},
+}
 LAYERS = [
     f"model.layers.{layer}.{linear}"
     for layer in range(2)
@@ -30,6 +36,15 @@ LAYERS = [
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     )
 ]  # fmt: skip
+
+
+EVERYWHERE = [
+    "global_amax", "global_scale_exponent", "scale_min", "scale_median", "scale_max", "scale_at_floor_share",
+    "scale_below_floor_share", "scale_saturated_share", "other_scale_share", "underflow_share", "zero_share", "edge_share",
+    "sqnr_db", "zero_code_share", "num_values",
+]  # fmt: skip
+"""Of every layer at a first look, whose inputs are not quantized."""
+OF_CHANGES = ["flip_rate", "oscillation_rate", "change_ratio", "global_scale_changes"]
 
 
 class ZeroCodes(Statistic):
@@ -115,7 +130,9 @@ def report(how: str, run_dir: str, **options: Any) -> dict[str, Any]:
     """
     folder = Path(run_dir) / str(distributed.get_rank())
     folder.mkdir(parents=True)
-    module, callback, recorder = run(how, stats={"run_dir": str(folder)}, **options)
+    # A look at each step, so that the last one knows what changed.
+    stats = {"every_n_steps": 1, "statistics": STATISTICS, "run_dir": str(folder)}
+    module, callback, recorder = run(how, stats=stats, **options)
     with Sent() as sent:
         names, tables = sum_over_ranks(module.store.local_weights(), callback.statistics)
     with Sent() as sent_for_a_master:
@@ -163,6 +180,10 @@ def definitions(module: Any) -> dict[str, float]:
     return values
 
 
+KEYS = ("global_amax", "siblings", "global_scale", "block_scales", "codes", "sqnr", "changes", "inputs")
+
+INPUTS_ALONE = dict.fromkeys(set(KEYS) - {"inputs"}) | {"zeros": None, "inputs": InputClipping(every=2)}
+
 HSDP = {"sharding": {"replicate_size": 2}}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {"how": "auto"}, "fsdp2": {"how": "fsdp2"}},
@@ -194,11 +215,10 @@ def test_one_device_reports_the_definitions(found: Any) -> None:
 
 
 def test_every_layer_has_every_statistic(found: Any) -> None:
-    statistics = [
-        "global_amax", "scale_min", "scale_median", "scale_max", "scale_at_floor_share", "scale_below_floor_share",
-        "scale_saturated_share", "sqnr_db", "zero_code_share", "num_values",
-    ]  # fmt: skip
-    expected = {f"{layer}/{statistic}" for layer in LAYERS for statistic in statistics}
+    of_all = [*EVERYWHERE, *OF_CHANGES]
+    statistics = [*of_all, "sibling_amax_ratio"]
+    expected = {f"{layer}/{statistic}" for layer in LAYERS for statistic in of_all}
+    expected |= {f"{layer}/sibling_amax_ratio" for layer in LAYERS if not layer.endswith(("o_proj", "down_proj"))}
     for layout, (first, *others) in found.items():
         layers = {name.removesuffix(".weight") for name in first["names"]}
         assert len(layers) == len(first["names"]) == len(LAYERS), layout
@@ -216,11 +236,28 @@ def test_every_layout_has_the_sums_of_one_device(found: Any) -> None:
             by_name = dict(zip(rank["names"], zip(*rank["tables"], strict=True), strict=True))
             expected = dict(zip(one["names"], zip(*one["tables"], strict=True), strict=True))
             assert by_name.keys() == expected.keys()
-            for name, (amax, scales, powers, zeros) in by_name.items():
-                assert amax[0] / amax[1] == expected[name][0][0], (layout, name)
-                assert torch.equal(scales, expected[name][1]), (layout, name)
-                assert torch.allclose(powers, expected[name][2], rtol=1e-13, atol=0), (layout, name)
-                assert torch.equal(zeros, expected[name][3]), (layout, name)
+            for name, (amax, siblings, exponent, scales, codes, powers, changes, _, zeros) in by_name.items():
+                of_one = expected[name]
+                assert torch.equal(amax, of_one[0]), (layout, name)
+                # An entry for every rank.
+                assert siblings.max() == of_one[1].max(), (layout, name)
+                assert exponent[0] / exponent[1] == of_one[2][0], (layout, name)
+                assert torch.equal(scales, of_one[3]), (layout, name)
+                assert torch.equal(codes, of_one[4]), (layout, name)
+                assert torch.allclose(powers, of_one[5], rtol=1e-13, atol=0), (layout, name)
+                assert torch.equal(changes, of_one[6]), (layout, name)
+                assert torch.equal(zeros, of_one[8]), (layout, name)
+
+
+def test_every_layout_sees_the_same_changes(found: Any) -> None:
+    (one,) = found[1, "one"]
+    for layout, (first, *_) in found.items():
+        for name in first["values"]:
+            if name.endswith(tuple(OF_CHANGES)):
+                assert first["values"][name] == pytest.approx(one["values"][name], rel=1e-12), (layout, name)
+    values = {statistic: one["values"][f"quant/{statistic}"] for statistic in OF_CHANGES}
+    assert 0 < values["oscillation_rate"] <= values["flip_rate"] < 0.5, values
+    assert values["change_ratio"] > 0
 
 
 def test_ranks_share_the_rows(found: Any) -> None:
@@ -234,10 +271,10 @@ def test_ranks_share_the_rows(found: Any) -> None:
 
 def test_one_collective_of_sums_is_all_that_travels(found: Any) -> None:
     """No master is gathered, which this would see."""
-    entries = 2 + 257 + 2 + 2
+    entries = {"amax, exponent, SQNR": 1 + 2 + 2, "scales": 258, "codes": 19, "changes": 7, "inputs": 2, "zeros": 2}
     for (_, name), ranks in found.items():
         for rank in ranks:
-            assert rank["sent"] == [("allreduce_", 8 * len(LAYERS) * entries)], name
+            assert rank["sent"] == [("allreduce_", 8 * len(LAYERS) * (sum(entries.values()) + len(ranks)))], name
             if len(ranks) > 1 and name != "ddp":
                 assert any(num_bytes >= 4 * 32 * 32 // len(ranks) for _, num_bytes in rank["sent for a master"])
 
@@ -250,8 +287,13 @@ def schedules(path: str) -> dict[str, dict[str, list[Any]]]:
         "from step 3 on": {"stats": {"every_n_steps": 1}, "quant": {"start_step": 3}},
         "without quantization": {"stats": {"every_n_steps": 1}, "quant": {"enabled": False}},
         "aggregates alone": {"stats": {"per_layer": False}},
-        "fewer": {"stats": {"per_layer": False, "statistics": {"block_scales": None, "global_amax": None}}},
+        "fewer": {"stats": {"per_layer": False, "statistics": dict.fromkeys(set(KEYS) - {"sqnr"})}},
         "saved": {"stats": {"every_n_steps": 4}, "save": (2, path)},
+        "resumed": {"stats": {"every_n_steps": 1}, "resume": path},
+        "quantized inputs": {
+            "stats": {"every_n_steps": 1, "per_layer": False, "statistics": INPUTS_ALONE},
+            "quant": {"activations": "nvfp4"},
+        },
         "from the last step": {"stats": {"every_n_steps": 100}, "resume": path, "steps": 2},
     }
     found = {}
@@ -270,19 +312,24 @@ def schedules(path: str) -> dict[str, dict[str, list[Any]]]:
 
 def test_reports_come_when_they_are_due(tmp_path: Path) -> None:
     (found,) = run_ranks(1, schedules, f"{tmp_path}/saved.ckpt")
+    both = len(EVERYWHERE) + 1
+    later = both + len(OF_CHANGES)
     steps = {
-        "every 2 of 4": [2, 4],
-        "every 3 of 4": [3, 4],
-        "from step 3 on": [3, 4],
+        "every 2 of 4": [(2, both), (4, later)],
+        "every 3 of 4": [(3, both), (4, later)],
+        "from step 3 on": [(3, both), (4, later)],
         # The end quantizes, to say what that would cost.
-        "without quantization": [4],
-        "from the last step": [2],
+        "without quantization": [(4, both)],
+        # No checkpoint has the memory.
+        "resumed": [(3, both), (4, later)],
+        "from the last step": [(2, both)],
     }
     for name, of_reports in steps.items():
-        assert found[name]["logged"] == [(step, 10) for step in of_reports], name
-        assert found[name]["rows"] == [(step, layer) for step in of_reports for layer in LAYERS], name
-    assert found["aggregates alone"] == {"logged": [(4, 10)], "rows": []}
+        assert found[name]["logged"] == of_reports, name
+        assert found[name]["rows"] == [(step, layer) for step, _ in of_reports for layer in LAYERS], name
+    assert found["aggregates alone"] == {"logged": [(4, both)], "rows": []}
     assert found["fewer"] == {"logged": [(4, 1)], "rows": []}
+    assert found["quantized inputs"] == {"logged": [(1, 1), (3, 1)], "rows": []}
 
 
 @pytest.mark.parametrize(
@@ -292,7 +339,7 @@ def test_reports_come_when_they_are_due(tmp_path: Path) -> None:
         ({"draw_every": -1}, "draw_every must be at least 0, got -1"),
         ({"statistics": {"zeros": 3}}, r"statistics\.zeros must be null or a Statistic \(give its _target_\), got 3"),
         ({"statistics": {"zeros": ZeroCodes(), "again": ZeroCodes()}}, "zero_code_share, num_values, zero_code_share"),
-        ({"statistics": dict.fromkeys(("global_amax", "block_scales", "sqnr"))}, "at least one, .* got none"),
+        ({"statistics": dict.fromkeys(KEYS)}, "at least one, .* got none"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -11,8 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from nvfp4_train.models.build import BuiltModel, build_model
 from nvfp4_train.models.causal_lm import compute_logits, decoder_layers
 from nvfp4_train.models.served_check import check_served
+from nvfp4_train.quant.input_statistics import InputClipping
 from nvfp4_train.quant.inputs import record_inputs
 from nvfp4_train.quant.policy import QuantConfig
+from nvfp4_train.quant.statistics import sum_over_ranks
 
 WAYS = {"FSDP2": {}, "FSDP2, recomputing": {"gradient_checkpointing": True}, "FSDP2, compiled": {"compiled": True}}
 
@@ -59,7 +61,21 @@ def compared(family: str, compute_dtype: torch.dtype) -> dict[str, bool | int]:
         found[f"gradients of {name}"] = sum(torch.equal(ddp_gradients[key], gradient) for key, gradient in gradients.items())
     found["checked"] = check_served(built.model, ids[:1], compute_dtype, built.inputs)
     found["sampled"] = len(record_inputs(built.model, built.inputs, lambda: compute_logits(built.model, ids)))
+    found["clipped, FSDP2"] = clipped(built, ids)
+    found["clipped"] = clipped(build(family, compute_dtype), ids)
     return found
+
+
+def clipped(built: BuiltModel, ids: Tensor) -> dict[str, float]:
+    """The share of clipped input blocks of every weight over the inputs of both ranks."""
+    statistic = InputClipping()
+    for group in built.store.manifest.groups:
+        # So small that some blocks behind a norm are clipped.
+        built.store.state.input_scale(group[0]).fill_(2.0**-10)
+    built.inputs.enable()
+    statistic.measure(built.model, built.inputs, lambda: compute_logits(built.model, ids))
+    names, (table,) = sum_over_ranks(built.store.local_weights(), [statistic])
+    return {name: statistic.finish(sums)["input_clipped_share"] for name, sums in zip(names, table, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -73,3 +89,5 @@ def test_every_way_to_hold_a_model_has_the_same_forward_and_gradients(family: st
         assert {found[f"gradients of {name}"] for name in WAYS} == {found["gradients"]}
         assert found["checked"] > 10
         assert found["sampled"] == 8
+        assert found["clipped"] == found["clipped, FSDP2"]
+        assert any(0 < share < 1 for share in found["clipped"].values())

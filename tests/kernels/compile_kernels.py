@@ -22,21 +22,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from nvfp4_train.kernels import code_history, code_history_kernel, input_kernels, multi_tensor_kernels
+from nvfp4_train.kernels import code_history, code_history_kernel, input_kernels, multi_tensor_kernels, statistics_kernels
 from nvfp4_train.kernels import triton_kernels as kernels
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FLOAT, BF16, HALF, INT, LONG, BYTES, STEPS = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*u8", "*i8"
+DOUBLE = "*fp64"
 TORCH_DTYPES = {
     FLOAT: torch.float32, BF16: torch.bfloat16, HALF: torch.float16, INT: torch.int32, LONG: torch.int64, BYTES: torch.uint8,
-    STEPS: torch.int8,
+    STEPS: torch.int8, DOUBLE: torch.float64,
 }  # fmt: skip
-SIZES = {"blocks_per_row": "i32", "num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32", "min_reversals": "i32"}
+SIZES = {
+    "blocks_per_row": "i32", "num_chunks": "i32", "num_tiles": "i32", "num_slots": "i32", "programs_per_slot": "i32",
+    "is_new_window": "i32", "min_reversals": "i32",
+}  # fmt: skip
 """Scalars that are not int64."""
 OPTIONAL = ("steps_ptr",)
 """Pointers that are None unless a kernel is given a type for them."""
-UNALIGNED = ("s2_ptr", "global_amax_ptr", "input_scale_ptr")
+UNALIGNED = ("s2_ptr", "global_amax_ptr", "input_scale_ptr", "now_codes_ptr", "now_scales_ptr")
 
 TO_PACKED = {"s2_ptr": FLOAT, "packed_ptr": BYTES, "scales_ptr": BYTES}
 SEARCH = {"s2_ptr": FLOAT, "hessian_ptr": FLOAT, "steps_ptr": STEPS}
@@ -66,6 +70,12 @@ HISTORY = {"history_ptr": BYTES, "master_ptr": FLOAT, "counts_ptr": LONG}
 FOLLOW = (code_history_kernel.TILE, code_history_kernel.NUM_WARPS)
 CODES = {"packed_ptr": BYTES, "scales_ptr": BYTES}
 TILES = kernels.TILES
+STATISTICS = (statistics_kernels.TILE, statistics_kernels.NUM_WARPS)
+SUMS = {"codes_ptr": BYTES, "scales_ptr": BYTES, "s2_ptr": FLOAT, "sums_ptr": DOUBLE, "amax_ptr": FLOAT}
+CHANGES = {
+    "now_codes_ptr": BYTES, "now_scales_ptr": BYTES, "s2_ptr": FLOAT, "last_codes_ptr": BYTES, "last_scales_ptr": BYTES,
+    "last_s2_ptr": FLOAT, "before_ptr": BYTES, "sums_ptr": DOUBLE,
+}  # fmt: skip
 
 KERNELS = {
     "block_amax": (kernels.block_amax_kernel, TILES["block_amax"], {"x_ptr": BF16, "amax_ptr": FLOAT}, {}),
@@ -120,6 +130,13 @@ KERNELS = {
     "quantize_input": (input_kernels.quantize_input_kernel, INPUT, {**INPUT_OF_BF16, **CODES}, {}),
     "fake_quant_input": (input_kernels.fake_quant_input_kernel, INPUT, INPUT_OF_BF16, {}),
     "follow_codes": (code_history_kernel.follow_codes_kernel, FOLLOW, {**TO_PACKED, **HISTORY}, {"ACTION": code_history.COUNT}),
+    "weight_sums": (statistics_kernels.weight_sums_kernel, STATISTICS, {"master_ptr": FLOAT, **SUMS}, {}),
+    "weight_changes": (
+        statistics_kernels.weight_changes_kernel,
+        STATISTICS,
+        {"now_master_ptr": FLOAT, "last_master_ptr": FLOAT, **CHANGES},
+        {},
+    ),
 }  # fmt: skip
 VARIANTS = {
     "search_bf16": (kernels.choose_steps_kernel, TILES["choose_steps"], {"x_ptr": BF16, **SEARCH}, SEARCHED),

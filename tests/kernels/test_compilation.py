@@ -55,6 +55,8 @@ ACCESSES = {
     "fake_quant_input_fp32": ({"128": 4, "32": 1}, {"128": 4}),
     "follow_codes": ({"32": 4, "64": 2, "U8": 2}, {"64": 2, "32": 16}),
     "follow_codes_and_freeze": ({"32": 4, "64": 2, "U8": 2}, {"64": 2, "32": 16}),
+    "weight_sums": ({"128": 4, "64": 1, "32": 1, "U8": 1}, {"64": 13, "32": 1}),
+    "weight_changes": ({"128": 8, "64": 2, "32": 4, "U8": 2}, {"128": 4, "64": 9, "U8": 1}),
 }
 """Global loads and stores in the code of a kernel, by width in bits. Most kernels have two paths, by the kind of s2.
 
@@ -93,11 +95,14 @@ def test_kernels_compile_without_spills(capability):
     kernels = [entry for entry in _compiled() if entry["capability"] == capability]
     assert len(kernels) == len(ACCESSES) - (VARIANTS if capability in (89, 120) else 0)
     for entry in kernels:
-        # For 10.0 the compiler spills a few numbers of a search, outside of its loop over candidates.
-        assert entry["stack"] <= (40 if capability == 100 and "search" in entry["kernel"] else 0), entry
+        # For 10.0 the compiler spills a few numbers of a search, outside of its loop over candidates, and two of sums.
+        few = {"search": 40, "weight_sums": 8} if capability == 100 else {}
+        assert entry["stack"] <= max((size for name, size in few.items() if name in entry["kernel"]), default=0), entry
         assert entry["local"] == 0, entry
         # A search among scales holds the block beside its decoded values; one by a Hessian, 136 of its numbers, too.
-        most = 128 if entry["kernel"].endswith(("four_over_six", "mse")) else 168 if "search" in entry["kernel"] else 96
+        # Sums are kept in registers from tile to tile.
+        is_large = "search" in entry["kernel"] or entry["kernel"].startswith("weight_")
+        most = 128 if entry["kernel"].endswith(("four_over_six", "mse")) else 168 if is_large else 96
         assert entry["registers"] <= most, entry
 
 

@@ -55,6 +55,11 @@ OP_ARGUMENTS = {
         )
     ],
     "dequantize": [(PACKED, BLOCK_SCALES, S2, torch.bfloat16), (PACKED, BLOCK_SCALES.float(), S2, torch.float32)],
+    "weight_sums": [
+        (X, PACKED, BLOCK_SCALES, S2.expand(3).contiguous()),
+        (X[:, 1:3], PACKED[:, 1:3], BLOCK_SCALES[:, 1:3], S2.expand(3).contiguous()),
+        (X[:, :0], PACKED[:, :0], BLOCK_SCALES[:, :0], S2.expand(3).contiguous()),
+    ],
     "quantize_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
     "fake_quant_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
 }

@@ -29,6 +29,9 @@ def test_the_script_plans_a_recipe() -> None:
     assert "8,030,261,248 parameters" in result.stdout
     assert "W = 64" in result.stdout
     assert "T = 1,024" in result.stdout
+    # Every 16th row of a shard.
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("last look of statistics")]
+    assert float(row.split()[5]) == round(5.0625 * 6_979_321_856 / 64 / 16 / 2**30, 3)
 
 
 @pytest.mark.parametrize(
