@@ -46,7 +46,7 @@ def quantized(master: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor, Tensor, 
 
 def check_sums() -> str:
     """Compare both kernels with the reference. Raises AssertionError."""
-    counts = [*range(statistics_reference.SIGNAL), *range(statistics_reference.BELOW_FLOOR, statistics_reference.NUM_SUMS)]
+    counts = [*range(statistics_reference.SIGNAL), *range(statistics_reference.BELOW_FLOOR, statistics_reference.LOG2_S2)]
     num_weights = 0
     for shape in SHAPES:
         for rule in RULES if max(shape) < 3000 else RULES[:1]:

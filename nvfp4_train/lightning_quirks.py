@@ -42,6 +42,13 @@ def log_finished_step(trainer: L.Trainer) -> None:
         trainer._logger_connector.update_train_step_metrics()
 
 
+def back_to_device(trainer: L.Trainer) -> None:
+    """Move the module back to the device that it was made for. Lightning moves it to the CPU before it calls `on_fit_end`, where a run
+    without a step to do has all of its work ahead: hours there, and no collective of a GPU.
+    """
+    trainer.lightning_module.to(trainer.strategy.root_device)
+
+
 def run_missing_validation(trainer: L.Trainer) -> None:
     """Run the validation of the step of the checkpoint that was restored, if that was saved before the validation or in it.
 

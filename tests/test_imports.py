@@ -124,6 +124,7 @@ ALLOWED = {
             "metrics",
             "quant",
             "sequence_metrics",
+            "lightning_quirks",
             "models",
             "losses",
             "checkpoints",

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import distributed
 
 from nvfp4_train.lightning_quirks import (
+    back_to_device,
     drop_sigterm_agreement,
     keep_signal_handlers,
     log_finished_step,
@@ -23,6 +24,39 @@ from nvfp4_train.lightning_quirks import (
 
 def trainer(**options: int) -> Trainer:
     return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
+
+
+def test_lightning_moves_the_module_to_the_cpu_before_the_end_of_a_fit_and_we_move_it_back() -> None:
+    class Watched(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.calls: list[str] = []
+
+        def training_step(self, *_: Any) -> None:
+            """None is done."""
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters())
+
+        def cpu(self) -> "Watched":
+            self.calls.append("cpu")
+            return super().cpu()
+
+        def on_fit_end(self) -> None:
+            self.calls.append("on_fit_end")
+            self.trainer.strategy.__class__.root_device = torch.device("meta")  # type: ignore[attr-defined]
+            back_to_device(self.trainer)
+
+    module, run = Watched(), trainer(max_steps=0)
+    strategy = type(run.strategy)
+    own = strategy.root_device
+    try:
+        run.fit(module, [0])
+    finally:
+        strategy.root_device = own  # type: ignore[misc]
+    assert module.calls == ["cpu", "on_fit_end"]
+    assert module.weight.is_meta
 
 
 def test_the_agreement_on_sigterm_is_no_longer_made(monkeypatch: pytest.MonkeyPatch) -> None:

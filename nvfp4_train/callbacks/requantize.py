@@ -6,7 +6,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nvfp4_train.finite import Diverged
-from nvfp4_train.lightning_quirks import run_missing_validation
+from nvfp4_train.lightning_quirks import back_to_device, run_missing_validation
 from nvfp4_train.losses.base import num_positions
 from nvfp4_train.metrics import (
     MASTER,
@@ -121,6 +121,7 @@ class Requantize(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
         # A run that continues from its last step does not train, and the other hooks are not called.
         if VAL_LOSS_QUANTIZED not in pl_module.results:
+            back_to_device(trainer)
             self._forget_other_measures(trainer, pl_module)
             if self._has_switched:
                 pl_module.update()

@@ -16,6 +16,7 @@ from nvfp4_train.judge.bits_budget import check_budget, exclusion_patterns, most
 from nvfp4_train.judge.sensitivity import Comparison, Key
 from nvfp4_train.judge.sensitivity_report import CHOSEN, MOST, NAIVE, Findings, files, markdown
 from nvfp4_train.judge.units import ALL, LEVELS, Unit, smallest_units, units_by_level, whole
+from nvfp4_train.lightning_quirks import back_to_device
 from nvfp4_train.losses.base import Batch
 from nvfp4_train.module import QATModule
 from nvfp4_train.progress import progress, progress_bar
@@ -93,6 +94,7 @@ class MeasureSensitivity(Callback):
         self.by = by
 
     def on_fit_end(self, trainer: Trainer, pl_module: QATModule) -> None:  # type: ignore[override]
+        back_to_device(trainer)
         model, store, inputs, selection = pl_module.model, pl_module.store, pl_module.inputs, pl_module.selection
         assert model is not None and inputs is not None and selection is not None and isinstance(store, ReplicatedWeightStore)
         config, is_shown = pl_module.quant_config, trainer.is_global_zero

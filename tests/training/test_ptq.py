@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from nvfp4_train.export import verify_export
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
+from nvfp4_train.module import QATModule
 from nvfp4_train.quant.policy import SERVINGS
 from nvfp4_train.run.build import build
 from nvfp4_train.run.compose import compose_options
@@ -24,6 +25,17 @@ def quantize(run_dir: Path, *overrides: str) -> None:
     trainer, module, data = build(options, trains=False)
     trainer.fit(module, data)
     assert trainer.global_step == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("loss", ["next_token", "distillation"])
+def test_the_gpu_does_the_work(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, measure = [], QATModule.measure
+    monkeypatch.setattr(QATModule, "measure", lambda self, batches: devices.append(self.device.type) or measure(self, batches))
+    quantize(tmp_path / "run", "trainer=gpu", f"loss={loss}", "quant.activations=nvfp4")
+    assert devices
+    assert set(devices) == {"cuda"}
 
 
 def exported(run_dir: Path) -> bytes:
