@@ -3,7 +3,8 @@
     python benchmarks/oscillation.py --model FOLDER --results FILE [--text FILE] [--arms NAME ...] [--seeds 0 1 2] [--minutes M]
 
 Model, text, batches, schedule and evaluation are those of `accuracy.py`, W4A16 and W4A4 each at the best rate found there. An arm is
-what `callbacks.oscillation` does in the last 30 % of the steps: none, reset or freeze. Until then runs of one seed are the same run.
+what `callbacks.oscillation` does in the last 30 % of the steps: none, reset or freeze. Until then runs of one seed differ by the order
+of floating-point sums on a GPU alone.
 
 Runs are shared out to all GPUs. Each result is a line of FILE and is not measured again, so the same command continues where an
 earlier one, or its --minutes, ended. The tables of all lines come last.

@@ -18,6 +18,7 @@ from nvfp4_train.callbacks.run_summary import peak_memory
 from nvfp4_train.callbacks.served_check import ServedCheck
 from nvfp4_train.export.card import installed_versions, serve_commands
 from nvfp4_train.export.writer import ExportReport
+from nvfp4_train.models.served_dtype import class_of
 from nvfp4_train.module import QATModule, gather_from_ranks
 
 FILE = "run.json"
@@ -48,7 +49,7 @@ def run_record(
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": facts.base_model,
-        "architecture": type(model).__name__,
+        "architecture": class_of(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "quantized_parameters": sum(model.get_parameter(name).numel() for name in selection.manifest.names),
         "method": facts.method,
