@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from matplotlib.figure import Figure
@@ -18,23 +19,44 @@ OUTSIDE = "other"
 """The column of what is in no numbered layer."""
 
 
-def heat_maps(rows: Rows) -> Iterator[tuple[str, Figure]]:
-    """Of each statistic that has a finite value, its name and a picture: a row for each kind of layer, a column for each depth.
+@dataclass(frozen=True)
+class LayerGrid:
+    """A statistic by the kinds and depths of layers."""
 
-    Where several weights have one kind and depth, as the experts of a layer, it shows their mean.
-    """
-    places = {layer: layer_place(layer) for layer in rows}
-    kinds = list(dict.fromkeys(place.kind for place in places.values()))
-    # None sorts behind all numbers.
-    depths = sorted({place.depth for place in places.values()}, key=lambda depth: math.inf if depth is None else depth)
+    values: Mapping[tuple[str, int | None], float]
+    """By kind and depth: the mean, where several weights, say the experts of a layer, have one place."""
+
+    @staticmethod
+    def of(layers: Mapping[str, float]) -> "LayerGrid":
+        """Of the values of layers, by name. What is not finite has no place."""
+        found: dict[tuple[str, int | None], list[float]] = {}
+        for layer, value in layers.items():
+            if math.isfinite(value):
+                place = layer_place(layer)
+                found.setdefault((place.kind, place.depth), []).append(value)
+        return LayerGrid({place: fmean(values) for place, values in found.items()})
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(kind for kind, _ in self.values))
+
+    @property
+    def depths(self) -> list[int | None]:
+        """In ascending order, and None behind them."""
+        return sorted({depth for _, depth in self.values}, key=lambda depth: math.inf if depth is None else depth)
+
+    def picture(self, title: str) -> Figure:
+        """A row for each kind, a column for each depth."""
+        table = [[self.values.get((kind, depth), math.nan) for depth in self.depths] for kind in self.kinds]
+        return heat_map(title, self.kinds, [OUTSIDE if depth is None else str(depth) for depth in self.depths], table)
+
+
+def heat_maps(rows: Rows) -> Iterator[tuple[str, Figure]]:
+    """Of each statistic that has a finite value, its name and the picture of its `LayerGrid`."""
     for statistic in dict.fromkeys(name for values in rows.values() for name in values):
-        cells: dict[tuple[str, int | None], list[float]] = {}
-        for layer, values in rows.items():
-            if math.isfinite(value := values.get(statistic, math.nan)):
-                cells.setdefault((places[layer].kind, places[layer].depth), []).append(value)
-        if cells:
-            table = [[fmean(cells.get((kind, depth), [math.nan])) for depth in depths] for kind in kinds]
-            yield statistic, heat_map(statistic, kinds, [OUTSIDE if depth is None else str(depth) for depth in depths], table)
+        grid = LayerGrid.of({layer: values[statistic] for layer, values in rows.items() if statistic in values})
+        if grid.values:
+            yield statistic, grid.picture(statistic)
 
 
 def worst_table(rows: Rows) -> tuple[list[str], list[list[str | float | int | None]]]:

@@ -39,7 +39,7 @@ ALLOWED = {
     "worst_layers": ({"metrics", "quant"}, set()),
     "loggers": (set(), {"lightning", "wandb", "tensorboard"}),
     "report": (
-        {"disk", "layer_table", "metrics", "pictures", "quant", "sequence_metrics", "worst_layers", "report"},
+        {"disk", "layer_pictures", "layer_table", "metrics", "pictures", "quant", "sequence_metrics", "worst_layers", "report"},
         {"matplotlib"},
     ),
     "losses": ({"models", "losses"}, set()),

@@ -1,18 +1,15 @@
 """Statistics of the inputs of quantized weights, which forwards alone show."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nvfp4_train.kernels.reference import E4M3_MAX
-from nvfp4_train.quant.experts import input_module
-from nvfp4_train.quant.inputs import InputQuantizers
+from nvfp4_train.quant.inputs import InputQuantizers, inputs_watched
 from nvfp4_train.quant.local_weight import LocalWeight
 from nvfp4_train.quant.statistics import Statistic
-from nvfp4_train.quant.undisturbed import undisturbed
 
 
 class InputClipping(Statistic):
@@ -47,24 +44,15 @@ class InputClipping(Statistic):
         """Count in the inputs of the forwards that `run` makes. Under FSDP2 call it on every rank. Waits for nothing."""
         found: dict[str, Tensor] = {}
 
-        def count(module: nn.Module, args: tuple[Tensor, ...], group: str, scale: Tensor) -> None:
+        def count(group: str, x: Tensor, scale: Tensor) -> None:
             # g * (amax * fp32(1 / 6)), as `reference.quantize_input` has it before it rounds.
-            ratio = scale.reciprocal() * (torch.ops.nvfp4.block_amax(args[0].detach()) * (1 / 6))
+            ratio = scale.reciprocal() * (torch.ops.nvfp4.block_amax(x) * (1 / 6))
             num_clipped = (ratio > E4M3_MAX).sum(dtype=torch.float64)
             counts = torch.stack((num_clipped, torch.full_like(num_clipped, ratio.numel())))
             found[group] = found[group] + counts if group in found else counts
 
-        with undisturbed(model):
-            scales = quantizers.scales()
-            handles = []
-            for group in quantizers.groups:
-                hook = partial(count, group=group[0], scale=scales[group[0]])
-                handles.append(input_module(model, group[0]).register_forward_pre_hook(hook))
-            try:
-                run()
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with inputs_watched(model, quantizers, count):
+            run()
         self._counts = {name: found[group[0]] for group in quantizers.groups if group[0] in found for name in group}
 
     def local(self, weight: LocalWeight) -> Tensor:

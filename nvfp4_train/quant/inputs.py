@@ -205,6 +205,29 @@ class InputSample(NamedTuple):
     """float8_e4m3fn [tokens, K / 16], on the CPU."""
 
 
+@contextmanager
+def inputs_watched(model: nn.Module, quantizers: InputQuantizers, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(group, x, scale)` before a group uses its input x [.., K], in every forward of the model inside the context.
+
+    Forwards there are undisturbed, see `undisturbed`. `scale` is float32 [1]. Under FSDP2 enter it on every rank.
+    """
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], group: str, scale: Tensor) -> None:
+        see(group, args[0].detach(), scale)
+
+    with undisturbed(model):
+        scales = quantizers.scales()
+        handles = [
+            input_module(model, group[0]).register_forward_pre_hook(partial(watch, group=group[0], scale=scales[group[0]]))
+            for group in quantizers.groups
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 @torch.no_grad()
 def record_inputs(model: nn.Module, quantizers: InputQuantizers, run: Callable[[], Any]) -> list[InputSample]:
     """The first tokens of every group's input while `run` makes forwards of the model with quantized inputs.
@@ -213,21 +236,12 @@ def record_inputs(model: nn.Module, quantizers: InputQuantizers, run: Callable[[
     """
     samples: dict[str, InputSample] = {}
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...], name: str, scale: Tensor) -> None:
-        if name not in samples and args[0].numel():
-            x = args[0].detach().reshape(-1, args[0].shape[-1])[:TOKENS_OF_A_SAMPLE]
+    def keep(name: str, x: Tensor, scale: Tensor) -> None:
+        if name not in samples and x.numel():
+            x = x.reshape(-1, x.shape[-1])[:TOKENS_OF_A_SAMPLE]
             _, packed, scales = torch.ops.nvfp4.quantize_input(x, scale)
             samples[name] = InputSample(name, x.cpu(), packed.cpu(), scales.cpu())
 
-    with undisturbed(model), quantizers.serving("w4a4"):
-        scales = quantizers.scales()
-        handles = []
-        for group in quantizers.groups:
-            hook = partial(keep, name=group[0], scale=scales[group[0]])
-            handles.append(input_module(model, group[0]).register_forward_pre_hook(hook))
-        try:
-            run()
-        finally:
-            for handle in handles:
-                handle.remove()
+    with quantizers.serving("w4a4"), inputs_watched(model, quantizers, keep):
+        run()
     return list(samples.values())

@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Mapping
 from statistics import fmean
 
-from nvfp4_train import pictures
+from nvfp4_train.layer_pictures import OUTSIDE, LayerGrid
 from nvfp4_train.metrics import SQNR_STATISTIC, statistic_metric
-from nvfp4_train.quant.layer_names import layer_place
 from nvfp4_train.report.blocks import Block, Picture, Table, Text
 from nvfp4_train.report.numbers import NONE, STATISTICS, number, scaled, statistic
 from nvfp4_train.report.run_files import RunFiles
@@ -25,13 +24,8 @@ MAPS = (
 """Statistics that are drawn, where layers.csv has them."""
 BESIDE = ("underflow_share", "scale_at_floor_share", "input_clipped_share", "flip_rate", "oscillation_rate")
 """Statistics that stand beside the SQNR of a worst layer."""
-OUTSIDE = "other"
-"""The column of layers outside of numbered ones."""
 NUM_WORST = 10
 NO_LAYERS = "layers.csv is not in this folder, or empty. callbacks.scale_stats writes it, with per_layer=true."
-
-Grid = dict[tuple[str, int | None], float]
-"""By kind and depth."""
 
 
 def heat_map_blocks(files: RunFiles) -> Iterator[Block]:
@@ -41,12 +35,12 @@ def heat_map_blocks(files: RunFiles) -> Iterator[Block]:
     yield Text(f"{len(files.layers)} layers at step {files.layers_step}: rows are kinds of layers, columns their depth.")
     flat = []
     for name in MAPS:
-        grid = _grid(files.layers, name)
-        values = {f"{value:.6g}" for value in grid.values()}
+        grid = LayerGrid.of({layer: scaled(name, values[name]) for layer, values in files.layers.items() if name in values})
+        values = {f"{value:.6g}" for value in grid.values.values()}
         if len(values) > 1:
             yield _map(name, grid)
         elif values:
-            flat.append(f"{statistic(name).full_label}: {number(next(iter(grid.values())))}")
+            flat.append(f"{statistic(name).full_label}: {number(next(iter(grid.values.values())))}")
     if flat:
         yield Text(f"The same in every layer, and not drawn: {'; '.join(flat)}.")
     if missing := [statistic(name).label for name in MAPS if not any(name in of_layer for of_layer in files.layers.values())]:
@@ -84,38 +78,24 @@ def health_blocks(files: RunFiles) -> Iterator[Block]:
     yield Table(header=["all layers together", "first look", "end"], rows=rows, align="lrr")
 
 
-def _grid(layers: Mapping[str, Mapping[str, float]], name: str) -> Grid:
-    """The mean where several layers, say experts, stand in one place."""
-    found: dict[tuple[str, int | None], list[float]] = {}
-    for layer, values in layers.items():
-        # NaN, say the SQNR of a weight that is all zeros, equals nothing.
-        if name in values and values[name] == values[name]:
-            depth, kind = layer_place(layer)
-            found.setdefault((kind, depth), []).append(scaled(name, values[name]))
-    return {place: fmean(values) for place, values in found.items()}
-
-
-def _map(name: str, grid: Grid) -> Picture:
-    kinds = list(dict.fromkeys(kind for kind, _ in grid))
-    numbered = sorted({depth for _, depth in grid if depth is not None})
-    depths: list[int | None] = [*numbered, *([None] if any(depth is None for _, depth in grid) else [])]
-    values = [[grid.get((kind, depth), float("nan")) for depth in depths] for kind in kinds]
-    label = statistic(name).full_label
-    figure = pictures.heat_map(
-        label[0].upper() + label[1:], kinds, [OUTSIDE if depth is None else str(depth) for depth in depths], values
-    )
+def _map(name: str, grid: LayerGrid) -> Picture:
+    values, label = grid.values, statistic(name).full_label
+    figure = grid.picture(label[0].upper() + label[1:])
     rows = []
-    for kind in kinds:
-        of_kind = {depth: value for (other, depth), value in grid.items() if other == kind}
+    for kind in grid.kinds:
+        of_kind = {depth: value for (other, depth), value in values.items() if other == kind}
         low, high = min(of_kind, key=of_kind.__getitem__), max(of_kind, key=of_kind.__getitem__)
         rows.append([kind, _at(of_kind[low], low), number(fmean(of_kind.values())), _at(of_kind[high], high)])
-    (worst_kind, worst_depth), (best_kind, best_depth) = min(grid, key=grid.__getitem__), max(grid, key=grid.__getitem__)
+    (least_kind, least_depth), (most_kind, most_depth) = (
+        min(values, key=values.__getitem__),
+        max(values, key=values.__getitem__),
+    )
     says = (
-        f"Heat map of {label} by kind and depth of layers: from {number(min(grid.values()))} ({_place(worst_kind, worst_depth)}) to "
-        f"{number(max(grid.values()))} ({_place(best_kind, best_depth)})."
+        f"Heat map of {label} by kind and depth of layers: from {number(min(values.values()))} ({_place(least_kind, least_depth)}) to "
+        f"{number(max(values.values()))} ({_place(most_kind, most_depth)})."
     )
     table = Table(title=label, header=["kind", "least (depth)", "mean", "most (depth)"], rows=rows, align="lrrr")
-    return Picture(figure=figure, says=says, numbers=table, is_wide=len(depths) > 12)
+    return Picture(figure=figure, says=says, numbers=table, is_wide=len(grid.depths) > 12)
 
 
 def _at(value: float, depth: int | None) -> str:
