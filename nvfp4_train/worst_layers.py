@@ -75,7 +75,9 @@ def _hint(name: str, values: Mapping[str, float], above_its_kind: float, fused: 
     if above_its_kind <= -BELOW_ITS_KIND:
         return f"{-above_its_kind:.1f} dB below the median of its kind: {keep}"
     if (oscillating := values.get("oscillation_rate", 0)) >= OSCILLATING:
-        return f"{oscillating:.1%} of its weights oscillate between two codes: lower optim.lr, or try callbacks.oscillation.action"
+        return (
+            f"{oscillating:.1%} of its weights oscillate between two codes: lower optim.lr, or try callbacks.oscillation.action"
+        )
     if (flipping := values.get("flip_rate", 0)) >= FLIPPING:
         return f"{flipping:.1%} of its codes changed since the last look: lower optim.lr"
     if values.get("other_scale_share") == 0:
