@@ -199,17 +199,17 @@ class BlockScales(MeasuredStatistic):
         entries = sums.numpy()
         counts = _by_scale(entries)
         cumulative = counts.cumsum()
-        num_blocks = cumulative[-1].item()
+        num_blocks = cumulative.item(-1)
         # The bytes at which the count reaches the first block in ascending order, the median and the last one.
         first, median, last = cumulative.searchsorted((1, (num_blocks - 1) // 2 + 1, num_blocks)).tolist()
         found = (
             _SCALES[_NAN if last == _NAN else first],
             _SCALES[median],
             _SCALES[last],
-            counts[_AT_FLOOR].item() / num_blocks,
-            entries[-2].item() / num_blocks,
-            counts[_SATURATED].item() / num_blocks,
-            entries[-1].item() / num_blocks,
+            counts.item(_AT_FLOOR) / num_blocks,
+            entries.item(-2) / num_blocks,
+            counts.item(_SATURATED) / num_blocks,
+            entries.item(-1) / num_blocks,
         )
         return dict(zip(self.names, found, strict=True))
 
