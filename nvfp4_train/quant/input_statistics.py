@@ -1,6 +1,7 @@
 """Statistics of the inputs of quantized weights, which forwards alone show."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,8 +58,14 @@ class InputClipping(Statistic):
 
     def local(self, weight: LocalWeight) -> Tensor:
         counts = self._counts.get(weight.name)
-        return torch.zeros(2, dtype=torch.float64, device=weight.master.device) if counts is None else counts
+        return _no_counts(weight.master.device) if counts is None else counts
 
     def finish(self, sums: Tensor) -> dict[str, float]:
         num_clipped, num_blocks = sums.tolist()
         return {"input_clipped_share": num_clipped / num_blocks} if num_blocks else {}
+
+
+@cache
+def _no_counts(device: torch.device) -> Tensor:
+    """Float64 [2], one tensor for every weight, since most looks measure no input."""
+    return torch.zeros(2, dtype=torch.float64, device=device)

@@ -26,20 +26,25 @@ def own_rows(num_rows: int, rank: int, num_ranks: int) -> slice:
 
 
 class WeightSums(NamedTuple):
-    """What one pass over the rows of a weight measures, see `kernels.statistics_reference`."""
+    """What is known of a weight once one pass has measured its rows, see `kernels.statistics_reference`. It is small."""
 
     sums: Tensor
     """Sums over rows and slots, float64 [NUM_SUMS]."""
     amax: Tensor
     """The largest magnitude of the rows of each slot, float32 [S]; 0 without rows."""
+    global_amax: Tensor
+    """As in `LocalWeight`."""
+    has_siblings: bool
+    """As in `LocalWeight`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+# Not frozen: a look makes one for every weight, and a frozen one takes eight times as long to make.
+@dataclass(eq=False, kw_only=True)
 class LocalWeight:
     """Rows of one quantized weight, as the last update of the store left them.
 
     All ranks together have every row of the whole weight, each once. S is 1 for a linear, and the number of experts for experts. n may
-    be 0. All tensors are on the device of the master.
+    be 0. All tensors are on the device of the master. Change no attribute.
     """
 
     name: str
@@ -64,7 +69,8 @@ class LocalWeight:
     @cached_property
     def measured(self) -> WeightSums:
         """All that the built-in statistics need of the rows: measured once, when the first of them asks."""
-        return WeightSums(*torch.ops.nvfp4.weight_sums(self.master, self.codes, self.block_scales, self.global_scale))
+        sums, amax = torch.ops.nvfp4.weight_sums(self.master, self.codes, self.block_scales, self.global_scale)
+        return WeightSums(sums, amax, self.global_amax, self.has_siblings)
 
     def pieces(self) -> Iterator["LocalWeight"]:
         """The same rows in pieces [1, rows, K] of one slot and about `PIECE` elements, which bounds the memory of intermediates."""

@@ -66,6 +66,8 @@ class GatherUnit:
         self.slots = [slots[name] for name in self.quantized]
         mesh = next(iter(parameters.values())).device_mesh
         self.ranks = mesh.get_group(mesh.ndim - 1)
+        self.replica, self.num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+        """Which of the replicas this rank is, that hold the same shards."""
         shapes, others = ([parameters[name].shape for name in names] for names in (self.quantized, self.unquantized))
         # Without packing everything travels as rows.
         split = (shapes, others) if is_packed else ([], [*shapes, *others])
@@ -365,16 +367,12 @@ class ShardedWeightStore(WeightStore):
         owner = self._owners[name]
         return self._unit_of[owner].local_packed(owner, self._local_steps(owner) if self.state.is_fitted else None)
 
-    @torch.no_grad()
     def local_weights(self) -> Iterator[LocalWeight]:
         for name in self.names:
             unit = self._unit_of[name]
-            mesh = unit.in_order[name].device_mesh
-            # Replicas hold the same shards, so each owns a part of the rows of its shards.
-            replica, num_replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
             rows = unit.rows(name)
-            # Of experts each replica owns some rows of every matrix of the shard.
-            part = own_rows(rows.shape[-2], replica, num_replicas)
+            # Each replica owns a part of the rows of its shards; of experts some rows of every matrix.
+            part = own_rows(rows.shape[-2], unit.replica, unit.num_replicas)
             own = (..., part, slice(None))
             packed = [tensor[own] for tensor in self.local_packed(name)] if unit.is_packed else None
             steps = self._local_steps(name)[own] if self.state.is_fitted else None

@@ -159,35 +159,38 @@ class WeightStore(ABC):
         Where it has none, `steps` are those of the rows under a fitted rule. `first_row` is the index of the first row in its matrix,
         `first_expert` the first of a rank that has some.
         """
-        slots = self._slots[name]
-        if first_expert is not None:
-            slots = slice(slots.start + first_expert, slots.start + first_expert + len(rows))
+        whole = self._slots[name]
+        first = whole.start if first_expert is None else whole.start + first_expert
+        slots = whole if first_expert is None else slice(first, first + len(rows))
         s2 = self.global_scale[slots]
-        master = rows.reshape(s2.numel(), -1, rows.shape[-1]) if rows.numel() else rows.reshape(s2.numel(), 0, rows.shape[-1])
-        if packed is None:
-            # The operator itself accepts NaN, so that a report shows one before the run stops because of it.
-            quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
-            of_slot = [None] * len(master) if steps is None else list(steps.reshape(*master.shape[:2], -1))
-            of_slots = [quantize(part, scale, rule, own) for part, scale, own in zip(master, s2, of_slot, strict=True)]
-            codes, scales = (
-                (_stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
-                if of_slots
-                else (master.new_empty(0, 0, master.shape[-1] // size, dtype=torch.uint8) for size in (2, BLOCK_SIZE))
-            )
-        else:
-            codes, scales = (part.view(torch.uint8).reshape(*master.shape[:2], part.shape[-1]) for part in packed)
+        codes, scales = self._quantize(rows, s2, steps) if packed is None else packed
+        if rows.dim() == 2:
+            rows, codes, scales = rows.unsqueeze(0), codes.unsqueeze(0), scales.unsqueeze(0)
         return LocalWeight(
             name=name,
             slots=range(slots.start, slots.stop),
-            master=master,
+            master=rows,
             codes=codes,
-            block_scales=scales.view(torch.float8_e4m3fn),
+            block_scales=scales,
             # Of every slot of the whole weight, whatever rows this rank has.
-            global_amax=self.global_amax[self._slots[name]],
+            global_amax=self.global_amax[whole],
             global_scale=s2,
             first_row=first_row,
             has_siblings=name in self._with_siblings,
         )
+
+    def _quantize(self, rows: Tensor, s2: Tensor, steps: Tensor | None) -> Sequence[Tensor]:
+        """Codes and scales of rows that the store has none of, for `_local_weight`."""
+        # The operator itself accepts NaN, so that a report shows one before the run stops because of it.
+        quantize, rule = torch.ops.nvfp4.quantize, self.manifest.rule.block_scale
+        if rows.dim() == 2:
+            return quantize(rows, s2, rule, steps)
+        if not len(rows):
+            return empty_codes(rows)
+        of_slot = [None] * len(rows) if steps is None else steps
+        of_slots = [quantize(part, scale, rule, own) for part, scale, own in zip(rows, s2, of_slot, strict=True)]
+        codes, scales = (torch.stack([part.view(torch.uint8) for part in parts]) for parts in zip(*of_slots, strict=True))
+        return codes, scales.view(torch.float8_e4m3fn)
 
     def _parameter(self, name: str) -> Tensor:
         module, leaf = self._holders[name]
@@ -289,17 +292,18 @@ class ReplicatedWeightStore(WeightStore):
         finally:
             self._use(was_enabled)
 
-    @torch.no_grad()
     def local_weights(self) -> Iterator[LocalWeight]:
         is_distributed = distributed.is_available() and distributed.is_initialized()
         # All ranks hold all masters, so each owns a part of their rows.
         rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
         for name in self.names:
-            master = self.master(name)
-            own = own_rows(master.shape[-2], rank, num_ranks)
+            rows = self.master(name)
+            num_rows = rows.shape[-2]
+            own = own_rows(num_rows, rank, num_ranks)
             steps = self.state.steps(name)[..., own, :] if self.state.is_fitted else None
-            first_row = min(own.start, master.shape[-2])
-            yield self._local_weight(name, master[..., own, :], steps=steps, first_row=first_row)
+            if num_ranks > 1:
+                rows = rows[..., own, :]
+            yield self._local_weight(name, rows, steps=steps, first_row=min(own.start, num_rows))
 
     @torch.no_grad()
     def held_weights(self) -> Iterator[LocalWeight]:
@@ -355,11 +359,6 @@ def empty_codes(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.stack` that copies nothing where there is one tensor."""
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _max_over_ranks(measured: Tensor) -> None:

@@ -146,6 +146,7 @@ def test_a_nan_is_reported_as_one() -> None:
     weight[1, 3] = torch.nan
     values = found(weight)
     assert math.isnan(values["global_amax"])
+    assert math.isnan(values["scale_min"])
     assert math.isnan(values["scale_max"])
     assert math.isnan(values["sqnr_db"])
 
@@ -252,6 +253,59 @@ def test_a_weight_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for statistic in (*STATISTICS, SiblingAmax()):
             statistic.local(weight)
     assert calls.num_calls == 1
+
+
+def different_weights() -> list[LocalWeight]:
+    """Siblings, zeros, experts, and what ranks have that own no rows of a linear or no expert."""
+    amax = 2 * awkward().abs().max().reshape(1)
+    linear, experts = quantized(awkward(), amax, has_siblings=True), quantized(torch.stack([awkward(), awkward(seed=1)]))
+    empty = {name: getattr(experts, name)[:0] for name in ("master", "codes", "block_scales", "global_scale")}
+    return [
+        linear,
+        quantized(torch.zeros(2, 16), has_siblings=True),
+        experts,
+        quantized(awkward()),
+        rows_of(linear, slice(33, None)),
+        dataclasses.replace(experts, slots=range(0), **empty),
+    ]
+
+
+def test_all_weights_at_once_have_the_sums_of_each() -> None:
+    statistics = [*STATISTICS, SiblingAmax()]
+    _, tables = sum_over_ranks(different_weights(), statistics)
+    for statistic, table in zip(statistics, tables, strict=True):
+        for weight, sums in zip(different_weights(), table, strict=True):
+            assert torch.equal(statistic.local(weight).nan_to_num(-1), sums.nan_to_num(-1)), type(statistic)
+    assert tables[0].flatten().tolist() == [weight.global_amax.max().item() for weight in different_weights()]
+
+
+def test_more_weights_take_no_more_operations() -> None:
+    """Beside the passes over them, and views."""
+
+    class Operations(TorchDispatchMode):
+        num_operations = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            is_view = any(output.alias_info for output in func._schema.returns)
+            self.num_operations += func.namespace != "nvfp4" and not is_view
+            return func(*args, **(kwargs or {}))
+
+    def count(num_weights: int) -> int:
+        weights = [quantized(awkward(), has_siblings=True) for _ in range(num_weights)]
+        with Operations() as operations:
+            sum_over_ranks(weights, [*STATISTICS, SiblingAmax()])
+        return operations.num_operations
+
+    assert 0 < count(1) == count(5) < 20
+
+
+@pytest.mark.parametrize("signal", [0.0, 2.0, math.inf, math.nan])
+@pytest.mark.parametrize("noise", [0.0, 3.0, math.inf, math.nan])
+def test_quotients_are_those_of_tensors(signal: float, noise: float) -> None:
+    sums = torch.tensor([signal, noise], dtype=torch.float64)
+    of_tensors = {"sqnr_db": 10 * (sums[0] / sums[1]).log10(), "global_scale_exponent": sums[0] / sums[1]}
+    expected = {name: value.item() for name, value in of_tensors.items()}
+    assert Sqnr().finish(sums) | GlobalScale().finish(sums) == pytest.approx(expected, rel=1e-15, nan_ok=True)
 
 
 def test_the_smallest_sibling_tells_how_much_range_is_lost() -> None:
