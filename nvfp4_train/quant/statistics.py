@@ -165,11 +165,12 @@ class GlobalScale(MeasuredStatistic):
         return weights.sums[:, measured.LOG2_S2 : measured.SLOTS + 1]
 
     def finish(self, sums: Tensor) -> dict[str, float]:
-        return {"global_scale_exponent": _quotient(*sums.tolist())}
+        # The log2 of a GPU is off by 1e-15.
+        return {"global_scale_exponent": round(_quotient(*sums.tolist()), 9)}
 
     def aggregate(self, sums: Tensor) -> dict[str, float]:
         # Ranks count a slot as often as they have rows of it, hence the mean of the layers' means.
-        return {"global_scale_exponent": (sums[:, 0] / sums[:, 1]).mean().item()}
+        return {"global_scale_exponent": round((sums[:, 0] / sums[:, 1]).mean().item(), 9)}
 
 
 class BlockScales(MeasuredStatistic):
