@@ -166,11 +166,11 @@ class GlobalScale(MeasuredStatistic):
 
     def finish(self, sums: Tensor) -> dict[str, float]:
         # The log2 of a GPU is off by 1e-15.
-        return {"global_scale_exponent": round(_quotient(*sums.tolist()), 9)}
+        return {"global_scale_exponent": round(_quotient(*sums.tolist()), 12)}
 
     def aggregate(self, sums: Tensor) -> dict[str, float]:
         # Ranks count a slot as often as they have rows of it, hence the mean of the layers' means.
-        return {"global_scale_exponent": round((sums[:, 0] / sums[:, 1]).mean().item(), 9)}
+        return {"global_scale_exponent": round((sums[:, 0] / sums[:, 1]).mean().item(), 12)}
 
 
 class BlockScales(MeasuredStatistic):
