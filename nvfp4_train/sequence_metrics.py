@@ -6,6 +6,7 @@ quantile of the means of the resamples (the percentile method; Efron and Tibshir
 13). A difference of two models is taken sequence by sequence, with the same draws (Koehn, EMNLP 2004).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain data, for JSON, which has no number for a bound that there is not."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
     @property
     def excludes_zero(self) -> bool:
@@ -68,10 +73,16 @@ class SequenceMetrics:
 
 
 def interval(positions: NDArray[np.float64], values: NDArray[np.float64]) -> Interval:
-    """The bootstrap interval of the mean of `values` [S] over `positions` [S]. The same draws for every call with equal S."""
+    """The bootstrap interval of the mean of `values` [S] over `positions` [S]. The same draws for every call with equal S.
+
+    It is unbounded where fewer than two sequences have a position that counts.
+    """
     draws = np.random.default_rng(0)
     num = len(values)
     total = positions * values
+    if np.count_nonzero(positions) < 2:
+        # One sequence tells nothing of others.
+        return Interval(float(total.sum() / positions.sum()), -math.inf, math.inf)
     means = []
     for _ in range(RESAMPLES // BLOCK):
         drawn = draws.integers(num, size=(BLOCK, num))

@@ -50,6 +50,13 @@ def test_sequences_without_positions_add_nothing() -> None:
     assert np.isfinite(found.interval("kl")).all()
 
 
+def test_one_sequence_tells_nothing_of_others() -> None:
+    found = metrics(np.array([1.0, 0.0]), np.array([2.0, 0.0])).interval("kl")
+    assert found == (1.0, -np.inf, np.inf)
+    assert not found.excludes_zero
+    assert found.to_dict() == {"mean": 1.0, "low": None, "high": None}
+
+
 def test_other_sequences_are_not_compared() -> None:
     with pytest.raises(ValueError, match="of the same sequences"):
         metrics(np.ones(3)).difference(metrics(np.ones(4)), "kl")

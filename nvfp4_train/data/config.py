@@ -48,8 +48,8 @@ class DataConfig:
     """Sequences per rank and validation batch; null takes batch_size."""
     val_fraction: float = 0.05
     """Share of the documents that is held out; 1 leaves none to train on, as an evaluation of a whole file wants it."""
-    val_sequences: int = 64
-    """At most so many held-out sequences are used, over all ranks, spread evenly over the held-out text."""
+    val_sequences: int | None = 64
+    """At most so many held-out sequences are used, over all ranks, spread evenly over the held-out text; null takes all."""
     max_documents: int | None = None
     """Only the first so many documents are used; null takes all."""
     num_workers: int = 0
@@ -61,10 +61,10 @@ class DataConfig:
     """
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("batch_size", 1), ("val_sequences", 1), ("num_workers", 0)):
+        for name, least in (("seq_len", 2), ("batch_size", 1), ("num_workers", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"data.{name} must be at least {least}; got {value}")
-        for name in ("val_batch_size", "max_documents"):
+        for name in ("val_batch_size", "val_sequences", "max_documents"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1, or null; got {value}")
         if not 0 < self.val_fraction <= 1:

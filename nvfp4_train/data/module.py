@@ -45,6 +45,8 @@ class TextDataModule(L.LightningDataModule):
 
     train_sequences: int
     val_sequences: int
+    held_out_sequences: int
+    """Of the held-out text; `val_sequences` of them are taken."""
     held_out_fingerprint: str
 
     def __init__(
@@ -104,7 +106,8 @@ class TextDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self._train is None or self._val is None:
             self._train, held_out = self._load()
-            count = min(self.config.val_sequences, len(held_out))
+            count = min(self.config.val_sequences or len(held_out), len(held_out))
+            self.held_out_sequences = len(held_out)
             self._val = Subset(held_out, [i * len(held_out) // count for i in range(count)])
             self.train_sequences, self.val_sequences = len(self._train), count
             self._fingerprint = fingerprint(self._train, NUM_SEQUENCES)

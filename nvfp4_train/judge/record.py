@@ -17,7 +17,6 @@ from typing import Any
 
 from nvfp4_train.judge.results import Difference, Limits, Row, Verdict
 from nvfp4_train.judge.subjects import Subject
-from nvfp4_train.sequence_metrics import Interval
 
 SCHEMA = 1
 
@@ -56,7 +55,7 @@ def record(
                     "base_serving": found.base.serving,
                     "text": found.text,
                     "metrics": {
-                        name: _interval(value) | {"significant": value.excludes_zero} for name, value in found.values.items()
+                        name: value.to_dict() | {"significant": value.excludes_zero} for name, value in found.values.items()
                     },
                 }
                 for found in differences
@@ -69,7 +68,7 @@ def record(
                         "serving": verdict.row.serving,
                         "limit": verdict.limit,
                         "threshold": verdict.threshold,
-                        **_interval(verdict.value),
+                        **verdict.value.to_dict(),
                         "exceeded": verdict.is_exceeded,
                     }
                     for verdict in verdicts
@@ -81,15 +80,11 @@ def record(
 
 
 def _row(row: Row, keep_sequences: bool) -> dict[str, Any]:
-    texts = {text: {name: _interval(value) for name, value in row.intervals(text).items()} for text in row.texts}
+    texts = {text: {name: value.to_dict() for name, value in row.intervals(text).items()} for text in row.texts}
     found: dict[str, Any] = {"model": row.label, "serving": row.serving, "texts": texts, "tasks": dict(row.tasks)}
     if keep_sequences:
         found["sequences"] = {text: metrics.to_dict() for text, metrics in row.texts.items()}
     return found
-
-
-def _interval(value: Interval) -> dict[str, Any]:
-    return {"mean": value.mean, "low": value.low, "high": value.high}
 
 
 def _finite(value: Any) -> Any:

@@ -106,7 +106,7 @@ class Findings:
 
 
 def _measured(metrics: Mapping[Key, SequenceMetrics], label: str, servings: Sequence[str]) -> dict[str, Any]:
-    return {metric: {serving: metrics[label, serving].interval(metric)._asdict() for serving in servings} for metric in METRICS}
+    return {metric: {serving: metrics[label, serving].interval(metric).to_dict() for serving in servings} for metric in METRICS}
 
 
 def _by_serving(metrics: Mapping[Key, SequenceMetrics]) -> dict[str, dict[str, Any]]:
@@ -191,14 +191,26 @@ def _budget_table(found: Findings) -> str:
                 f"{found.verified[label, found.serving].means()['top1_agreement']:.2%}",
             ]
         )
-    difference = found.verified[CHOSEN, found.serving].difference(found.verified[NAIVE, found.serving], "kl")
-    significant = "significant" if difference.excludes_zero else "not significant"
+    chosen_kl = found.verified[CHOSEN, found.serving]
+    differences = {
+        label: chosen_kl.difference(found.verified[other, found.serving], "kl")
+        for label, other in (("all quantized", ALL), (NAIVE, NAIVE))
+    }
+    told = " ".join(
+        f"Chosen minus {label}: KL {_interval(difference)}, {'' if difference.excludes_zero else 'not '}significant."
+        for label, difference in differences.items()
+    )
+    if found.chosen and not differences["all quantized"].high < 0:
+        told += (
+            " On these sequences the bits that it costs gain nothing that could be told from noise: more sequences= may tell."
+        )
     title = ["configuration", "bits a weight", "KL predicted", "KL measured", "top-1 agreement"]
     num = len(found.verified[ALL, found.serving].positions)
     chosen = ", ".join(unit.label for unit in found.chosen) or "nothing: no unit fits"
     return (
         f"## A budget of {found.bits:g} bits a weight, {found.serving.upper()}\n\nOver {num} sequences that were not chosen by.\n\n"
-        f"{_table(title, rows)}\n\nChosen minus {NAIVE}: KL {_interval(difference)}, {significant}.\n\nLeft in bf16: {chosen}"
+        f"{_table(title, rows)}\n\n{told}\n\nLeft in bf16: {chosen}\n\nBits are a mean over the weights that are "
+        "quantized without this choice; the bits per weight of a run's summary are over all of its parameters."
     )
 
 

@@ -1,8 +1,8 @@
 """The evaluation of a command line: what launch/evaluate.py runs.
 
 Texts are the held-out ones of the data module, chat masks and all, so numbers compare with those of a run on the same data, seed and
-tokenizer. data.val_fraction=1 takes the whole of a text. With `domains` those are the texts, and data.path is what `ptq:` models are
-calibrated on.
+tokenizer. data.val_fraction=1 data.val_sequences=null takes the whole of a text. With `domains` those are the texts, and data.path is
+what `ptq:` models are calibrated on.
 
 evaluation.json holds `schema`, `time` (UTC), `command`, `versions`, `computed` {device, dtype, ranks}, `data` {options, texts: {text:
 {path, fingerprint, sequences, positions}}}, and what `judge.record` tells of.
@@ -33,7 +33,7 @@ from nvfp4_train.errors import RunError, one_line
 from nvfp4_train.judge.loading import Loaded, Place, load
 from nvfp4_train.judge.measure import ALL, LOSS, measure, only, own_share, rank_and_number, with_all
 from nvfp4_train.judge.record import SCHEMA, record
-from nvfp4_train.judge.results import Limits, Row, differences, shown_serving, verdicts
+from nvfp4_train.judge.results import Difference, Limits, Row, Verdict, differences, shown_serving, verdicts
 from nvfp4_train.judge.subjects import BF16, PTQ, Subject, config_of_subject, find_subjects
 from nvfp4_train.judge.table import differences_table, metrics_table, tasks_table
 from nvfp4_train.judge.tasks import Tasks
@@ -115,7 +115,7 @@ class Evaluation:
         self._print(
             "\nheld-out text: "
             + "; ".join(
-                f"{name}, {len(m.positions)} sequences, {int(m.positions.sum()):,} positions"
+                f"{name}, {len(m.positions)}{self._out_of(name)} sequences, {int(m.positions.sum()):,} positions"
                 for name, m in rows[0].texts.items()
             )
             + f"\neach mean ± half of its {LEVEL:.0%} interval, a bootstrap over sequences\n\n{metrics_table(rows)}"
@@ -123,22 +123,31 @@ class Evaluation:
         for table in (differences_table(found), tasks_table(rows)):
             if table:
                 self._print(f"\n{table}")
-        if self.is_first_rank:
-            results = {
-                **self._circumstances(command, rows[0]),
-                **record(
-                    self.subjects,
-                    self.notes,
-                    rows,
-                    found,
-                    self.limits,
-                    judged,
-                    keep_sequences=self.options.keep_sequences,
-                ),
-            }
-            write_json(Path(self.options.output), results)
-        self._print("".join(f"\n{verdict}" for verdict in judged) + f"\nwritten to {self.options.output}")
+        self._print("".join(f"\n{verdict}" for verdict in judged))
+        try:
+            if self.is_first_rank:
+                self._write(command, rows, found, judged)
+        finally:
+            # torchrun ends all ranks when one has ended with another code than 0.
+            if distributed.is_initialized():
+                distributed.barrier()
         return FAILED if any(verdict.is_exceeded for verdict in judged) else 0
+
+    def _write(
+        self, command: Sequence[str], rows: Sequence[Row], found: Sequence[Difference], judged: Sequence[Verdict]
+    ) -> None:
+        results = {
+            **self._circumstances(command, rows[0]),
+            **record(self.subjects, self.notes, rows, found, self.limits, judged, keep_sequences=self.options.keep_sequences),
+        }
+        write_json(Path(self.options.output), results)
+        self._print(f"written to {self.options.output}")
+
+    def _out_of(self, name: str) -> str:
+        """How many held-out sequences a text has, where not all of them are taken."""
+        text = self.texts.get(name)
+        is_part = text is not None and text.val_sequences < text.held_out_sequences
+        return f" of {text.held_out_sequences}" if is_part and text is not None else ""
 
     def _domain(self, name: str, node: Any) -> DataConfig:
         """A text of its own with the options of the group data, but for those that it sets."""
@@ -146,6 +155,10 @@ class Evaluation:
         unknown = own.keys() - {field.name for field in dataclasses.fields(DataConfig)}
         if unknown:
             raise ValueError(f"domains.{name} takes a path, or options of the group data, got {', '.join(sorted(unknown))}")
+        if "path" not in own:
+            raise ValueError(
+                f"domains.{name} must say where its text is: domains.{name}=PATH, got {', '.join(sorted(own))} alone"
+            )
         merged = {**self.options.data, **own}
         check_targets(merged, f"domains.{name}")
         return make(merged, f"domains.{name}")

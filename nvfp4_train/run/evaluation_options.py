@@ -50,8 +50,14 @@ class Options:
 
 
 def override(argument: str) -> str:
-    """As Hydra takes an argument of the command line: domains have names that no config knows."""
-    return f"++{argument}" if argument.startswith(DOMAINS) else argument
+    """As Hydra takes an argument of the command line: domains have names that no config knows, and `Limits` knows its own.
+
+    domains.NAME=PATH is domains.NAME.path=PATH, so that options of the text may stand beside it.
+    """
+    name, equals, value = argument.partition("=")
+    if name.startswith(DOMAINS) and name.count(".") == 1 and not value.startswith("{"):
+        return f"++{name}.path{equals}{value}"
+    return f"++{argument}" if name.startswith((DOMAINS, "fail_if.")) else argument
 
 
 def read_options(root: Path, overrides: Sequence[str]) -> Options:

@@ -35,7 +35,7 @@ def take(loader, count: int) -> torch.Tensor:
         ({"batch_size": 0}, "data.batch_size must be at least 1; got 0"),
         ({"val_batch_size": 0}, "data.val_batch_size must be at least 1, or null; got 0"),
         ({"max_documents": 0}, "data.max_documents must be at least 1, or null; got 0"),
-        ({"val_sequences": 0}, "data.val_sequences must be at least 1; got 0"),
+        ({"val_sequences": 0}, "data.val_sequences must be at least 1, or null; got 0"),
         ({"num_workers": -1}, "data.num_workers must be at least 0; got -1"),
         ({"val_fraction": 1.5}, "data.val_fraction must be above 0 and at most 1; got 1.5"),
         ({"path": ""}, "data.path must not be empty"),

@@ -54,15 +54,16 @@ def test_two_ranks_give_the_numbers_of_one(
     """Of models of all kinds, of which one is calibrated on five sequences, and of tasks, of which each rank takes one."""
     models = [f"model={original}", f"model=ptq:{original}", f"model=export@{run / 'export'}"]
     options = ["quant.rule=hessian", "quant.calibration.sequences=5", f"tasks_path={tasks}", "keep_sequences=true"]
-    arguments = [*models, *data, *options, "tasks=[first_task,second_task]"]
+    arguments = [*models, *data, *options, "tasks=[first_task,second_task]", "fail_if.kl=1e-9"]
     code, one = evaluate(*arguments)
-    assert code == 0
+    assert code == 2
     printed = capsys.readouterr().out
     python, server = forked_python()
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [ROOT / "launch" / "evaluate.py", *arguments, "device=cpu", f"output={tmp_path / 'two.json'}"]
     done = subprocess.run(command, capture_output=True, text=True, env=train_environment() | server)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "failed: kl of export W4A16" in done.stdout, "no rank ends before the first one has written"
     two = json.loads((tmp_path / "two.json").read_text())
     assert (one.pop("computed")["ranks"], two.pop("computed")["ranks"]) == (1, 2)
     for found in (one, two):

@@ -76,7 +76,7 @@ def test_a_verdict_says_whether_the_interval_includes_the_threshold(
     [
         (["model={original}", "fail_if.kl=0.1"], "fail_if is about quantized models beside the first one, got none"),
         (["model={original}", "model=ptq:{original}", "fail_if.kl=-1"], "fail_if.kl must be at least 0, or null, got -1"),
-        (["model={original}", "fail_if.kls=1"], "Could not override 'fail_if.kls'"),
+        (["model={original}", "fail_if.kls=1"], "fail_if.kls: no such option; did you mean kl?"),
         (["model={original}", "+seqlen=1"], "evaluate.seqlen: no such option; did you mean seed?"),
         (["model={original}", "seed=x"], "evaluate.seed must be int, got 'x'"),
         (["model={original}", "servings=[w4a8]"], "servings must be some of w4a16, w4a4, got ['w4a8']"),
@@ -92,6 +92,10 @@ def test_a_verdict_says_whether_the_interval_includes_the_threshold(
         (["model={original}", "data.seq_len=512"], "the model has 256 positions; got data.seq_len=512"),
         (["model={original}", "domains.all=x"], "domains must not have the name all"),
         (["model={original}", "domains.x.paths=y"], "domains.x takes a path, or options of the group data, got paths"),
+        (
+            ["model={original}", "domains.x.seq_len=32"],
+            "domains.x must say where its text is: domains.x=PATH, got seq_len alone",
+        ),
         (["model=ptq:{original}", "data.val_fraction=1"], "nothing is left to train on, or to calibrate with"),
         (["model={original}", "model={cut}"], "was cut short"),
         (["model={original}", "model={junk}"], "is no checkpoint"),
