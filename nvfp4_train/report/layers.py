@@ -55,10 +55,10 @@ def _reasons(files: RunFiles, missing: list[str]) -> str:
     named: dict[str, list[str]] = {}
     for name in missing:
         why = "callbacks.scale_stats.statistics adds statistics"
-        if name in OF_TWO_LOOKS and len(files.looks) < 2:
-            every = files.option("callbacks.scale_stats.every_n_steps")
-            why = "they compare two looks, and there was one; lower callbacks.scale_stats.every_n_steps" + (
-                "" if every is None else f" (now {every})"
+        if name in OF_TWO_LOOKS and (len(files.looks) < 2 or files.option("callbacks.scale_stats.statistics.changes")):
+            # The memory of the last look is in no checkpoint.
+            why = (
+                "they need two looks without a stop between them; a lower callbacks.scale_stats.every_n_steps gives more looks"
             )
         elif name == "input_clipped_share" and files.option("quant.activations") == "none":
             why = "only W4A4 has them (quant.activations=nvfp4)"

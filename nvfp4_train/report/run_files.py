@@ -170,7 +170,7 @@ def _with_validations(history: History, validations: History) -> History:
             # metrics.csv has the number of the last step, from 0.
             of_csv = [(step + 1, value) for step, value in points if step + 1 > last]
             merged[name] = [*validations.get(name, []), *of_csv]
-    return {name: points for name, points in (validations | merged).items() if points}
+    return {name: points for name, points in (dict(validations) | merged).items() if points}
 
 
 def _latest(rows: list[LayerRow]) -> dict[str, dict[str, float]]:
