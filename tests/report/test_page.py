@@ -57,7 +57,7 @@ def test_no_wide_table_or_picture_widens_the_page_of_a_phone(run: tuple[Path, st
 
 
 def test_no_table_is_wider_than_its_place_on_a_screen(run: tuple[Path, str], tmp_path: Path) -> None:
-    """With every statistic there is, long names of layers and the longest hint; a script that is added says how wide tables came to be."""
+    """With every statistic there is, long names of layers and the longest hint; a script says how wide tables came to be."""
     run_dir = Path(shutil.copytree(run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "export")))
     (run_dir / "layers.csv").unlink()
     rows = {
