@@ -249,8 +249,11 @@ def _picture(rows: list[Comparison]) -> Picture:
 def loss_is_kl(files: RunFiles) -> bool:
     """Whether the loss that was minimized is the KL, by what was measured of both."""
     history = files.history
-    of_loss = {name: history.get(name.replace("val/kl", "val/loss", 1), []) for name in history if name.startswith("val/kl")}
-    pairs = [(kl, loss) for name, losses in of_loss.items() for (_, kl), (_, loss) in zip(history[name], losses, strict=False)]
+    pairs = []
+    for name in history:
+        if name.startswith("val/kl"):
+            losses = dict(history.get(name.replace("val/kl", "val/loss", 1), []))
+            pairs += [(kl, losses[step]) for step, kl in history[name] if step in losses]
     if pairs:
         return all(math.isclose(kl, loss, rel_tol=1e-5, abs_tol=1e-7) for kl, loss in pairs)
     return _are_one(files.sequences, "loss", "kl")

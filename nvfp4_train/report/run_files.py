@@ -1,6 +1,7 @@
 """The files of a run folder, as far as they are there."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -127,15 +128,16 @@ def read_history(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     points: dict[str, dict[int, float]] = {}
     for path in sorted(run_dir.glob("metrics*.csv"), key=_number):
         of_file: dict[str, dict[int, float]] = {}
-        with _reading(path), path.open(newline="") as file:
-            reader = csv.reader(file)
+        with _reading(path):
+            # The last line of a process that was killed may be cut.
+            text = path.read_text()
+            reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
             header = next(reader, [])
             if "step" not in header:
                 continue
             at_step = header.index("step")
             wanted = {at: name for at, name in enumerate(header) if name.count("/") == 1}
             for row in reader:
-                # The last line of a process that was killed may be cut.
                 if len(row) < len(header):
                     continue
                 for at, name in wanted.items():
@@ -217,5 +219,5 @@ def _reading(path: Path) -> Iterator[None]:
     """Whatever is wrong with what a file holds becomes a ValueError that names it."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error, yaml.YAMLError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

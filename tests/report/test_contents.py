@@ -170,7 +170,7 @@ def test_a_report_of_48_layers_is_below_two_megabytes(copy: Path) -> None:
 
 def test_a_resumed_run_has_one_history(tmp_path: Path) -> None:
     """Its first process logged steps 0 to 3 and was killed, the second went on from step 2."""
-    (tmp_path / "metrics.1.csv").write_text("step,train/loss,quant/a.b/x\n0,5,1\n1,4,1\n2,3,1\n3,9,1\n4,")
+    (tmp_path / "metrics.1.csv").write_text("step,train/loss,quant/a.b/x\n0,5,1\n1,4,1\n2,3,1\n3,9,1\n4,1e-,1")
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n2,3.5,\n3,,7\n4,2,\n")
     history = read_history(tmp_path)
     assert history == {"train/loss": [(0, 5), (1, 4), (2, 3.5), (4, 2)], "val/loss": [(3, 7)]}
