@@ -59,7 +59,8 @@ def append_rows(path: Path, step: int, rows: Mapping[str, Mapping[str, float]], 
 
 def read_rows(path: Path) -> list[LayerRow]:
     """All rows, in the order of the file. A line that a killed run left unfinished is none."""
-    header, *lines = _lines(path)
+    # An empty file has no header either.
+    header, *lines = _lines(path) or [[]]
     return [
         LayerRow(
             int(step), layer, {name: float(value) for name, value in zip(header[len(KEYS) :], values, strict=True) if value}
@@ -70,7 +71,9 @@ def read_rows(path: Path) -> list[LayerRow]:
 
 def rewind(path: Path, step: int) -> None:
     """Leave only the rows up to a step, of which a run continues."""
-    header, *lines = _lines(path)
+    if not (found := _lines(path)):
+        return
+    header, *lines = found
     _replace(path, [header, *(line for line in lines if int(line[0]) <= step)])
 
 

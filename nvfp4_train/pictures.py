@@ -89,6 +89,29 @@ def bars(
     return figure
 
 
+def points(
+    title: str,
+    value_label: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    intervals: Sequence[tuple[float, float]],
+    colours: Sequence[str],
+) -> Figure:
+    """Dots with intervals, the first one on top, of values that are far from 0: the axis does not begin there."""
+    figure = Figure(figsize=(SIZE[0], 1.1 + 0.34 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    for place, (value, (low, high), colour) in enumerate(zip(values, intervals, colours, strict=True)):
+        axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=colour, fmt="o", elinewidth=1.4, capsize=3)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.margins(0.08, 0.12)
+    axes.invert_yaxis()
+    axes.set_xlabel(value_label)
+    axes.set_title(title, loc="left")
+    _plain(axes)
+    return figure
+
+
 def bar_panels(
     title: str,
     value_label: str,

@@ -55,6 +55,14 @@ def test_a_line_that_was_cut_is_no_row(path: Path) -> None:
     assert read_rows(path)[-1].values == SECOND["a.k"]
 
 
+def test_an_empty_file_has_no_rows_and_gives_way(path: Path) -> None:
+    path.write_text("")
+    assert read_rows(path) == []
+    rewind(path, 10)
+    append_rows(path, 30, SECOND)
+    assert steps(path) == [30, 30]
+
+
 def test_a_file_without_a_column_is_kept_and_a_new_one_begun(path: Path) -> None:
     before = path.read_bytes()
     append_rows(path, 30, {"a.q": {"sqnr_db": 1.0, "zero_share": 0.25}})

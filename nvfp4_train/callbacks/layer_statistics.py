@@ -1,5 +1,7 @@
 """Logs statistics of every quantized weight: when, how their sums meet, and under which names."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -46,8 +48,12 @@ class LayerStatistics(Callback):
                 raise ValueError(f"statistics.{key} must be null or a Statistic (give its _target_), got {statistic!r}")
         self.statistics = [statistic for statistic in statistics.values() if statistic is not None]
         names = list(chain.from_iterable(statistic.names for statistic in self.statistics))
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"statistics must be at least one, each with names of its own, got {', '.join(names) or 'none'}")
+        if not names:
+            raise ValueError("statistics must be at least one, got none")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"statistics must have names of their own, got {', '.join(twice)} more than once")
+        if unfit := [name for name in names if not re.fullmatch(r"[^/\s]+", name)]:
+            raise ValueError(f"names of statistics must be without / and spaces, got {', '.join(map(repr, unfit))}")
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self.draw_every = draw_every

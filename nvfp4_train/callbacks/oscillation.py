@@ -35,6 +35,13 @@ class OscillationControl(Callback):
         self._restored_first_step: int | None = None
         self._last_step = -1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics that it reports."""
+        if self.rule.action is None:
+            return ()
+        return ("oscillating_share", "frozen_share") if self.rule.action == "freeze" else ("oscillating_share",)
+
     def state_dict(self) -> dict[str, Any]:
         # Without steps left to train, a run saves what it has restored.
         first_step = self._restored_first_step if self._oscillation is None else self._oscillation.first_step
@@ -74,10 +81,9 @@ class OscillationControl(Callback):
         if step - 1 < self._start(trainer, pl_module):
             return
         if (found := self._oscillation.follow(step - 1)) is not None:
-            shares = {"oscillating_share": found.acted_on}
-            if self.rule.action == "freeze":
-                shares["frozen_share"] = found.frozen
-            pl_module.report({statistic_metric(name): share for name, share in shares.items()})
+            # Without freezing there are no frozen ones.
+            shares = zip(self.names, (found.acted_on, found.frozen), strict=False)
+            pl_module.report({statistic_metric(name): share for name, share in shares})
 
     def _start(self, trainer: Trainer, pl_module: QATModule) -> int:
         return max(math.ceil(self.from_share * trainer.max_steps), pl_module.quant_config.start_step)

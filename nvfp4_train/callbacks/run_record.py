@@ -1,5 +1,6 @@
 """What a run knows of itself at its end that none of its other files say: where and how long it ran, what it took, what was checked."""
 
+import json
 import os
 import platform
 import shlex
@@ -18,10 +19,13 @@ from nvfp4_train.callbacks.run_summary import peak_memory
 from nvfp4_train.callbacks.served_check import ServedCheck
 from nvfp4_train.export.card import installed_versions, serve_commands
 from nvfp4_train.export.writer import ExportReport
+from nvfp4_train.metrics import PEAK_GIB, TOKENS_PER_S
 from nvfp4_train.models.served_dtype import class_of
 from nvfp4_train.module import QATModule, gather_from_ranks
 
 FILE = "run.json"
+OF_TRAINING = ("started", "ended", "first_step", "steps_s", "training")
+"""What a run keeps that is continued with nothing left to train."""
 
 
 def run_record(
@@ -60,6 +64,7 @@ def run_record(
         "last_step": trainer.global_step,
         "tokens": facts.tokens,
         "steps_s": steps_s,
+        "training": {name: pl_module.results[name] for name in (TOKENS_PER_S, PEAK_GIB) if name in pl_module.results},
         "compute_dtype": str(pl_module.compute_dtype).removeprefix("torch."),
         "trained_serving": pl_module.quant_config.trained_serving,
         "devices": dict(Counter(name for _, name in devices)),
@@ -71,6 +76,15 @@ def run_record(
         "checks": checks,
         "exports": [_export(report) for report in exports],
     }
+
+
+def earlier_times(path: Path, step: int) -> dict[str, Any]:
+    """`OF_TRAINING` of an earlier run.json that ends at this step, 0 excepted. Empty where there is none, or it cannot be read."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: earlier[name] for name in OF_TRAINING if name in earlier} if step and earlier.get("last_step") == step else {}
 
 
 def _export(report: ExportReport) -> dict[str, Any]:

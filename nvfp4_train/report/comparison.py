@@ -1,5 +1,6 @@
 """What quantization costs and what training gave back: masters, PTQ and the final weights side by side, each with its interval."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 from nvfp4_train import pictures
 from nvfp4_train.metrics import MASTER, MASTER_AT_SWITCH, PTQ, QUANTIZED, evaluated_state
 from nvfp4_train.report.blocks import Block, Picture, Table, Text, Tile
-from nvfp4_train.report.numbers import NONE, significance, with_interval
+from nvfp4_train.report.numbers import NONE, PERCENT, POINTS, significance, with_interval
 from nvfp4_train.report.run_files import RunFiles
 from nvfp4_train.sequence_metrics import LEVEL, Interval, SequenceMetrics
 
@@ -110,6 +111,8 @@ def main_comparison(files: RunFiles, found: list[Comparison]) -> Comparison | No
 
 def verdict(files: RunFiles, main: Comparison | None) -> list[str]:
     """The numbers that matter, in sentences."""
+    if main is None and not files.is_finished:
+        return ["What the quantized model is worth is not known yet: it is measured at the end of the run."]
     if main is None:
         return [
             "What the quantized model is worth is not known: sequences.json is not in this folder, or empty. callbacks.requantize "
@@ -149,11 +152,17 @@ def tiles(main: Comparison | None) -> list[Tile]:
         if value is not None:
             mean, _, bounds = main.cell(value).partition(" ")
             found.append(
-                Tile(f"{label}, {state}, {main.served_as}", mean + ("" if not main.metric.is_percent else " %"), bounds)
+                Tile(f"{label}, {state}, {main.served_as}", mean + (PERCENT if main.metric.is_percent else ""), bounds)
             )
     if main.gained is not None:
         mean, _, bounds = main.cell(main.gained, sign=True).partition(" ")
-        found.append(Tile("final minus PTQ, paired", mean, f"{bounds}, {significance(main.gained)}"))
+        found.append(
+            Tile(
+                "final minus PTQ, paired",
+                mean + (POINTS if main.metric.is_percent else ""),
+                f"{bounds}, {significance(main.gained)}",
+            )
+        )
     return found
 
 
@@ -176,10 +185,10 @@ def comparison_blocks(files: RunFiles, found: list[Comparison]) -> Iterator[Bloc
     if "kl" in {one.name for one in found} and not any(one.name == "loss" for one in found):
         yield Text("The loss that was minimized is the KL.")
     if not is_trained:
-        yield Text(
-            "There is no column of a final model: nothing was trained in NVFP4. launch/train.py with quant.start_step below "
-            "trainer.max_steps does."
-        )
+        how = "launch/train.py with quant.start_step below trainer.max_steps does"
+        if not files.option("quant.enabled", True):
+            how = "quant.enabled=true does; this run had quant.enabled=false"
+        yield Text(f"There is no column of a final model: nothing was trained in NVFP4. {how}.")
 
 
 def _table(of_servings: list[Comparison], is_trained: bool) -> Table:
@@ -205,7 +214,7 @@ def _table(of_servings: list[Comparison], is_trained: bool) -> Table:
 
 
 def _picture(rows: list[Comparison]) -> Picture:
-    """Bars of the metric where 0 is what the original has, else of what quantization costs against the masters."""
+    """PTQ and final under each serving: bars of the KL, of which 0 is what the original has, else dots."""
     labels, intervals, colours = [], [], []
     for one in rows:
         for state, found, colour in (("PTQ", one.ptq, pictures.COLOURS[5]), ("final", one.final, pictures.COLOURS[0])):
@@ -215,7 +224,9 @@ def _picture(rows: list[Comparison]) -> Picture:
                 colours.append(colour)
     metric = rows[0].metric
     scale = 100 if metric.is_percent else 1
-    figure = pictures.bars(
+    # A bar says how far a value is from 0, which a loss never comes near.
+    draw = pictures.bars if metric.label == METRICS["kl"].label else pictures.points
+    figure = draw(
         f"{_first_upper(metric.label)}: PTQ and final",
         f"{metric.unit}",
         labels,
@@ -224,10 +235,6 @@ def _picture(rows: list[Comparison]) -> Picture:
         colours=colours,
     )
     figure.set_size_inches(6.4, figure.get_figheight())
-    if metric.label != METRICS["kl"].label:
-        low, high = min(found.low for found in intervals), max(found.high for found in intervals)
-        margin = 0.15 * (high - low) or 0.01 * abs(high)
-        figure.axes[0].set_xlim(scale * (low - margin), scale * (high + margin))
     numbers = Table(
         header=["", metric.unit],
         rows=[[label, with_interval(found, percent=metric.is_percent)] for label, found in zip(labels, intervals, strict=True)],
@@ -237,6 +244,19 @@ def _picture(rows: list[Comparison]) -> Picture:
         f"{label} {with_interval(found, percent=metric.is_percent)}" for label, found in zip(labels, intervals, strict=True)
     )
     return Picture(figure=figure, says=f"{_first_upper(metric.label)}: {says}.", numbers=numbers)
+
+
+def loss_is_kl(files: RunFiles) -> bool:
+    """Whether the loss that was minimized is the KL, by what was measured of both."""
+    history = files.history
+    pairs = []
+    for name in history:
+        if name.startswith("val/kl"):
+            losses = dict(history.get(name.replace("val/kl", "val/loss", 1), []))
+            pairs += [(kl, losses[step]) for step, kl in history[name] if step in losses]
+    if pairs:
+        return all(math.isclose(kl, loss, rel_tol=1e-5, abs_tol=1e-7) for kl, loss in pairs)
+    return _are_one(files.sequences, "loss", "kl")
 
 
 def _are_one(found: Mapping[str, SequenceMetrics], first: str, second: str) -> bool:

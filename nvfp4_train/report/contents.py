@@ -1,5 +1,6 @@
 """What there is to say about a run, in the order in which a reader asks."""
 
+import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ from nvfp4_train.report.layers import health_blocks, heat_map_blocks, worst_bloc
 from nvfp4_train.report.numbers import duration, in_bytes, number
 from nvfp4_train.report.run_files import RunFiles
 
+NOT_RUN = "not run"
+"""How `ExportReport` begins the line of the readers that it did not run."""
 NO_RECORD = "run.json is not in this folder. callbacks.report writes it at the end of a run."
 
 
@@ -22,7 +25,7 @@ def contents(files: RunFiles) -> Contents:
     return Contents(
         title=f"NVFP4 report: {files.run_dir.resolve().name}",
         subtitle=" · ".join(filter(None, [_model(files), _served(files), files.record.get("method")])),
-        verdict=verdict(files, main),
+        verdict=[*_unfinished(files), *verdict(files, main)],
         tiles=[*tiles(main), *_tiles(files)],
         sections=[
             Section("What was run", list(_run_blocks(files))),
@@ -37,6 +40,17 @@ def contents(files: RunFiles) -> Contents:
             Section("How to run it again", list(_command_blocks(files))),
         ],
     )
+
+
+def _unfinished(files: RunFiles) -> Iterator[str]:
+    if files.is_finished:
+        return
+    yield f"Not finished: stopped at step {files.step:,}. The same command with ckpt_path=auto continues it."
+    if files.finished_step is not None:
+        yield (
+            f"What was measured at the end, exports and times are of step {files.finished_step:,}, where it had ended before; curves "
+            "and layers go on from there."
+        )
 
 
 def _model(files: RunFiles) -> str:
@@ -65,7 +79,9 @@ def _run_blocks(files: RunFiles) -> Iterator[Block]:
     record, option = files.record, files.option
     step, start = files.step, files.start_step
     quantized = "not in training: at the end, to be measured and exported"
-    if start is not None:
+    if start is None and not files.is_finished and option("quant.enabled", True):
+        quantized = f"from step {option('quant.start_step', 0):,} on, which it has not come to"
+    elif start is not None:
         quantized = "from the first step on" if start == 0 else f"from step {start:,} on"
     parameters = None
     if record.get("parameters"):
@@ -78,7 +94,7 @@ def _run_blocks(files: RunFiles) -> Iterator[Block]:
         ("method", record.get("method")),
         ("loss", _loss(files)),
         ("data", _options(files, "data", ("path", "seq_len", "batch_size", "train_on", "max_documents"))),
-        ("optimizer steps", f"{step:,}" + (f" ({record['tokens']:,} tokens)" if record.get("tokens") else "")),
+        ("optimizer steps", f"{step:,}" + _steps_note(files)),
         ("quantized", quantized),
         ("scale rule", f"{option('quant.rule')}, global scales {option('quant.global_scale')}" if option("quant") else None),
         ("trained inputs", {"none": "bf16 (W4A16)", "nvfp4": "NVFP4 (W4A4)"}.get(option("quant.activations", ""))),
@@ -98,6 +114,12 @@ def _run_blocks(files: RunFiles) -> Iterator[Block]:
     yield Table(header=["", ""], rows=[[name, str(value)] for name, value in rows if value not in (None, "")], align="ll")
     if not record:
         yield Text(f"Hardware, versions and times are not known: {NO_RECORD}")
+
+
+def _steps_note(files: RunFiles) -> str:
+    if not files.is_finished:
+        return ", not finished"
+    return f" ({files.record['tokens']:,} tokens)" if files.record.get("tokens") else ""
 
 
 def _options(files: RunFiles, group: str, names: tuple[str, ...]) -> str:
@@ -136,10 +158,12 @@ def _cost_blocks(files: RunFiles) -> Iterator[Block]:
                     f"written in {duration(export['write_s'])}, verified in {duration(export['verify_s'])}",
                 )
             )
-    if TOKENS_PER_S in metrics:
-        rows.append(("tokens a second, all ranks", number(metrics[TOKENS_PER_S])))
-    if PEAK_GIB in metrics:
-        rows.append(("device memory in training, peak of a rank", f"{number(metrics[PEAK_GIB])} GiB"))
+    # metrics.json of a run that continued with nothing left to train lacks both.
+    of_training = record.get("training", {}) | metrics
+    if TOKENS_PER_S in of_training:
+        rows.append(("tokens a second, all ranks", number(of_training[TOKENS_PER_S])))
+    if PEAK_GIB in of_training:
+        rows.append(("device memory in training, peak of a rank", f"{number(of_training[PEAK_GIB])} GiB"))
     if record:
         if record["peak_device_bytes"]:
             rows.append(("device memory up to the end, peak of a rank", in_bytes(record["peak_device_bytes"])))
@@ -164,6 +188,8 @@ def _reader_blocks(files: RunFiles) -> Iterator[Block]:
     for export in exports or []:
         for line in export["checked"]:
             reader, _, found = line.partition(": ")
+            if reader == NOT_RUN:
+                reader, found = found, reader
             rows.append([export["folder"], reader, found])
     if rows:
         yield Table(header=["of", "reader", "what it found"], rows=rows, align="lll")
@@ -187,7 +213,7 @@ def _serve_blocks(files: RunFiles) -> Iterator[Block]:
 def _no_export(files: RunFiles) -> str:
     if not files.record:
         return f"Exports are not known: {NO_RECORD}"
-    last = files.run_dir / "checkpoints" / "last.ckpt"
+    last = shlex.quote(str(files.run_dir / "checkpoints" / "last.ckpt"))
     return f"No folder was exported: callbacks.export is null. python launch/export.py {last} FOLDER exports a checkpoint."
 
 
@@ -200,4 +226,4 @@ def _command_blocks(files: RunFiles) -> Iterator[Block]:
         why = "the run was not started by a launcher." if files.record else NO_RECORD
         yield Text(f"The command is not known: {why} Options are in .hydra/config.yaml of the run folder.")
     yield Text("This report, anew:")
-    yield Code(f"python launch/report.py {files.run_dir}")
+    yield Code(f"python launch/report.py {shlex.quote(str(files.run_dir))}")

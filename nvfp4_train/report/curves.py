@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from nvfp4_train import pictures
 from nvfp4_train.report.blocks import Block, Picture, Table, Text
+from nvfp4_train.report.comparison import loss_is_kl
 from nvfp4_train.report.numbers import NONE, number
 from nvfp4_train.report.run_files import RunFiles
 
@@ -31,7 +32,7 @@ def curve_blocks(files: RunFiles) -> Iterator[Block]:
         )
         return
     kl = history.get("val/kl", [])
-    is_kl = bool(kl) and all(math.isclose(a[1], b[1], rel_tol=1e-5) for a, b in zip(kl, loss["held-out text"], strict=False))
+    is_kl = loss_is_kl(files)
     yield _curve("KL to the original (the loss)" if is_kl else "Loss", "nats a token", loss, files)
     if kl and not is_kl:
         yield _curve(
@@ -40,7 +41,17 @@ def curve_blocks(files: RunFiles) -> Iterator[Block]:
     if agreement := history.get("val/top1_agreement"):
         percent = [(step, 100 * value) for step, value in agreement]
         yield _curve("Same most likely token as the original", "% of positions", {"held-out text": percent}, files)
-    if not any(name in history for name in ("val/kl", "val/top1_agreement")):
+    if kl or agreement:
+        return
+    of_kl = files.option("loss._target_", "").endswith(".DistillationLoss") or any(
+        "kl" in of.values for of in files.sequences.values()
+    )
+    if of_kl:
+        yield Text(
+            "There is no curve of the KL on held-out text: there was no validation. "
+            "trainer.val_check_interval says every how many steps there is one."
+        )
+    else:
         yield Text("There is no KL: the loss compares with no other model. loss=distillation reports it.")
 
 

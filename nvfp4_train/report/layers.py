@@ -22,6 +22,8 @@ MAPS = (
     "other_scale_share",
 )
 """Statistics that are drawn, where layers.csv has them."""
+OF_TWO_LOOKS = ("flip_rate", "oscillation_rate")
+"""Statistics that compare a look with the one before."""
 BESIDE = ("underflow_share", "scale_at_floor_share", "input_clipped_share", "flip_rate", "oscillation_rate")
 """Statistics that stand beside the SQNR of a worst layer."""
 NUM_WORST = 10
@@ -38,13 +40,30 @@ def heat_map_blocks(files: RunFiles) -> Iterator[Block]:
         grid = LayerGrid.of({layer: scaled(name, values[name]) for layer, values in files.layers.items() if name in values})
         values = {f"{value:.6g}" for value in grid.values.values()}
         if len(values) > 1:
-            yield _map(name, grid)
+            yield _map(grid, _label(files, name))
         elif values:
-            flat.append(f"{statistic(name).full_label}: {number(next(iter(grid.values.values())))}")
+            flat.append(f"{_label(files, name)}: {number(next(iter(grid.values.values())))}")
     if flat:
         yield Text(f"The same in every layer, and not drawn: {'; '.join(flat)}.")
-    if missing := [statistic(name).label for name in MAPS if not any(name in of_layer for of_layer in files.layers.values())]:
-        yield Text(f"Not measured in this run: {', '.join(missing)}. callbacks.scale_stats.statistics adds statistics.")
+    missing = [name for name in MAPS if not any(name in of_layer for of_layer in files.layers.values())]
+    if missing:
+        yield Text(f"Not measured in this run: {_reasons(files, missing)}")
+
+
+def _reasons(files: RunFiles, missing: list[str]) -> str:
+    """Statistics with what it takes to have them, a sentence for each reason."""
+    named: dict[str, list[str]] = {}
+    for name in missing:
+        why = "callbacks.scale_stats.statistics adds statistics"
+        if name in OF_TWO_LOOKS and (len(files.looks) < 2 or files.option("callbacks.scale_stats.statistics.changes")):
+            # The memory of the last look is in no checkpoint.
+            why = (
+                "they need two looks without a stop between them; a lower callbacks.scale_stats.every_n_steps gives more looks"
+            )
+        elif name == "input_clipped_share" and files.option("quant.activations") == "none":
+            why = "only W4A4 has them (quant.activations=nvfp4)"
+        named.setdefault(why, []).append(statistic(name).label)
+    return " ".join(f"{', '.join(labels)}: {why}." for why, labels in named.items())
 
 
 def worst_blocks(files: RunFiles) -> Iterator[Block]:
@@ -55,7 +74,7 @@ def worst_blocks(files: RunFiles) -> Iterator[Block]:
     beside = [name for name in BESIDE if any(name in one.values for one in worst)]
     yield Text("Those of the lowest SQNR, worst first, each with what its numbers suggest.")
     yield Table(
-        header=["layer", *(statistic(name).full_label for name in (SQNR_STATISTIC, *beside)), "hint"],
+        header=["layer", *(_label(files, name) for name in (SQNR_STATISTIC, *beside)), "hint"],
         rows=[[one.layer, *(_value(name, one.values) for name in (SQNR_STATISTIC, *beside)), one.hint] for one in worst],
         align=f"lr{'r' * len(beside)}l",
     )
@@ -63,7 +82,9 @@ def worst_blocks(files: RunFiles) -> Iterator[Block]:
 
 def health_blocks(files: RunFiles) -> Iterator[Block]:
     """All layers together, at the first and at the last look."""
-    named = {metric.removeprefix("quant/"): value for metric, value in files.metrics.items() if metric.startswith("quant/")}
+    # What was logged after the end of the run is of a continued one.
+    last = dict(files.metrics) | {metric: points[-1][1] for metric, points in files.history.items()}
+    named = {metric.removeprefix("quant/"): value for metric, value in last.items() if metric.startswith("quant/")}
     names = [name for name in STATISTICS if name in named] + sorted(named.keys() - STATISTICS.keys())
     if not names:
         yield Text(
@@ -74,12 +95,20 @@ def health_blocks(files: RunFiles) -> Iterator[Block]:
     for name in names:
         points = files.history.get(statistic_metric(name), [])
         first = f"{number(scaled(name, points[0][1]))} (step {points[0][0]:,})" if len(points) > 1 else NONE
-        rows.append([statistic(name).full_label, first, number(scaled(name, named[name]))])
-    yield Table(header=["all layers together", "first look", "end"], rows=rows, align="lrr")
+        # Not every statistic is measured at each look.
+        of_step = f" (step {points[-1][0]:,})" if points and points[-1][0] < files.layers_step else ""
+        rows.append([statistic(name).full_label, first, number(scaled(name, named[name])) + of_step])
+    yield Table(header=["all layers together", "first look", "last look"], rows=rows, align="lrr")
 
 
-def _map(name: str, grid: LayerGrid) -> Picture:
-    values, label = grid.values, statistic(name).full_label
+def _label(files: RunFiles, name: str) -> str:
+    """What a statistic of layers is called, with its step where that is not the one of the last look."""
+    step = files.look_of(name)
+    return statistic(name).full_label + (f" (step {step:,})" if 0 < step < files.layers_step else "")
+
+
+def _map(grid: LayerGrid, label: str) -> Picture:
+    values = grid.values
     figure = grid.picture(label[0].upper() + label[1:])
     rows = []
     for kind in grid.kinds:

@@ -1,5 +1,6 @@
 """The report as Markdown; a picture becomes its numbers."""
 
+import re
 from collections.abc import Sequence
 
 from nvfp4_train.report.blocks import Block, Code, Contents, Picture, Table, Text
@@ -23,7 +24,9 @@ def _block(block: Block) -> str:
     if isinstance(block, Text):
         return _text(block.text)
     if isinstance(block, Code):
-        return f"```sh\n{block.text}\n```"
+        # Longer than any in the text, which would end the block.
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+        return f"{fence}sh\n{block.text}\n{fence}"
     if isinstance(block, Picture):
         return f"{_text(block.says)}\n\n{_table(block.numbers)}"
     return _table(block)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from nvfp4_train.sequence_metrics import Interval
 
 NONE = "-"
+PERCENT, POINTS = " %", " points"
 
 
 class Statistic(NamedTuple):
@@ -30,6 +31,8 @@ STATISTICS = {
     "input_clipped_share": Statistic("inputs that are clipped", "%"),
     "flip_rate": Statistic("codes that changed since the last look", "%"),
     "oscillation_rate": Statistic("weights that oscillate", "%"),
+    "oscillating_share": Statistic("weights that were reset or frozen in the last window", "%"),
+    "frozen_share": Statistic("weights that are frozen", "%"),
     "edge_share": Statistic("weights within 1 % of a rounding edge", "%"),
     "other_scale_share": Statistic("blocks whose rule chose another scale than max", "%"),
     "change_ratio": Statistic("change of served values over change of masters"),
@@ -64,7 +67,10 @@ def number(value: float | None) -> str:
 
 
 def with_interval(found: Interval | None, *, percent: bool = False, sign: bool = False) -> str:
-    """A mean and its interval, to two digits of the interval's width, or so many that a bound beside 0 shows on which side it is."""
+    """A mean and its interval, to two digits of the interval's width, or so many that a bound beside 0 shows on which side it is.
+
+    `sign` is of differences; those of percentages are in points.
+    """
     if found is None:
         return NONE
     mean, low, high = (100 * value for value in found) if percent else found
@@ -75,8 +81,9 @@ def with_interval(found: Interval | None, *, percent: bool = False, sign: bool =
         needed = max(1 - math.floor(math.log10(width)), -math.floor(math.log10(nearest)))
         digits = min(max(needed, 1 if percent else 3), 8)
     form = f"{'+' if sign else ''}z.{digits}f"
+    unit = (POINTS if sign else PERCENT) if percent else ""
     # z: no -0.
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]{' %' if percent else ''}"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]{unit}"
 
 
 def significance(found: Interval | None) -> str:

@@ -28,9 +28,11 @@ nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; list-style: none; pa
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .38rem 1.1rem .38rem 0; border-bottom: 1px solid var(--line); }
 thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; vertical-align: bottom; }
-tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 9rem; }
+tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 17rem; }
 td { overflow-wrap: anywhere; min-width: 6rem; }
-.r { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+.r { text-align: right; white-space: nowrap; overflow-wrap: normal; min-width: 0; }
+thead .r { white-space: normal; }
+td:last-child:not(.r):nth-child(n + 3) { min-width: 16rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; margin: 1rem 0;
   align-items: start; }
 figure { margin: 0; min-width: 0; }

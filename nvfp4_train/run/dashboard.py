@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvfp4_train.callbacks.layer_statistics import LayerStatistics
+from nvfp4_train.callbacks.oscillation import OscillationControl
 from nvfp4_train.metrics import (
     MASTER,
     MASTER_AT_SWITCH,
@@ -42,6 +43,7 @@ QUANTIZER: dict[str, Sequence[str]] = {
     "Clipped inputs": ("input_clipped_share",),
     "Codes that change": ("flip_rate", "oscillation_rate"),
     "Change of codes over change of masters": ("change_ratio",),
+    "Oscillating weights that were reset or frozen": ("oscillating_share", "frozen_share"),
     "Near a rounding edge": ("edge_share",),
     "Blocks whose rule chose another scale than max": ("other_scale_share",),
     "Largest magnitude": ("global_amax",),
@@ -66,11 +68,15 @@ class Section:
     columns: int = 3
 
 
-def sections(statistics: Sequence[str], histograms: Sequence[str]) -> list[Section]:
-    """The layout, of runs with these statistics and histograms. What a run does not log leaves its panel empty."""
-    quantizer = {title: [name for name in names if name in statistics] for title, names in QUANTIZER.items()}
+def sections(statistics: Sequence[str], histograms: Sequence[str], aggregates: Sequence[str] = ()) -> list[Section]:
+    """The layout, of runs with these statistics and histograms; `aggregates` are statistics that no single layer has.
+
+    What a run does not log leaves its panel empty.
+    """
+    of_all = [*statistics, *aggregates]
+    quantizer = {title: [name for name in names if name in of_all] for title, names in QUANTIZER.items()}
     placed = {name for names in quantizer.values() for name in names}
-    quantizer |= {name: [name] for name in statistics if name not in placed}
+    quantizer |= {name: [name] for name in of_all if name not in placed}
     return [
         Section("Loss and KL", tuple(_loss_and_kl()), columns=2),
         Section(
@@ -115,14 +121,17 @@ def sections_of(root: Path, overrides: Sequence[str]) -> list[Section]:
     """The layout of runs with the options of a command line of launch/train.py. Raises ValueError for what the user can correct."""
     options, _ = compose_options(root, overrides)
     check_targets(options["callbacks"], "callbacks")
-    looks = [
+    made = [
         make(node, f"callbacks.{name}")
         for name, node in options["callbacks"].items()
-        if node and issubclass(target_class(node, f"callbacks.{name}"), LayerStatistics)
+        if node and issubclass(target_class(node, f"callbacks.{name}"), LayerStatistics | OscillationControl)
     ]
+    looks = [callback for callback in made if isinstance(callback, LayerStatistics)]
+    controls = [callback for callback in made if isinstance(callback, OscillationControl)]
     return sections(
         list(dict.fromkeys(name for look in looks for name in look.names)),
         list(dict.fromkeys(name for look in looks for name in look.histogram_names)),
+        list(dict.fromkeys(name for control in controls for name in control.names)),
     )
 
 

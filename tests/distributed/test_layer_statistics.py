@@ -61,6 +61,10 @@ class ZeroCodes(Statistic):
         return {"zero_code_share": zero / num_values, "num_values": num_values}
 
 
+class Unfit(ZeroCodes):
+    names = ("a b/c", "a/b")
+
+
 def scale_stats(**options: Any) -> ScaleStats:
     """As a config names it, with one line for the statistic that is added."""
     config = {
@@ -338,8 +342,12 @@ def test_reports_come_when_they_are_due(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
         ({"draw_every": -1}, "draw_every must be at least 0, got -1"),
         ({"statistics": {"zeros": 3}}, r"statistics\.zeros must be null or a Statistic \(give its _target_\), got 3"),
-        ({"statistics": {"zeros": ZeroCodes(), "again": ZeroCodes()}}, "zero_code_share, num_values, zero_code_share"),
-        ({"statistics": dict.fromkeys(KEYS)}, "at least one, .* got none"),
+        (
+            {"statistics": {"zeros": ZeroCodes(), "again": ZeroCodes()}},
+            "must have names of their own, got zero_code_share, num_values more than once",
+        ),
+        ({"statistics": {"codes": ZeroCodes(), "unfit": Unfit()}}, r"without / and spaces, got 'a b/c', 'a/b'$"),
+        ({"statistics": dict.fromkeys(KEYS)}, "at least one, got none"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -13,10 +13,14 @@ from running import ROOT, metrics
 from nvfp4_train.callbacks.run_record import started_by
 from nvfp4_train.layer_table import append_rows
 from nvfp4_train.report import write_report
-from nvfp4_train.report.comparison import comparisons, verdict
+from nvfp4_train.report.blocks import Block, Code, Contents, Picture, Section, Text
+from nvfp4_train.report.comparison import comparison_blocks, comparisons, verdict
 from nvfp4_train.report.contents import contents
+from nvfp4_train.report.curves import curve_blocks
 from nvfp4_train.report.html import page
-from nvfp4_train.report.numbers import duration, number, with_interval
+from nvfp4_train.report.layers import heat_map_blocks
+from nvfp4_train.report.markdown import document
+from nvfp4_train.report.numbers import duration, number, statistic, with_interval
 from nvfp4_train.report.run_files import RunFiles, read_history
 from nvfp4_train.sequence_metrics import Interval, SequenceMetrics
 
@@ -166,7 +170,7 @@ def test_a_report_of_48_layers_is_below_two_megabytes(copy: Path) -> None:
 
 def test_a_resumed_run_has_one_history(tmp_path: Path) -> None:
     """Its first process logged steps 0 to 3 and was killed, the second went on from step 2."""
-    (tmp_path / "metrics.1.csv").write_text("step,train/loss,quant/a.b/x\n0,5,1\n1,4,1\n2,3,1\n3,9,1\n4,")
+    (tmp_path / "metrics.1.csv").write_text("step,train/loss,quant/a.b/x\n0,5,1\n1,4,1\n2,3,1\n3,9,1\n4,1e-,1")
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n2,3.5,\n3,,7\n4,2,\n")
     history = read_history(tmp_path)
     assert history == {"train/loss": [(0, 5), (1, 4), (2, 3.5), (4, 2)], "val/loss": [(3, 7)]}
@@ -182,6 +186,73 @@ def test_a_run_without_quantized_training_is_compared_as_ptq(copy: Path) -> None
     (sentence, cost) = verdict(files, found[1])
     assert "without training in NVFP4" in sentence
     assert "quantization costs +" in cost
+
+
+def test_advice_is_not_to_do_what_is_done(copy: Path) -> None:
+    """Of a run without quantization in training, and of one that was not validated before its end."""
+    config = (copy / ".hydra" / "config.yaml").read_text()
+    (copy / ".hydra" / "config.yaml").write_text(config.replace("  enabled: true\n", "  enabled: false\n", 1))
+    (said,) = [block.text for block in comparison_blocks_of(copy) if isinstance(block, Text) and "no column" in block.text]
+    assert said.endswith("nothing was trained in NVFP4. quant.enabled=true does; this run had quant.enabled=false.")
+    results = metrics(copy)
+    del results["validations"]
+    (copy / "metrics.json").write_text(json.dumps(results))
+    header, *rows = (copy / "metrics.csv").read_text().splitlines()
+    at = header.split(",").index("val/kl")
+    (copy / "metrics.csv").write_text("\n".join([header, *(row for row in rows if not row.split(",")[at])]) + "\n")
+    curve, said = curve_blocks(RunFiles.read(copy))
+    assert isinstance(curve, Picture)
+    assert curve.says.startswith("KL to the original (the loss) over steps")
+    assert isinstance(said, Text)
+    assert said.text.startswith("There is no curve of the KL on held-out text: there was no validation.")
+
+
+def comparison_blocks_of(run_dir: Path) -> list[Block]:
+    files = RunFiles.read(run_dir)
+    return list(comparison_blocks(files, comparisons(files)))
+
+
+def test_what_was_not_measured_has_its_reason(copy: Path) -> None:
+    (copy / "layers.csv").unlink()
+    append_rows(copy / "layers.csv", 9, {f"model.layers.{depth}.mlp.up_proj": {"sqnr_db": 20.0 + depth} for depth in range(2)})
+    config = (copy / ".hydra" / "config.yaml").read_text()
+    (copy / ".hydra" / "config.yaml").write_text(config.replace("activations: nvfp4", "activations: none", 1))
+    *_, said = heat_map_blocks(RunFiles.read(copy))
+    assert isinstance(said, Text)
+    assert "inputs that are clipped: only W4A4 has them (quant.activations=nvfp4)." in said.text
+    two = "codes that changed since the last look, weights that oscillate: they need two looks without a stop between them; a lower"
+    assert f"{two} callbacks.scale_stats.every_n_steps gives more looks." in said.text
+    assert "underflow to 0" in said.text.partition(": callbacks.scale_stats.statistics adds statistics.")[0]
+
+
+def test_a_loss_is_drawn_as_dots_on_an_axis_of_its_own(copy: Path) -> None:
+    saved = json.loads((copy / "sequences.json").read_text())
+    for state in saved.values():
+        for name in ("kl", "top1_agreement", "loss"):
+            del state["values"][name]
+        state["values"]["loss"] = state["values"].pop("cross_entropy")
+    of_kl = next(block for block in comparison_blocks_of(copy) if isinstance(block, Picture))
+    (copy / "sequences.json").write_text(json.dumps(saved))
+    of_loss = next(block for block in comparison_blocks_of(copy) if isinstance(block, Picture))
+    assert (len(of_kl.figure.axes[0].patches), len(of_loss.figure.axes[0].patches)) == (4, 0)
+    assert of_kl.figure.axes[0].get_xlim()[0] <= 0
+    low, high = of_loss.figure.axes[0].get_xlim()
+    assert 5 < low < high < 6
+
+
+def test_a_reader_that_was_not_run_is_named_first(copy: Path) -> None:
+    write_report(copy)
+    assert "| transformers and serving engines | not run |" in (copy / "report.md").read_text()
+
+
+def test_backticks_do_not_end_a_block_of_code() -> None:
+    contents = Contents(title="", subtitle="", verdict=[], tiles=[], sections=[Section("", [Code("a ``` b"), Code("c")])])
+    assert "````sh\na ``` b\n````\n\n```sh\nc\n```\n" in document(contents)
+
+
+def test_shares_of_oscillating_weights_have_names_of_their_own() -> None:
+    for name in ("oscillating_share", "frozen_share"):
+        assert statistic(name).full_label not in (name, f"{name}, %")
 
 
 def test_metrics_of_other_text_are_no_pair(copy: Path) -> None:
@@ -202,6 +273,7 @@ def test_numbers_are_short_and_say_on_which_side_of_zero_they_are() -> None:
     assert with_interval(Interval(0.00066, 0.000007, 0.0018), sign=True) == "+0.000660 [+0.000007, +0.001800]"
     assert with_interval(Interval(-0.00001, -0.1, 0.1), sign=True) == "+0.000 [-0.100, +0.100]"
     assert with_interval(Interval(0.9171, 0.91, 0.9242), percent=True) == "91.7 [91.0, 92.4] %"
+    assert with_interval(Interval(0.074, 0.068, 0.079), percent=True, sign=True) == "+7.4 [+6.8, +7.9] points"
     assert [duration(seconds) for seconds in (0.5, 75, 7300)] == ["0.5 s", "1 min 15 s", "2 h 1 min"]
 
 

@@ -1,13 +1,24 @@
 """The page of a real run in a real browser."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import look
 
+from nvfp4_train.layer_table import append_rows
+from nvfp4_train.report import write_report
+from nvfp4_train.report.numbers import STATISTICS
+
 PAGE = '<!DOCTYPE html><html lang="en"><head><link rel="icon" href="data:,"><title>.</title></head><body>{}</body></html>'
+TABLES = """console.log(JSON.stringify([...document.querySelectorAll(".scroll")].map(place => ({
+  of: place.closest("section").id, wide: place.scrollWidth, place: place.clientWidth, bottom: place.getBoundingClientRect().bottom,
+  columns: place.querySelectorAll("thead th").length,
+  row: Math.max(...[...place.querySelectorAll("tbody tr")].map(row => row.offsetHeight)),
+}))))"""
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (400, True)])
@@ -43,6 +54,35 @@ def test_no_wide_table_or_picture_widens_the_page_of_a_phone(run: tuple[Path, st
     )
     (line,) = look(page, tmp_path / "seen.png", width=500).console
     assert '"500 wide"' in line
+
+
+def test_no_table_is_wider_than_its_place_on_a_screen(run: tuple[Path, str], tmp_path: Path) -> None:
+    """With every statistic there is, long names of layers and the longest hint; a script says how wide tables came to be."""
+    run_dir = Path(shutil.copytree(run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "export")))
+    (run_dir / "layers.csv").unlink()
+    rows = {
+        f"model.layers.{depth}.self_attn.{kind}_proj": {
+            name: 0.0123456 * (place + depth) for place, name in enumerate(STATISTICS)
+        }
+        | {"input_clipped_share": 0.00012345, "scale_at_floor_share": 0.12345, "sibling_amax_ratio": 0.0123456}
+        for depth in range(28)
+        for kind in "qkv"
+    }
+    append_rows(run_dir / "layers.csv", 5, rows)
+    for values in rows.values():
+        del values["input_clipped_share"]
+    append_rows(run_dir / "layers.csv", 9, rows)
+    page = write_report(run_dir)
+    page.write_text(page.read_text().replace("</body>", f"<script>{TABLES}</script></body>"))
+    seen = look(page, tmp_path / "seen.png", width=1200, height=9000)
+    (line,) = seen.console
+    tables = json.loads(re.sub(r'^"|", source:.*', "", line))
+    (worst,) = [table for table in tables if table["of"] == "the-ten-worst-layers"]
+    assert worst["columns"] == 8
+    # The picture has it, and rows are of a few lines.
+    assert worst["bottom"] < seen.pixels.shape[0]
+    assert worst["row"] < 200, worst
+    assert not [table for table in tables if table["wide"] > table["place"]]
 
 
 def test_the_page_refers_to_nothing_outside_of_it(run: tuple[Path, str]) -> None:

@@ -53,6 +53,15 @@ def test_options_say_which_statistics_there_are() -> None:
     assert not [
         name for name in shown("callbacks.scale_stats=null") if name.startswith(("quant/", "heat_maps/", "histograms/"))
     ]
+    of_oscillation = {"quant/oscillating_share", "quant/frozen_share"}
+    assert not shown() & of_oscillation
+    assert shown("callbacks.oscillation.action=reset") & of_oscillation == {"quant/oscillating_share"}
+    found = shown("callbacks.oscillation.action=freeze")
+    assert of_oscillation <= found
+    # No single layer has them.
+    assert not [
+        name for name in found if name.startswith("heat_maps/") and name.removeprefix("heat_maps/") in str(of_oscillation)
+    ]
     with pytest.raises(ValueError, match=r"callbacks\.scale_stats\.every_n_step: no such option; did you mean every_n_steps\?"):
         sections_of(ROOT, ["run_dir=x", "+callbacks.scale_stats.every_n_step=3"])
 
