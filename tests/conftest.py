@@ -3,7 +3,9 @@
 import os
 import tempfile
 
+import pytest
 import torch
+from tqdm import tqdm
 
 if not torch.cuda.is_available():
     # Kernels then run on CPU tensors, in Triton's interpreter.
@@ -15,3 +17,11 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nvfp4-tests-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+BAR = tqdm.__init__
+
+
+@pytest.fixture(autouse=True)
+def bars_as_they_are() -> None:
+    """What a run does to the bars of its process ends with the test that made it here."""
+    tqdm.__init__ = BAR  # type: ignore[method-assign]

@@ -60,6 +60,18 @@ OP_ARGUMENTS = {
         (X[:, 1:3], PACKED[:, 1:3], BLOCK_SCALES[:, 1:3], S2.expand(3).contiguous()),
         (X[:, :0], PACKED[:, :0], BLOCK_SCALES[:, :0], S2.expand(3).contiguous()),
     ],
+    "follow_codes": [
+        (
+            PACKED,
+            BLOCK_SCALES,
+            S2.expand(3).contiguous(),
+            torch.zeros(X.shape, dtype=torch.uint8, device=DEVICE),
+            X.clone(),
+            torch.zeros(3, dtype=torch.int64, device=DEVICE),
+            2,
+            1,
+        )
+    ],
     "quantize_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
     "fake_quant_input": [(X, INPUT_SCALE), (X.bfloat16().transpose(0, 1), INPUT_SCALE), (X[:, :0], INPUT_SCALE)],
 }
@@ -76,7 +88,7 @@ def _with_gradients(arguments):
 def test_opcheck(name):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     cases = OP_ARGUMENTS[name]
-    if name != "decode_shards":
+    if name not in ("decode_shards", "follow_codes"):
         cases = [*cases, *map(_with_gradients, cases)]
     for arguments in cases:
         # test_schema compares inputs by arithmetic that torch does not have for float8.
@@ -166,6 +178,9 @@ def test_the_tests_below_call_every_operator():
 
     with Calls():
         _every_operation(X, AMAX, S2, _table(X))
+        # Those that look at weights between steps are in no graph.
+        for name in ("weight_sums", "follow_codes"):
+            getattr(torch.ops.nvfp4, name)(*OP_ARGUMENTS[name][0])
     assert {name for name in called if name.startswith("nvfp4::")} == {f"nvfp4::{name}" for name in OP_ARGUMENTS}
     assert {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("nvfp4::")} <= called
 
