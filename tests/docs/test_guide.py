@@ -32,7 +32,12 @@ def test_every_recipe_of_many_gpus_has_its_cost() -> None:
     assert {recipe for recipe, *_ in COSTS} == sharded
 
 
-@pytest.mark.parametrize(("recipe", "gpus", "gib", "per_step", "millions"), COSTS, ids=[row[0] for row in COSTS])
+LARGE = ("qwen3_30b_a3b_qad", "llama3_70b_qat", "gemma3_12b_qad")
+"""Recipes whose plans take seconds to make."""
+ROWS = [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] if row[0] in LARGE else []) for row in COSTS]
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "gib", "per_step", "millions"), ROWS)
 def test_the_cost_of_a_recipe_is_what_the_plan_says(recipe: str, gpus: str, gib: str, per_step: str, millions: str) -> None:
     plan = plan_recipe(ROOT, [f"+recipe={recipe}"], int(gpus))
     (quantized,) = re.findall(r"^peak +[\d.]+ +([\d.]+) ", plan, re.MULTILINE)

@@ -36,7 +36,7 @@ def test_segments_log_what_one_run_logs(tmp_path: Path) -> None:
     assert launch(run_dir, *OPTIONS, *stop(signal.SIGTERM, 6), check=False).returncode == 75
     assert launch(run_dir, *OPTIONS, *stop(signal.SIGINT, 8), check=False).returncode == 130
     launch(run_dir, *OPTIONS)
-    assert len(logged(whole)) > 60
+    assert len(logged(whole)) >= 60
     assert logged(run_dir) == logged(whole)
     assert metrics(run_dir)["validations"] == metrics(whole)["validations"]
     saved = [{path.name for path in (folder / "checkpoints").glob("[0-9]*.ckpt")} for folder in (whole, run_dir)]

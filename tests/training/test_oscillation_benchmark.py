@@ -10,6 +10,9 @@ import torch
 from accuracy import Text
 from tiny_models import tiny_model
 
+# Five runs of a benchmark, on the CPU.
+pytestmark = pytest.mark.slow
+
 STEPS, SEEDS = 12, [0, 1]
 LEFT_OUT = ("w4a16 freeze", "w4a4 none", "w4a4 reset", "w4a4 freeze")
 """Arms that have the first seed alone."""
