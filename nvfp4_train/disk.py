@@ -86,12 +86,12 @@ def disk_errors_named(path: Path, what: str) -> Iterator[None]:
         raise named from error
 
 
-def replace_text(path: Path, text: str, *, what: str) -> None:
+def replace_file(path: Path, content: str | bytes, *, what: str) -> None:
     """Write a small file under a temporary name, and give it its own when it is whole. DiskError, see `not_written`, names `what`."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with disk_errors_named(path, what):
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

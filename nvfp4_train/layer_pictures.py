@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from nvfp4_train.metrics import SQNR_STATISTIC
 from nvfp4_train.pictures import heat_map
 from nvfp4_train.quant.layer_names import layer_place
+from nvfp4_train.quant.statistics import Histogram
 from nvfp4_train.worst_layers import worst_layers
 
 Rows = Mapping[str, Mapping[str, float]]
@@ -57,6 +59,29 @@ def heat_maps(rows: Rows) -> Iterator[tuple[str, Figure]]:
         grid = LayerGrid.of({layer: values[statistic] for layer, values in rows.items() if statistic in values})
         if grid.values:
             yield statistic, grid.picture(statistic)
+
+
+def histograms_by_layer(name: str, histograms: Mapping[str, Histogram]) -> Figure:
+    """A row for each layer, kind by kind and in the order of depths, a column for each bin: the share of the layer's counts in it.
+
+    Bins at both ends that are empty in every layer are left out. Columns go by the lower edges of their bins.
+    """
+    places = {layer: layer_place(layer) for layer in histograms}
+    kinds = list(dict.fromkeys(place.kind for place in places.values()))
+    layers = sorted(
+        histograms,
+        key=lambda layer: (
+            kinds.index(places[layer].kind),
+            math.inf if places[layer].depth is None else places[layer].depth,
+        ),
+    )
+    counts = np.stack([histograms[layer][0].numpy() for layer in layers])
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    used = np.flatnonzero(counts.sum(0)) if counts.any() else np.arange(counts.shape[1])
+    bins = slice(used[0], used[-1] + 1)
+    edges = next(iter(histograms.values()))[1][:-1]
+    rows = [f"{places[layer].kind} {OUTSIDE if places[layer].depth is None else places[layer].depth}" for layer in layers]
+    return heat_map(name, rows, [f"{edge:.3g}" for edge in edges[bins].tolist()], shares[:, bins].tolist())
 
 
 def worst_table(rows: Rows) -> tuple[list[str], list[list[str | float | int | None]]]:

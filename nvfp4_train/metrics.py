@@ -44,6 +44,11 @@ def histogram_name(histogram: str) -> str:
     return f"histograms/{histogram}"
 
 
+def histograms_by_layer_name(histogram: str) -> str:
+    """The picture of the histograms of all layers."""
+    return f"histograms/{histogram}_by_layer"
+
+
 WORST_LAYERS = "worst_layers/table"
 
 SQNR_DB = statistic_metric(SQNR_STATISTIC)

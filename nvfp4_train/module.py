@@ -1,18 +1,16 @@
 """The LightningModule: a Hugging Face causal LM that trains with the weights that will be served."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from numpy.typing import NDArray
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -33,7 +31,7 @@ from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.policy import QuantConfig, Selection
 from nvfp4_train.quant.state import QuantState
 from nvfp4_train.quant.store import WeightStore
-from nvfp4_train.sequence_metrics import SequenceMetrics
+from nvfp4_train.sequence_metrics import SequenceCollector, SequenceMetrics, over_ranks
 from nvfp4_train.strategy import FullyShardedStrategy
 
 SHARDING_STRATEGIES = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
@@ -236,29 +234,17 @@ class QATModule(L.LightningModule):
         with self.clock.paused():
             was_training = self.training
             self.eval()
-            positions: list[Tensor] = []
-            parts: dict[str, list[Tensor]] = {}
+            collector = SequenceCollector()
             for batch in batches:
-                counts = num_positions_per_sequence(batch).double()
+                positions = num_positions_per_sequence(batch)
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 with self.trainer.precision_plugin.forward_context():
-                    found = self._parts(batch)
-                if len(next(iter(found.values()))) < len(counts):
-                    counts = counts.sum(0, keepdim=True)
-                positions.append(counts)
-                for name, of_batch in found.items():
-                    # Parts of the batch's mean, which is over all of its positions.
-                    parts.setdefault(name, []).append(of_batch.double() * counts.sum().to(of_batch.device))
+                    parts = self._parts(batch)
+                if len(next(iter(parts.values()))) < len(positions):
+                    positions = positions.sum(0, keepdim=True)
+                collector.add(positions, parts)
             self.train(was_training)
-            own = {name: torch.cat(sums).cpu().numpy() for name, sums in parts.items()}
-            of_ranks = gather_from_ranks((torch.cat(positions).cpu().numpy() if positions else np.zeros(0), own))
-        all_positions = interleaved([counts for counts, _ in of_ranks])
-        check_num_positions(all_positions.sum())
-        names = dict.fromkeys(name for _, of_rank in of_ranks for name in of_rank)
-        divisor = np.maximum(all_positions, 1)
-        return SequenceMetrics(
-            all_positions, {name: interleaved([of_rank[name] for _, of_rank in of_ranks]) / divisor for name in names}
-        )
+            return over_ranks({"": collector})[""]
 
     def _parts(self, batch: Batch) -> dict[str, Tensor]:
         """What each sequence of a batch adds to its means, [B]; [1] of a loss that knows the means alone."""
@@ -367,35 +353,3 @@ class QATModule(L.LightningModule):
                 "not_built": None if self.not_built is None else self.not_built.to_dict(),
             },
         }
-
-
-def check_num_positions(num_positions: float) -> None:
-    """Raise ValueError where no position of the held-out sequences counts, on any rank."""
-    if not num_positions:
-        raise ValueError(
-            "held-out sequences must have a position that counts, got none: every token of every loss_mask but first tokens is "
-            "unmarked; hold out others (data.val_fraction, data.val_sequences)"
-        )
-
-
-def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Sums by name over all ranks. A collective."""
-    by_rank = gather_from_ranks(values)
-    return {name: sum(found[name] for found in by_rank) for name in values}
-
-
-def gather_from_ranks(value: Any) -> list[Any]:
-    """The values of all ranks, in their order. A collective."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    by_rank: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(by_rank, value)
-    return by_rank
-
-
-def interleaved(of_ranks: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """One array of those of all ranks, each of which has every len(of_ranks)-th entry."""
-    whole = np.zeros(sum(map(len, of_ranks)))
-    for rank, own in enumerate(of_ranks):
-        whole[rank :: len(of_ranks)] = own
-    return whole

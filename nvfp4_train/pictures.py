@@ -74,18 +74,12 @@ def bars(
     colours: Sequence[str] | None = None,
 ) -> Figure:
     """Horizontal bars, the first one on top. `intervals` are (low, high) of each."""
-    figure = Figure(figsize=(SIZE[0], 1.1 + 0.34 * len(labels)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _rows(title, value_label, labels)
     errors = None
     if intervals is not None:
         errors = np.array([(value - low, high - value) for value, (low, high) in zip(values, intervals, strict=True)]).T
-    places = range(len(labels))
-    axes.barh(places, values, xerr=errors, color=colours or COLOURS[0], height=0.66, error_kw={"elinewidth": 1, "capsize": 2})
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    axes.set_xlabel(value_label)
-    axes.set_title(title, loc="left")
-    _plain(axes)
+    bar = {"height": 0.66, "error_kw": {"elinewidth": 1, "capsize": 2}}
+    axes.barh(range(len(labels)), values, xerr=errors, color=colours or COLOURS[0], **bar)
     return figure
 
 
@@ -99,16 +93,10 @@ def points(
     colours: Sequence[str],
 ) -> Figure:
     """Dots with intervals, the first one on top, of values that are far from 0: the axis does not begin there."""
-    figure = Figure(figsize=(SIZE[0], 1.1 + 0.34 * len(labels)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _rows(title, value_label, labels)
     for place, (value, (low, high), colour) in enumerate(zip(values, intervals, colours, strict=True)):
         axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=colour, fmt="o", elinewidth=1.4, capsize=3)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.margins(0.08, 0.12)
-    axes.invert_yaxis()
-    axes.set_xlabel(value_label)
-    axes.set_title(title, loc="left")
-    _plain(axes)
+    axes.margins(x=0.08)
     return figure
 
 
@@ -143,16 +131,19 @@ def bar_panels(
 
 
 def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Figure:
-    """One colour for each of values [rows][columns]; a NaN is left blank. Where cells are few their values are written."""
+    """One colour for each of values [rows][columns]; a NaN is left blank.
+
+    Where cells are few their values are written, and where rows or columns are many only some of their names.
+    """
     table = np.ma.masked_invalid(np.asarray(values, dtype=np.float64).reshape(len(rows), len(columns)))
-    names = 0.08 * max(map(len, rows), default=0)
-    width, height = max(6.5, 1.3 + names + 0.26 * len(columns)), 1.5 + 0.3 * len(rows)
+    of_names = 0.08 * max(map(len, rows), default=0)
+    width, height = max(6.5, 1.3 + of_names + 0.26 * len(columns)), 1.5 + 0.3 * len(rows)
     figure = Figure(figsize=(min(width, 16), min(height, 12)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap=SCALE, aspect="auto", interpolation="nearest")
-    step = max(1, math.ceil(len(columns) / 32))
-    axes.set_xticks(range(0, len(columns), step), columns[::step])
-    axes.set_yticks(range(len(rows)), rows)
+    across, down = (max(1, math.ceil(len(names) / 32)) for names in (columns, rows))
+    axes.set_xticks(range(0, len(columns), across), columns[::across])
+    axes.set_yticks(range(0, len(rows), down), rows[::down])
     axes.set_title(title, loc="left")
     if len(columns) <= 12:
         middle = (table.min() + table.max()) / 2 if table.count() else 0
@@ -197,6 +188,18 @@ def _axes(title: str, x_label: str, y_label: str):
     axes.set_title(title, loc="left")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    _plain(axes)
+    return figure, axes
+
+
+def _rows(title: str, value_label: str, labels: Sequence[str]):
+    """A row for each label, the first one on top, at 0, 1, 2, ..."""
+    figure = Figure(figsize=(SIZE[0], 1.1 + 0.34 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(value_label)
+    axes.set_title(title, loc="left")
     _plain(axes)
     return figure, axes
 

@@ -7,12 +7,16 @@ quantile of the means of the resamples (the percentile method; Efron and Tibshir
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from nvfp4_train.ranks import gather_from_ranks
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -91,3 +95,66 @@ def interval(positions: NDArray[np.float64], values: NDArray[np.float64]) -> Int
             means.append(total[drawn].sum(1) / positions[drawn].sum(1))
     low, high = np.nanquantile(np.concatenate(means), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(float(total.sum() / positions.sum()), float(low), float(high))
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class SequenceCollector:
+    """Collects metrics of the sequences of this rank, which has every world_size-th one of the held-out text."""
+
+    def __init__(self) -> None:
+        self._positions: list[Tensor] = []
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, positions: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Take a batch: `positions` that count of its sequences, [B], and what they add to its means, [B] each, on any device."""
+        positions = positions.double()
+        self._positions.append(positions)
+        for name, of_batch in parts.items():
+            self._values.setdefault(name, []).append(sequence_means(of_batch, positions))
+
+    def arrays(self) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """Positions and values of all sequences that were taken. Waits for the device."""
+        positions = torch.cat(self._positions).cpu().numpy() if self._positions else np.zeros(0)
+        return positions, {name: torch.cat(found).cpu().numpy() for name, found in self._values.items()}
+
+
+def sequence_means(parts: Tensor, positions: Tensor) -> Tensor:
+    """The means of sequences, float64 [B], of what they add to the mean of their batch, which is over all of its positions."""
+    positions = positions.to(parts.device)
+    return parts.double() * positions.sum() / positions.clamp(min=1)
+
+
+def over_ranks(collected: Mapping[Key, SequenceCollector]) -> dict[Key, SequenceMetrics]:
+    """The metrics of the sequences of all ranks, by the keys that all of them have. One collective.
+
+    Raises ValueError if no position counts.
+    """
+    by_rank = gather_from_ranks({key: collector.arrays() for key, collector in collected.items()})
+    found: dict[Key, SequenceMetrics] = {}
+    for key in collected:
+        of_ranks = [of_rank[key] for of_rank in by_rank]
+        positions = _interleaved([own for own, _ in of_ranks])
+        check_num_positions(positions.sum())
+        names = dict.fromkeys(name for _, values in of_ranks for name in values)
+        values = {name: _interleaved([values[name] for _, values in of_ranks]) for name in names}
+        found[key] = SequenceMetrics(positions, values)
+    return found
+
+
+def check_num_positions(num_positions: float) -> None:
+    """Raise ValueError where no position of the held-out sequences counts, on any rank."""
+    if not num_positions:
+        raise ValueError(
+            "held-out sequences must have a position that counts, got none: every token of every loss_mask but first tokens is "
+            "unmarked; hold out others (data.val_fraction, data.val_sequences)"
+        )
+
+
+def _interleaved(of_ranks: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """One array of those of all ranks, each of which has every len(of_ranks)-th entry."""
+    whole = np.zeros(sum(map(len, of_ranks)))
+    for rank, own in enumerate(of_ranks):
+        whole[rank :: len(of_ranks)] = own
+    return whole

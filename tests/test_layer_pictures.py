@@ -3,8 +3,9 @@
 import math
 
 import numpy as np
+import torch
 
-from nvfp4_train.layer_pictures import heat_maps, worst_table
+from nvfp4_train.layer_pictures import heat_maps, histograms_by_layer, worst_table
 
 ROWS = {
     "model.layers.0.self_attn.q_proj": {"sqnr_db": 20.0, "global_amax": 1.0},
@@ -26,6 +27,22 @@ def test_a_heat_map_has_a_row_for_each_kind_and_a_column_for_each_depth() -> Non
     missing = math.nan
     expected = [[20, 21, missing], [18.5, missing, missing], [missing, missing, 17]]
     assert np.array_equal(shown, expected, equal_nan=True)
+
+
+def test_histograms_of_layers_are_rows_by_kind_and_depth() -> None:
+    edges = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    counts = {
+        "model.layers.10.mlp.up_proj": [0, 2, 2, 0],
+        "model.layers.0.self_attn.q_proj": [0, 1, 3, 0],
+        "model.layers.2.mlp.up_proj": [0, 4, 0, 0],
+        "model.projector": [0, 0, 0, 0],
+    }
+    histograms = {layer: (torch.tensor(found, dtype=torch.float64), edges) for layer, found in counts.items()}
+    axes = histograms_by_layer("code", histograms).axes[0]
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows == ["mlp.up_proj 2", "mlp.up_proj 10", "self_attn.q_proj 0", "model.projector other"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"], "bins that no layer uses are left out"
+    assert axes.images[0].get_array().tolist() == [[1, 0], [0.5, 0.5], [0.25, 0.75], [0, 0]]
 
 
 def test_the_table_has_all_that_is_known_of_the_worst_layers() -> None:

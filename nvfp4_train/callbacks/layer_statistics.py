@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from nvfp4_train.drawing import Drawings, Table, can_draw, draw
-from nvfp4_train.layer_pictures import heat_maps, worst_table
+from nvfp4_train.layer_pictures import heat_maps, histograms_by_layer, worst_table
 from nvfp4_train.layer_table import LAYERS_FILE, append_rows, rewind
-from nvfp4_train.metrics import WORST_LAYERS, heat_map_name, histogram_name, statistic_metric
+from nvfp4_train.metrics import WORST_LAYERS, heat_map_name, histogram_name, histograms_by_layer_name, statistic_metric
 from nvfp4_train.module import QATModule
 from nvfp4_train.quant.experts import owner_of
 from nvfp4_train.quant.statistics import Histogram, Statistic, sum_over_ranks
@@ -25,9 +26,9 @@ class LayerStatistics(Callback):
 
     An aggregate, `quant/<statistic>`, is over all layers; it is logged, and kept among the run's results. With `per_layer` those of
     each layer go to the file layers.csv in `run_dir`, if there is one. Loggers that draw get `histograms/<name>` over all layers at
-    every look, and at the first look of a start, at each `draw_every`-th (0: none) and at the end of the run `heat_maps/<statistic>`
-    and `worst_layers/table`. Each rank measures the rows that it owns, and one all_reduce adds up all sums of all layers. List it
-    after the callback that quantizes.
+    every look, and at the first look of a start, at each `draw_every`-th (0: none) and at the end of the run `heat_maps/<statistic>`,
+    `histograms/<name>_by_layer` and `worst_layers/table`. Each rank measures the rows that it owns, and one all_reduce adds up all
+    sums of all layers. List it after the callback that quantizes.
     """
 
     def __init__(
@@ -103,11 +104,16 @@ class LayerStatistics(Callback):
             layers: dict[str, dict[str, float]] = {owner_of(name): {} for name in names} if self.per_layer else {}
             aggregates: dict[str, float] = {}
             histograms: dict[str, Histogram] = {}
+            is_drawn = can_draw(trainer.loggers) and bool(layers) and self._is_due(trainer)
+            of_layers: dict[str, dict[str, Histogram]] = {name: {} for name in self.histogram_names if is_drawn}
             for statistic, table in zip(self.statistics, tables, strict=True):
                 aggregates |= statistic.aggregate(table)
                 histograms |= statistic.histograms(table.sum(0))
                 for values, sums in zip(layers.values(), table, strict=True) if layers else ():
                     values |= statistic.finish(sums)
+                for layer, sums in zip(layers, table, strict=True) if is_drawn else ():
+                    for name, histogram in statistic.histograms(sums).items():
+                        of_layers[name][layer] = histogram
             if aggregates:
                 pl_module.report({statistic_metric(name): value for name, value in aggregates.items()})
             if layers and self.table is not None:
@@ -115,21 +121,20 @@ class LayerStatistics(Callback):
             # A statistic that is not measured at each look is drawn as it was last.
             self._latest = {layer: self._latest.get(layer, {}) | values for layer, values in layers.items()}
             if can_draw(trainer.loggers):
-                draw(trainer.loggers, self._drawings(trainer, histograms), trainer.global_step)
+                drawings = Drawings(histograms={histogram_name(name): histogram for name, histogram in histograms.items()})
+                draw(trainer.loggers, self._with_layers(drawings, of_layers) if is_drawn else drawings, trainer.global_step)
 
-    def _drawings(self, trainer: Trainer, histograms: Mapping[str, Histogram]) -> Drawings:
-        of_all = {histogram_name(name): histogram for name, histogram in histograms.items()}
-        if not self._latest or not self._is_due(trainer):
-            return Drawings(histograms=of_all)
+    def _with_layers(self, drawings: Drawings, histograms: Mapping[str, Mapping[str, Histogram]]) -> Drawings:
+        """With pictures and the table of the layers. Their histograms are by name and layer."""
         self._has_drawn = True
-        return Drawings(
-            images={heat_map_name(statistic): figure for statistic, figure in heat_maps(self._latest)},
-            tables={WORST_LAYERS: Table(*worst_table(self._latest))},
-            histograms=of_all,
-        )
+        images = {heat_map_name(statistic): figure for statistic, figure in heat_maps(self._latest)}
+        images |= {
+            histograms_by_layer_name(name): histograms_by_layer(name, found) for name, found in histograms.items() if found
+        }
+        return replace(drawings, images=images, tables={WORST_LAYERS: Table(*worst_table(self._latest))})
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether this look at the layers is drawn, and not only their histograms."""
+        """Whether this look at the layers is drawn, and not only the histograms of all of them together."""
         if not self.draw_every:
             return False
         is_last = trainer.should_stop or trainer.global_step >= trainer.max_steps

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning import Callback, Trainer
 
 from nvfp4_train.callbacks.run_record import FILE, earlier_times, run_record
-from nvfp4_train.disk import replace_text
+from nvfp4_train.disk import replace_file
 from nvfp4_train.errors import one_line
 from nvfp4_train.module import QATModule
 from nvfp4_train.report import write_report
@@ -50,7 +50,7 @@ class Report(Callback):
         if self._first_step is None:
             record |= earlier_times(self.run_dir / FILE, trainer.global_step)
         try:
-            replace_text(self.run_dir / FILE, json.dumps(record, indent=2) + "\n", what="the record of the run")
+            replace_file(self.run_dir / FILE, json.dumps(record, indent=2) + "\n", what="the record of the run")
             for logger in trainer.loggers:
                 logger.save()
             path = write_report(self.run_dir)

@@ -18,12 +18,13 @@ from nvfp4_train.metrics import (
     evaluation_metric,
 )
 from nvfp4_train.models.prepare import first_sequences
-from nvfp4_train.module import QATModule, check_num_positions, sum_over_ranks
+from nvfp4_train.module import QATModule
 from nvfp4_train.progress import progress_bar
 from nvfp4_train.quant.calibration import Batch, check_num_tokens
 from nvfp4_train.quant.policy import SERVINGS
 from nvfp4_train.quant.store import WeightStore
-from nvfp4_train.sequence_metrics import SequenceMetrics
+from nvfp4_train.ranks import sum_over_ranks
+from nvfp4_train.sequence_metrics import SequenceMetrics, check_num_positions
 
 Measured = dict[str | None, SequenceMetrics]
 """By serving; None is the one that was trained."""

@@ -21,7 +21,8 @@ from nvfp4_train.export.card import installed_versions, serve_commands
 from nvfp4_train.export.writer import ExportReport
 from nvfp4_train.metrics import PEAK_GIB, TOKENS_PER_S
 from nvfp4_train.models.served_dtype import class_of
-from nvfp4_train.module import QATModule, gather_from_ranks
+from nvfp4_train.module import QATModule
+from nvfp4_train.ranks import gather_from_ranks
 
 FILE = "run.json"
 OF_TRAINING = ("started", "ended", "first_step", "steps_s", "training")

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from nvfp4_train.callbacks.requantize import changed, measure_of
-from nvfp4_train.disk import replace_text
+from nvfp4_train.disk import replace_file
 from nvfp4_train.export.side_files import copy_side_files
 from nvfp4_train.loggers import SegmentedWandbLogger
 from nvfp4_train.metrics import (
@@ -162,7 +162,7 @@ class RunSummary(Callback):
             ("metrics.json", json.dumps(results, indent=2, sort_keys=True)),
             ("sequences.json", json.dumps(sequences, sort_keys=True)),
         ):
-            replace_text(self.run_dir / name, f"{text}\n", what="the results of the run")
+            replace_file(self.run_dir / name, f"{text}\n", what="the results of the run")
 
 
 def peak_memory(device: torch.device) -> tuple[int, int]:

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from nvfp4_train.losses.base import Batch, num_positions_per_sequence
 from nvfp4_train.losses.distillation import DistillationLoss
-from nvfp4_train.module import check_num_positions, gather_from_ranks
-from nvfp4_train.sequence_metrics import SequenceMetrics
+from nvfp4_train.ranks import gather_from_ranks, rank_and_world_size
+from nvfp4_train.sequence_metrics import SequenceCollector, SequenceMetrics, check_num_positions
 
 LOSS, KL, TOP1 = "loss", "kl", "top1_agreement"
 """Metrics: the next token's cross-entropy and the forward KL from the reference, in nats a position, and the share of positions at
@@ -29,31 +29,21 @@ def measure(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], de
     """
     loss = DistillationLoss()
     loss.teacher = reference
-    rank, num_ranks = rank_and_number()
+    rank, num_ranks = rank_and_world_size()
     own: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
     for number, batch in enumerate(batches):
         if number % num_ranks != rank:
             continue
-        counts = num_positions_per_sequence(batch).double()
         found = loss.per_sequence(model, {name: tensor.to(device) for name, tensor in batch.items()})
-        # Parts of the batch's mean, which is over all of its positions.
-        means = {
-            name: (found[part].double().cpu() * counts.sum() / counts.clamp(min=1)).numpy() for part, name in _NAMES.items()
-        }
-        own[number] = counts.numpy(), means
+        collector = SequenceCollector()
+        collector.add(num_positions_per_sequence(batch), {name: found[part] for part, name in _NAMES.items()})
+        own[number] = collector.arrays()
     by_number = {number: of_batch for of_rank in gather_from_ranks(own) for number, of_batch in of_rank.items()}
     in_order = [by_number[number] for number in sorted(by_number)]
     positions = np.concatenate([counts for counts, _ in in_order])
     check_num_positions(positions.sum())
     values = {name: np.concatenate([means[name] for _, means in in_order]) for name in _NAMES.values()}
     return SequenceMetrics(positions, values)
-
-
-def rank_and_number() -> tuple[int, int]:
-    """This rank, and how many there are."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
 
 
 def with_all(texts: Mapping[str, SequenceMetrics]) -> dict[str, SequenceMetrics]:
@@ -75,6 +65,6 @@ def own_share(sequences: Sequence[Mapping[str, Tensor]]) -> list[tuple[Batch, bo
 
     Every rank has equally many: some repeat one that does not count.
     """
-    rank, num_ranks = rank_and_number()
+    rank, num_ranks = rank_and_world_size()
     places = range(rank, -(-len(sequences) // num_ranks) * num_ranks, num_ranks)
     return [(sequences[place % len(sequences)], place < len(sequences)) for place in places]

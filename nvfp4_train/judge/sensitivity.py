@@ -8,7 +8,6 @@ inputs, in NVFP4. Each batch goes once through the unquantized model, and once f
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,12 +20,11 @@ from nvfp4_train.losses.divergence import Objective, Positions
 from nvfp4_train.models.causal_lm import compute_logits, decoder_layers
 from nvfp4_train.models.logits import LogitMap, find_logit_map, hidden_states
 from nvfp4_train.models.sharding import call_within
-from nvfp4_train.module import check_num_positions, gather_from_ranks, interleaved
 from nvfp4_train.quant.inputs import InputQuantizers
 from nvfp4_train.quant.policy import SERVINGS
 from nvfp4_train.quant.store import ReplicatedWeightStore
 from nvfp4_train.quant.undisturbed import undisturbed
-from nvfp4_train.sequence_metrics import SequenceMetrics
+from nvfp4_train.sequence_metrics import SequenceCollector, SequenceMetrics, over_ranks
 
 PROOF_TOKENS = 64
 """Tokens of the sequence on which restarted forwards are proven."""
@@ -104,31 +102,15 @@ class Comparison:
         `sets` are names of quantized parameters by a label. `on_forward` is called after every forward. Raises ValueError if no
         position counts. A collective.
         """
-        positions: list[Tensor] = []
-        parts: dict[tuple[str, str, str], list[Tensor]] = {}
+        collected = {(label, serving): SequenceCollector() for label in sets for serving in servings}
         with undisturbed(self._model), self._forward_context():
             for batch in batches:
-                counts = num_positions_per_sequence(batch).double()
-                positions.append(counts.cpu())
+                positions = num_positions_per_sequence(batch)
                 batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
-                for (label, serving), found in self._measure_batch(batch, sets, servings, on_forward):
-                    for metric in METRICS:
-                        # Parts of the batch's mean, which is over all of its positions.
-                        of_sequences = found[metric].view(len(counts), -1).sum(1).double().cpu() * counts.sum().cpu()
-                        parts.setdefault((label, serving, metric), []).append(of_sequences)
-        own = {key: torch.cat(sums).numpy() for key, sums in parts.items()}
-        of_ranks = gather_from_ranks((torch.cat(positions).numpy() if positions else np.zeros(0), own))
-        all_positions = interleaved([counts for counts, _ in of_ranks])
-        check_num_positions(all_positions.sum())
-        divisor = np.maximum(all_positions, 1)
-        return {
-            (label, serving): SequenceMetrics(
-                all_positions,
-                {m: interleaved([of_rank[label, serving, m] for _, of_rank in of_ranks]) / divisor for m in METRICS},
-            )
-            for label in sets
-            for serving in servings
-        }
+                for key, found in self._measure_batch(batch, sets, servings, on_forward):
+                    parts = {metric: found[metric].view(len(positions), -1).sum(1) for metric in METRICS}
+                    collected[key].add(positions, parts)
+        return over_ranks(collected)
 
     def _measure_batch(
         self, batch: Batch, sets: Mapping[str, Collection[str]], servings: Collection[str], on_forward: Callable[[], object]

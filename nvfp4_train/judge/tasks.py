@@ -10,8 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nvfp4_train.errors import one_line
-from nvfp4_train.judge.measure import rank_and_number
-from nvfp4_train.module import gather_from_ranks
+from nvfp4_train.ranks import gather_from_ranks, rank_and_world_size
 
 MISSING = "tasks= needs lm-evaluation-harness, which is not installed; pip install 'nvfp4_train[evaluate]'"
 
@@ -49,7 +48,7 @@ class Tasks:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        rank, num_ranks = rank_and_number()
+        rank, num_ranks = rank_and_world_size()
         found: dict[str, dict[str, Any]] = {}
         if own := self.names[rank::num_ranks]:
             harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)

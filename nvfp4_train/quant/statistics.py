@@ -21,6 +21,7 @@ from nvfp4_train.kernels import statistics_reference as measured
 from nvfp4_train.kernels.reference import E2M1_VALUES, E4M3_MAX, E4M3_MIN
 from nvfp4_train.metrics import SQNR_STATISTIC
 from nvfp4_train.quant.local_weight import LocalWeight, WeightSums
+from nvfp4_train.ranks import rank_and_world_size
 
 SCALE_VALUES = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 """Value of each E4M3 byte without a sign, in ascending order; the last one is NaN."""
@@ -286,13 +287,6 @@ def sum_over_ranks(weights: Iterable[LocalWeight], statistics: Sequence[Statisti
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(sums)
     return names, list(sums.cpu().split([table.shape[1] for table in tables], dim=1))
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Of the default process group; 0 and 1 without one."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def _rows(entries: list[Tensor]) -> Tensor:

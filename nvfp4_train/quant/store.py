@@ -23,6 +23,7 @@ from nvfp4_train.quant.local_weight import LocalWeight, own_rows
 from nvfp4_train.quant.manifest import QuantManifest
 from nvfp4_train.quant.served import SERVED_DTYPE, Shown
 from nvfp4_train.quant.state import QuantState
+from nvfp4_train.ranks import rank_and_world_size
 
 
 class WeightStore(ABC):
@@ -293,9 +294,8 @@ class ReplicatedWeightStore(WeightStore):
             self._use(was_enabled)
 
     def local_weights(self) -> Iterator[LocalWeight]:
-        is_distributed = distributed.is_available() and distributed.is_initialized()
         # All ranks hold all masters, so each owns a part of their rows.
-        rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+        rank, num_ranks = rank_and_world_size()
         for name in self.names:
             rows = self.master(name)
             num_rows = rows.shape[-2]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nvfp4_train.disk import replace_text
+from nvfp4_train.disk import replace_file
 from nvfp4_train.report.contents import contents
 from nvfp4_train.report.html import page
 from nvfp4_train.report.markdown import document
@@ -19,6 +19,6 @@ def write_report(run_dir: Path) -> Path:
     Raises ValueError where the folder is not that of a run, and DiskError where the disk takes no more.
     """
     found = contents(RunFiles.read(run_dir))
-    replace_text(run_dir / MARKDOWN, document(found), what="the report")
-    replace_text(run_dir / HTML, page(found), what="the report")
+    replace_file(run_dir / MARKDOWN, document(found), what="the report")
+    replace_file(run_dir / HTML, page(found), what="the report")
     return run_dir / HTML

@@ -20,6 +20,7 @@ from nvfp4_train.metrics import (
     evaluation_metric,
     heat_map_name,
     histogram_name,
+    histograms_by_layer_name,
     statistic_metric,
 )
 from nvfp4_train.quant.policy import SERVINGS
@@ -93,7 +94,18 @@ def sections(statistics: Sequence[str], histograms: Sequence[str], aggregates: S
             tuple(Panel("images", name, (heat_map_name(name),)) for name in statistics),
             columns=2,
         ),
-        Section("Histograms", tuple(Panel("lines", name, (histogram_name(name),)) for name in histograms)),
+        Section(
+            "Histograms",
+            tuple(
+                panel
+                for name in histograms
+                for panel in (
+                    Panel("lines", name, (histogram_name(name),)),
+                    Panel("images", f"{name} of each layer", (histograms_by_layer_name(name),)),
+                )
+            ),
+            columns=2,
+        ),
         Section(
             "Speed and memory",
             (

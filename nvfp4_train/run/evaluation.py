@@ -28,10 +28,10 @@ from nvfp4_train.data.cache import check_data_cache
 from nvfp4_train.data.config import DataConfig
 from nvfp4_train.data.module import TextDataModule
 from nvfp4_train.data.tokenizer import load_tokenizer
-from nvfp4_train.disk import disk_errors_named
+from nvfp4_train.disk import disk_errors_named, replace_file
 from nvfp4_train.errors import RunError, one_line
 from nvfp4_train.judge.loading import Loaded, Place, load
-from nvfp4_train.judge.measure import ALL, LOSS, measure, only, own_share, rank_and_number, with_all
+from nvfp4_train.judge.measure import ALL, LOSS, measure, only, own_share, with_all
 from nvfp4_train.judge.record import SCHEMA, record
 from nvfp4_train.judge.results import Difference, Limits, Row, Verdict, differences, shown_serving, verdicts
 from nvfp4_train.judge.subjects import BF16, PTQ, Subject, config_of_subject, find_subjects
@@ -42,7 +42,7 @@ from nvfp4_train.models.causal_lm import choose_compute_dtype
 from nvfp4_train.models.isolation import check_isolation
 from nvfp4_train.progress import progress_bar, tame_other_bars
 from nvfp4_train.quant.policy import SERVINGS, QuantConfig
-from nvfp4_train.ranks import is_rank_zero
+from nvfp4_train.ranks import is_rank_zero, rank_and_world_size
 from nvfp4_train.run.compose import make
 from nvfp4_train.run.evaluation_options import Options, override, read_options, read_quant
 from nvfp4_train.run.identity import choose_run_id
@@ -88,7 +88,7 @@ class Evaluation:
         if self.limits.given and all(subject.kind == BF16 for subject in subjects[1:]):
             raise ValueError("fail_if is about quantized models beside the first one, got none; give model= several times")
         dtype, self.dtype_reason = choose_compute_dtype(options.compute_dtype, device)
-        self.is_first_rank = rank_and_number()[0] == 0
+        self.is_first_rank = rank_and_world_size()[0] == 0
         self.place = Place(
             device=device,
             compute_dtype=dtype,
@@ -140,7 +140,10 @@ class Evaluation:
             **self._circumstances(command, rows[0]),
             **record(self.subjects, self.notes, rows, found, self.limits, judged, keep_sequences=self.options.keep_sequences),
         }
-        write_json(Path(self.options.output), results)
+        output = Path(self.options.output)
+        with disk_errors_named(output, "the evaluation"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(output, json.dumps(results, indent=2) + "\n", what="the evaluation")
         self._print(f"written to {self.options.output}")
 
     def _out_of(self, name: str) -> str:
@@ -289,7 +292,7 @@ class Evaluation:
             "computed": {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "dtype": _name(self.place.compute_dtype),
-                "ranks": rank_and_number()[1],
+                "ranks": rank_and_world_size()[1],
             },
             "data": {
                 "options": {name: value for name, value in self.options.data.items() if name != "_target_"},
@@ -348,18 +351,6 @@ def _process_group(option: str) -> Iterator[torch.device]:
         yield device
     finally:
         distributed.destroy_process_group()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file in one step. Raises DiskError where the disk takes no more."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with disk_errors_named(path, "the evaluation"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _name(dtype: torch.dtype) -> str:

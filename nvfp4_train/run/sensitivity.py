@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from nvfp4_train.disk import disk_errors_named
+from nvfp4_train.disk import replace_file
 from nvfp4_train.errors import one_line
 from nvfp4_train.judge.bits_budget import check_budget, exclusion_patterns, most_sensitive, nearest_to_the_ends, override
 from nvfp4_train.judge.sensitivity import Comparison, Key
@@ -143,21 +142,14 @@ class MeasureSensitivity(Callback):
             self._write(found, pl_module.options)
 
     def _write(self, found: Findings, options: dict[str, Any]) -> None:
-        written = {
-            "sensitivity.json": json.dumps({"options": options} | found.to_dict(), indent=2).encode(),
-            "sensitivity.md": markdown(found).encode(),
-            OVERRIDE_FILE: f"{override(found.exclude)}\n".encode(),
+        written: dict[str, str | bytes] = {
+            "sensitivity.json": json.dumps({"options": options} | found.to_dict(), indent=2),
+            "sensitivity.md": markdown(found),
+            OVERRIDE_FILE: f"{override(found.exclude)}\n",
             **dict(files(found)),
         }
         for name, content in written.items():
-            path = self.run_dir / name
-            temporary = path.with_name(f"{name}.tmp")
-            try:
-                with disk_errors_named(path, "what was measured"):
-                    temporary.write_bytes(content)
-                    os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            replace_file(self.run_dir / name, content, what="what was measured")
         print(
             f"\n{markdown(found, most=MOST)}\nfiles: {self.run_dir}/{{{','.join(written)}}}\n"
             "to leave these in bf16, add this to the command line of launch/ptq.py or launch/train.py:\n"

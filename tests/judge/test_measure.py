@@ -53,7 +53,7 @@ def test_ranks_have_equally_many_calibration_sequences(monkeypatch: pytest.Monke
     sequences = [{"input_ids": torch.tensor([[i]])} for i in range(5)]
     counted = []
     for rank in range(3):
-        monkeypatch.setattr("nvfp4_train.judge.measure.rank_and_number", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("nvfp4_train.judge.measure.rank_and_world_size", lambda rank=rank: (rank, 3))
         own = own_share(sequences)
         assert len(own) == 2
         counted += [int(batch["input_ids"]) for batch, is_counted in own if is_counted]

@@ -34,7 +34,7 @@ def test_statistics_have_panels_together_or_of_their_own() -> None:
     ]
     heat_maps = layout["Heat maps: kinds of layers over depth"]
     assert [panel.metrics for panel in heat_maps] == [("heat_maps/zero_share",), ("heat_maps/sqnr_db",), ("heat_maps/mine",)]
-    assert [panel.metrics for panel in layout["Histograms"]] == [("histograms/code",)]
+    assert [panel.metrics for panel in layout["Histograms"]] == [("histograms/code",), ("histograms/code_by_layer",)]
     placed = [name for names in QUANTIZER.values() for name in names]
     assert len(set(placed)) == len(placed)
 
