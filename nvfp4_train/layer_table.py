@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_train.disk import replace_file
 from nvfp4_train.earlier import keep_earlier
 
 LAYERS_FILE = "layers.csv"
@@ -105,6 +106,4 @@ def _written(lines: Iterable[Iterable[str]]) -> str:
 
 
 def _replace(path: Path, lines: Iterable[Iterable[str]]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(_written(lines))
-    os.replace(temporary, path)
+    replace_file(path, _written(lines), what="the table of layers")

@@ -9,7 +9,8 @@ import torch
 from nvfp4_train.losses.next_token import next_token_loss
 from nvfp4_train.models.build import freeze, quantize
 from nvfp4_train.models.causal_lm import ModelConfig, decoder_layers, load_model
-from nvfp4_train.plan import RunShape, layer_activation_bytes, make_plan, meta_model
+from nvfp4_train.plan import RunShape, make_plan, meta_model
+from nvfp4_train.plan_sizes import layer_activation_bytes
 from nvfp4_train.quant.changes import Changes
 from nvfp4_train.quant.policy import QuantConfig
 from nvfp4_train.quant.statistics import Sqnr
