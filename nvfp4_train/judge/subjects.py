@@ -26,7 +26,7 @@ from nvfp4_train.checkpoints import (
 from nvfp4_train.export.packed_folder import FORMAT_OF_METHOD, format_of
 from nvfp4_train.export.registry import find_reader
 from nvfp4_train.models.architecture import config_of, read_config, read_exported_config
-from nvfp4_train.models.causal_lm import ModelConfig, load_config
+from nvfp4_train.models.causal_lm import ModelConfig, load_config, looks_local
 
 BF16, PTQ, CHECKPOINT, EXPORT = "bf16", "ptq", "checkpoint", "export"
 """Kinds of models."""
@@ -124,7 +124,7 @@ def _kind_of(path: str) -> tuple[str, str, str]:
             f"model={path!r} must be a folder with a config.json, a checkpoint, or the folder of a run with checkpoints/ or export/; "
             "this folder has none of them"
         )
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if looks_local(path):
         raise ValueError(f"model={path!r} does not exist")
     return BF16, path, "hub name, in bf16"
 

@@ -104,7 +104,7 @@ def read_original(config: ModelConfig) -> tuple[PretrainedConfig, dict[str, Any]
             raise ValueError(f"model.config: {error}") from error
         _refuse_misspelt(fields, AutoConfig.for_model(model_type))
         return model_class(hf_config)[1], None
-    if _looks_local(config.path) and not (Path(config.path) / "config.json").is_file():
+    if looks_local(config.path) and not (Path(config.path) / "config.json").is_file():
         raise ValueError(f"model.path must be a folder with a config.json or a hub name, got {config.path!r}")
     hf_config = read_config(config.path, trust_remote_code=config.trust_remote_code)
     quantization = take_quantization(hf_config, config.path)
@@ -291,5 +291,6 @@ def _refuse_misspelt(fields: Mapping[str, Any], default: PretrainedConfig) -> No
             raise ValueError(f"model.config: a {default.model_type} config has no field {name}; did you mean {close[0]}?")
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
+    """Whether a model is a path, there or not, and no hub name."""
     return Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
