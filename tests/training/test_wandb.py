@@ -116,6 +116,9 @@ def heat_maps(run_dir: Path, steps: range) -> set[str]:
     return {f"heat_maps/{name}" for row in read_rows(run_dir / "layers.csv") if row.step in steps for name in row.values}
 
 
+HISTOGRAMS_BY_LAYER = {"histograms/scale_log2_by_layer", "histograms/code_by_layer"}
+
+
 def test_an_offline_run_holds_pictures_tables_and_histograms(stopped: Any) -> None:
     run_dir, _ = stopped
     *_, last = segments_of(run_dir)
@@ -125,8 +128,8 @@ def test_an_offline_run_holds_pictures_tables_and_histograms(stopped: Any) -> No
     drawn = {step: row for step, row in looks.items() if any("heat_maps/" in name for name in row)}
     assert list(drawn) == [4, 8]
     for step, row in drawn.items():
-        images = {name: image for name, image in row.items() if "heat_maps/" in name}
-        assert images.keys() == heat_maps(run_dir, range(4, step + 1))
+        images = {name: image for name, image in row.items() if name.startswith("heat_maps/") or name.endswith("_by_layer")}
+        assert images.keys() == heat_maps(run_dir, range(4, step + 1)) | HISTOGRAMS_BY_LAYER
         for image in images.values():
             assert image["_type"] == "image-file"
             with Image.open(last / "files" / image["path"]) as picture:
@@ -186,7 +189,7 @@ def test_tensorboard_shows_one_run(stopped: Any) -> None:
     assert [event.step for event in shown.Scalars("quant/sqnr_db")] == list(range(1, 9))
     scalars, images = set(shown.Tags()["scalars"]), set(shown.Tags()["images"])
     assert {name for name in names_logged(stopped[0]) if name.startswith(("train/", "val/", "quant/"))} <= scalars
-    assert images == heat_maps(stopped[0], range(1, 9))
+    assert images == heat_maps(stopped[0], range(1, 9)) | HISTOGRAMS_BY_LAYER
     drawn = shown.Images("heat_maps/sqnr_db")
     assert [event.step for event in drawn] == [1, 4, 8]
     assert all(event.encoded_image_string.startswith(b"\x89PNG") for event in drawn)
