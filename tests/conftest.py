@@ -1,5 +1,6 @@
 """Environment of the whole suite. Set before any test module imports triton or datasets."""
 
+import gc
 import os
 import tempfile
 
@@ -19,6 +20,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 BAR = tqdm.__init__
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays; collections of garbage need not go through it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -88,17 +88,17 @@ def launch(
 
 
 @functools.cache
-def forked_python(package: Path = ROOT) -> tuple[str, dict[str, str]]:
+def forked_python(package: Path = ROOT, within: tuple[str, ...] = ()) -> tuple[str, dict[str, str]]:
     """What stands for `python` in small runs, and the environment in which it does, for ranks of torchrun as well.
 
-    `package` is the folder that the package is in, as in `train_environment`.
+    `package` is the folder that the package is in, as in `train_environment`; `within`, a command that runs another one elsewhere.
     """
     # Imports ask for GPUs, and where there are any, no process forked after that may ask again.
     if sys.platform != "linux" or torch.cuda.is_available():
         return sys.executable, {}
     folder, here = Path(tempfile.mkdtemp(prefix="nvfp4-tests-python-")), Path(__file__).parent
     server = subprocess.Popen(
-        [sys.executable, here / "fork_server.py", folder / "socket"],
+        [*within, sys.executable, here / "fork_server.py", folder / "socket"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=train_environment(package=package), start_new_session=True,
     )  # fmt: skip
     assert server.stdout is not None

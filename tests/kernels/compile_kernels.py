@@ -1,8 +1,8 @@
 """Compile every kernel for every supported architecture, without a GPU, and print what came out as JSON.
 
 A program of its own because Triton compiles nothing in a process that runs its interpreter: `python compile_kernels.py 80 90`.
-One line per kernel and architecture: registers, stack and local bytes, widths of global accesses, from `cuobjdump`; and how many
-kernels a launch would compile over shapes.
+One line per kernel and architecture: registers, stack and local bytes, widths of global accesses, from `cuobjdump` and `nvdisasm`;
+and how many kernels a launch would compile over shapes.
 """
 
 import collections
@@ -11,9 +11,11 @@ import itertools
 import json
 import pathlib
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,9 @@ from nvfp4_train.kernels import code_history, code_history_kernel, input_kernels
 from nvfp4_train.kernels import triton_kernels as kernels
 from nvfp4_train.kernels.scale_rules import BLOCK_SCALE_RULES
 
-CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP, NVDISASM = TOOLS / "cuobjdump", TOOLS / "nvdisasm"
+INSTRUCTION_BYTES = 16
 FLOAT, BF16, HALF, INT, LONG, BYTES, STEPS = "*fp32", "*bf16", "*fp16", "*i32", "*i64", "*u8", "*i8"
 DOUBLE = "*fp64"
 TORCH_DTYPES = {
@@ -231,32 +235,53 @@ def count_specializations(kernel, pointers: dict[str, str], constants: dict, tar
     return len(found)
 
 
-def read_cubin(cubin: bytes) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def read_cubins(cubins: list[bytes], capability: int) -> list[dict]:
+    """What kernels compiled for an architecture take and move. They are disassembled together: to start takes longer than a kernel."""
+    codes = [code_of(cubin) for cubin in cubins]
+    architecture = f"SM{capability}{'a' if capability >= 90 else ''}"
+    lines = iter(re.findall(r"/\*[0-9a-f]{4,}\*/ +(\S.*);", run_on_file([NVDISASM, "--binary", architecture], b"".join(codes))))
+    found = []
+    for cubin, code in zip(cubins, codes, strict=True):
+        instructions = list(itertools.islice(lines, len(code) // INSTRUCTION_BYTES))
+        assert len(instructions) == len(code) // INSTRUCTION_BYTES
+        usage = run_on_file([CUOBJDUMP, "-res-usage"], cubin)
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        accesses = {}
+        for kind in ("LDG", "STG"):
+            names = (match[0] for match in map(re.compile(rf"{kind}\.[\w.]+").search, instructions) if match)
+            widths = (re.search(r"\.(128|64|U16|U8|S8)\b", name) for name in names)
+            accesses[kind] = collections.Counter(width[1] if width else "32" for width in widths)
+        stores = [place for place, instruction in enumerate(instructions) if "STG.E.128" in instruction]
+        gaps = [second - first for first, second in zip(stores[::2], stores[1::2], strict=False)]
+        found.append({"registers": registers, "stack": stack, "local": local, "gaps": gaps, **accesses})
+    assert next(lines, None) is None
+    return found
+
+
+def code_of(cubin: bytes) -> bytes:
+    """The instructions: the one section whose name begins with .text., in an ELF of 64 bits."""
+    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + size * index) for index in range(number)]
+    (code,) = (header for header in headers if cubin.startswith(b".text.", headers[names][4] + header[0]))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def run_on_file(command: list, content: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    accesses = {}
-    for kind in ("LDG", "STG"):
-        widths = (re.search(r"\.(128|64|U16|U8|S8)\b", access) for access in re.findall(rf"{kind}\.[\w.]+", sass))
-        accesses[kind] = collections.Counter(width[1] if width else "32" for width in widths)
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(\S.*);", sass)
-    stores = [place for place, instruction in enumerate(instructions) if "STG.E.128" in instruction]
-    gaps = [second - first for first, second in zip(stores[::2], stores[1::2], strict=False)]
-    return {"registers": registers, "stack": stack, "local": local, "gaps": gaps, **accesses}
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)
-        for name, (kernel, tiles, pointers, constants) in (
-            KERNELS | VARIANTS if capability in CAPABILITIES_OF_VARIANTS else KERNELS
-        ).items():
-            entry = read_cubin(compile_kernel(kernel, tiles, pointers, constants, target))
+        chosen: dict[str, Any] = KERNELS | VARIANTS if capability in CAPABILITIES_OF_VARIANTS else KERNELS
+        cubins = [compile_kernel(*kernel, target) for kernel in chosen.values()]
+        for (name, (kernel, _, pointers, constants)), entry in zip(
+            chosen.items(), read_cubins(cubins, capability), strict=True
+        ):
             entry["specializations"] = count_specializations(kernel, pointers, constants, target)
             print(json.dumps({"kernel": name, "capability": capability, **entry}))
 

@@ -16,7 +16,7 @@ from nvfp4_train.losses.divergence_kernel import NUM_WARPS, constants, divergenc
 from nvfp4_train.models.logits import LogitMap
 
 sys.path.append(str(Path(__file__).parent.parent / "kernels"))
-from compile_kernels import read_cubin  # noqa: E402
+from compile_kernels import read_cubins  # noqa: E402
 
 OBJECTIVES = {name: Objective(divergence=name) for name in DIVERGENCES} | {
     "mix": Objective(temperature=2.0, cross_entropy=0.25),
@@ -41,5 +41,7 @@ def compile_for(objective: Objective, capability: int) -> bytes:
 if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         # The other objectives are variations of one kernel; one architecture stands for the others.
-        for name, objective in OBJECTIVES.items() if capability == 90 else [("forward_kl", Objective())]:
-            print(json.dumps({"objective": name, "capability": capability, **read_cubin(compile_for(objective, capability))}))
+        objectives = OBJECTIVES if capability == 90 else {"forward_kl": Objective()}
+        cubins = [compile_for(objective, capability) for objective in objectives.values()]
+        for name, entry in zip(objectives, read_cubins(cubins, capability), strict=True):
+            print(json.dumps({"objective": name, "capability": capability, **entry}))

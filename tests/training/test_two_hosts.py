@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import six_steps
-from running import ROOT, assert_same, exit_codes, load_checkpoint, train_command, train_environment
+from running import ROOT, assert_same, exit_codes, forked_python, load_checkpoint, train_command, train_environment
 
 from nvfp4_train.callbacks.preemption import EXIT_CODE
 from nvfp4_train.checkpoints import saved_step
@@ -53,8 +53,10 @@ def launch_on(hosts: list[str], run_dir: Path, *overrides: str) -> list[subproce
             # Both namespaces have the host name of this machine, by which a launcher would know itself.
             f"--rdzv-conf=is_host={number == 1}", f"--local-addr=10.77.0.{number}",
         )  # fmt: skip
-        command = ["ip", "netns", "exec", host, *train_command(run_dir, *overrides, "logger=none", torchrun=torchrun)]
-        environment = train_environment() | {"GLOO_SOCKET_IFNAME": "eth0"}
+        on_host = ("ip", "netns", "exec", host)
+        python, server = forked_python(within=on_host)
+        command = [*on_host, *train_command(run_dir, *overrides, "logger=none", torchrun=torchrun, python=python)]
+        environment = train_environment() | server | {"GLOO_SOCKET_IFNAME": "eth0"}
         launchers.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
         )
