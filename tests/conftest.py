@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 BAR = tqdm.__init__
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist would begin with the files that have the most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few tests come first: among them are the longest ones, during which one of the two processes would idle at the end."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: counts[item.path])
 
 
 def pytest_collection_finish() -> None:
