@@ -142,8 +142,9 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap=SCALE, aspect="auto", interpolation="nearest")
-    of_column = (width - 1.3 - of_names) / max(len(columns), 1)
-    across = max(1, math.ceil(0.085 * (1 + len("".join(columns)) / max(len(columns), 1)) / of_column))
+    # A character takes about 0.085 inches; between two names is one more.
+    inches_of_names = 0.085 * (len("".join(columns)) + len(columns))
+    across = max(1, math.ceil(inches_of_names / (width - 1.3 - of_names)))
     down = max(1, math.ceil(len(rows) / 32))
     axes.set_xticks(range(0, len(columns), across), columns[::across])
     axes.set_yticks(range(0, len(rows), down), rows[::down])

@@ -38,7 +38,8 @@ class SaveEarlier(L.Callback):
 
 
 def fit_and_validate(world_size: int, how: str, path: str) -> dict[str, float]:
-    module = make_module()
+    # Predictions far from uniform, which quantization changes.
+    module = make_module({"initializer_range": 0.2})
     earlier = SaveEarlier(path)
     trainer = make_trainer(
         how,
@@ -63,7 +64,7 @@ def fit_and_validate(world_size: int, how: str, path: str) -> dict[str, float]:
 @pytest.mark.parametrize(("world_size", "how"), [(1, "fsdp2"), (2, "ddp"), (2, "fsdp2")])
 def test_validation_is_of_the_quantized_weights(world_size: int, how: str, tmp_path: Path) -> None:
     for losses in run_ranks(world_size, fit_and_validate, world_size, how, f"{tmp_path / 'earlier.ckpt'}"):
-        assert losses["master"] != pytest.approx(losses["quantized"], rel=1e-5)
+        assert losses["master"] != pytest.approx(losses["quantized"], rel=1e-4)
         assert losses["earlier"] != pytest.approx(losses["quantized"], rel=1e-3)
         assert losses["validated"] == pytest.approx(losses["quantized"], rel=1e-6)
         assert losses["validated, earlier"] == pytest.approx(losses["earlier"], rel=1e-6)
