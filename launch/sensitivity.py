@@ -10,6 +10,7 @@ tables, pictures and the chosen quant.exclude to the run folder. A run that excl
 one equalizes all, so its KL is near the one that is told here, and not the same.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from nvfp4_train.run.compose import run_options, start_job
 from nvfp4_train.run.sensitivity import run_sensitivity, take_own_options
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN = "NVFP4_TRAIN_SENSITIVITY"
+"""The launcher's own options, for ranks that Lightning starts: they get the arguments that are left."""
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -29,7 +32,8 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        own, sys.argv[1:] = take_own_options(sys.argv[1:])
+        own, sys.argv[1:] = take_own_options([*os.environ.get(OWN, "").split(), *sys.argv[1:]])
     except ValueError as error:
         sys.exit(f"error: {error}")
+    os.environ[OWN] = " ".join(f"{name}={value}" for name, value in own.items())
     start_job(ROOT, main)

@@ -149,7 +149,7 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Se
     axes.set_xticks(range(0, len(columns), across), columns[::across])
     axes.set_yticks(range(0, len(rows), down), rows[::down])
     axes.set_title(title, loc="left")
-    if len(columns) <= 12:
+    if len(columns) <= 12 and len(rows) <= 32:
         middle = (table.min() + table.max()) / 2 if table.count() else 0
         for (row, column), value in np.ndenumerate(table):
             if value is not np.ma.masked:

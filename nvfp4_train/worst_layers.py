@@ -1,5 +1,6 @@
 """The layers that quantization harms most, each with what its numbers suggest to do about it, for dashboards and reports."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -72,7 +73,7 @@ def _hint(name: str, values: Mapping[str, float], above_its_kind: float, fused: 
     if values.get("sibling_amax_ratio", 1) <= SMALL_AMONG_SIBLINGS:
         ratio = values["sibling_amax_ratio"]
         return f"its amax is {ratio:.2g} of that of its siblings, whose global scale it shares; {keep}"
-    if above_its_kind <= -BELOW_ITS_KIND:
+    if -math.inf < above_its_kind <= -BELOW_ITS_KIND:
         return f"{-above_its_kind:.1f} dB below the median of its kind: {keep}"
     if (oscillating := values.get("oscillation_rate", 0)) >= OSCILLATING:
         return (

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from nvfp4_train.sequence_metrics import SequenceMetrics, interval
+from nvfp4_train import sequence_metrics
+from nvfp4_train.sequence_metrics import SequenceCollector, SequenceMetrics, interval, over_ranks
 
 
 def metrics(values: np.ndarray, positions: np.ndarray | None = None) -> SequenceMetrics:
@@ -31,6 +33,28 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
         found = interval(np.ones(64), draws.exponential(1.0, 64))
         inside += found.low <= 1.0 <= found.high
     assert 0.88 <= inside / 200 <= 0.98
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 8, 16])
+def test_noise_of_few_sequences_is_seldom_called_a_difference(num: int) -> None:
+    draws = np.random.default_rng(num)
+    found = [interval(np.ones(num), draws.normal(0.0, 1.0, num)).excludes_zero for _ in range(200)]
+    assert sum(found) / 200 <= 0.11
+
+
+def test_there_is_no_interval_where_a_sequence_is_not_finite() -> None:
+    for value in (np.nan, np.inf):
+        found = metrics(np.array([1.0, value, 1.1, 1.2])).interval("kl")
+        assert (found.low, found.high) == (-np.inf, np.inf)
+        assert not found.excludes_zero
+
+
+def test_a_rank_without_a_sequence_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = SequenceCollector()
+    collector.add(torch.tensor([4.0]), {"kl": torch.tensor([0.5])})
+    monkeypatch.setattr(sequence_metrics, "gather_from_ranks", lambda own: [own, {"x": SequenceCollector().arrays()}])
+    found = over_ranks({"x": collector})["x"]
+    assert (found.positions.tolist(), found.values["kl"].tolist()) == ([4.0], [0.5])
 
 
 def test_a_difference_is_found_under_noise_that_both_share() -> None:

@@ -56,6 +56,19 @@ class OscillationControl(Callback):
             return
         if not pl_module.quant_config.enabled:
             raise ValueError(f"callbacks.oscillation.action must be null where quant.enabled=false, got {self.rule.action}")
+        config = pl_module.quant_config
+        if config.scale_rule.is_fitted and config.refit_every != 1:
+            # In between a block keeps its step from the scale of max, which moves with the magnitude that is written back.
+            raise ValueError(
+                f"callbacks.oscillation.action={self.rule.action} needs quant.refit_every=1 under quant.rule={config.rule}, got "
+                f"{config.refit_every}: block scales that are not chosen anew would move the weights that it sets"
+            )
+        first_end = self._start(trainer, pl_module) + self.rule.every_n_steps
+        if stage == "fit" and first_end >= trainer.max_steps:
+            raise ValueError(
+                f"callbacks.oscillation.action={self.rule.action} acts first after step {first_end} (callbacks.oscillation.from_share, "
+                f"every_n_steps; quant.start_step), which trainer.max_steps={trainer.max_steps} does not reach; lower every_n_steps"
+            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, Requantize) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError("callbacks.oscillation must be listed before callbacks.requantize: it changes what is quantized")

@@ -99,7 +99,7 @@ def _export(report: ExportReport) -> dict[str, Any]:
         "bits_per_quantized_weight": verified.bits_per_weight,
         "serving": "w4a4" if verified.quantizes_inputs else "w4a16",
         "checked": verified.readers(),
-        "note": None if report.note is None else report.note.replace("FOLDER", folder),
+        "note": None if report.note is None else report.note.replace("FOLDER", shlex.quote(folder)),
         "write_s": report.write_s,
         "verify_s": report.verify_s,
         "serve": serve_commands(report.format, folder),

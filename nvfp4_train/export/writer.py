@@ -7,6 +7,7 @@ Writing holds at most the tensors of one file in memory, the verification after 
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +65,7 @@ class ExportReport:
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"{self.folder}: {self.quantized} matrices in NVFP4, {files}", str(self.verified)]
         lines.append(f"readers: {'; '.join(self.verified.readers())}")
-        return "\n".join([*lines, f"note: {(self.note or UNTRIED).replace('FOLDER', str(self.folder))}"])
+        return "\n".join([*lines, f"note: {(self.note or UNTRIED).replace('FOLDER', shlex.quote(str(self.folder)))}"])
 
 
 def export_compressed_tensors(

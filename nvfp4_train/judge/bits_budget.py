@@ -5,6 +5,7 @@ is greedy: units in the order of KL saved per extra bit, each that still fits. T
 optimum by less than the KL of one unit, which its linear relaxation shows (Dantzig, Operations Research 5, 1957).
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -97,4 +98,5 @@ def _in_order(name: str) -> tuple[int, str]:
 
 def override(patterns: Sequence[str]) -> str:
     """What to add to a command line."""
-    return f"quant.exclude=[{','.join(patterns)}]"
+    quoted = (pattern if re.fullmatch(r"[\w.*?-]+", pattern) else f'"{pattern}"' for pattern in patterns)
+    return f"quant.exclude=[{','.join(quoted)}]"

@@ -37,7 +37,10 @@ def measure(model: nn.Module, reference: nn.Module, batches: Iterable[Batch], de
         found = loss.per_sequence(model, {name: tensor.to(device) for name, tensor in batch.items()})
         collector = SequenceCollector()
         collector.add(num_positions_per_sequence(batch), {name: found[part] for part, name in _NAMES.items()})
-        own[number] = collector.arrays()
+        positions, values = collector.arrays()
+        # A float32 share of n positions is k / n but for rounding, which would put equal models below 1.
+        values[TOP1] = np.rint(values[TOP1] * positions) / np.maximum(positions, 1)
+        own[number] = positions, values
     by_number = {number: of_batch for of_rank in gather_from_ranks(own) for number, of_batch in of_rank.items()}
     in_order = [by_number[number] for number in sorted(by_number)]
     positions = np.concatenate([counts for counts, _ in in_order])

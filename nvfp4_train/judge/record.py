@@ -15,6 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from nvfp4_train.judge.results import Difference, Limits, Row, Verdict
 from nvfp4_train.judge.subjects import Subject
 
@@ -32,7 +34,7 @@ def record(
     keep_sequences: bool = False,
 ) -> dict[str, Any]:
     """The part that is told of above. `notes` are lines for the user by label."""
-    return _finite(
+    return finite(
         {
             "models": [
                 {
@@ -87,10 +89,12 @@ def _row(row: Row, keep_sequences: bool) -> dict[str, Any]:
     return found
 
 
-def _finite(value: Any) -> Any:
-    """Without what JSON has no word for."""
+def finite(value: Any) -> Any:
+    """Without what JSON has no word for: null for a number that is not finite, plain numbers for those of NumPy."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -114,11 +114,14 @@ class Verdict:
 
     def __str__(self) -> str:
         relation = "below" if self.limit == "top1" else "above"
-        includes = "includes" if self.value.low <= self.threshold <= self.value.high else "does not include"
+        if math.isfinite(self.value.high - self.value.low):
+            includes = "includes" if self.value.low <= self.threshold <= self.value.high else "does not include"
+            interval = f"its interval, {self.value.low:.4g} to {self.value.high:.4g}, {includes} that"
+        else:
+            interval = "it has no interval"
         return (
             f"{'failed' if self.is_exceeded else 'passed'}: {self.limit} of {self.row.name} is {self.value.mean:.4g}, "
-            f"{'' if self.is_exceeded else 'not '}{relation} fail_if.{self.limit}={self.threshold:g}; its interval, "
-            f"{self.value.low:.4g} to {self.value.high:.4g}, {includes} that"
+            f"{'' if self.is_exceeded else 'not '}{relation} fail_if.{self.limit}={self.threshold:g}; {interval}"
         )
 
 

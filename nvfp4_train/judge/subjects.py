@@ -61,8 +61,9 @@ def find_subject(given: str) -> Subject:
     if not path:
         raise ValueError(f"model={given!r} must name a folder, a checkpoint or a hub name, got none")
     if match["ptq"]:
-        kind, where, found = PTQ, path, "bf16 model, quantized on the fly"
-        if (other := _kind_of(path)[0]) != BF16:
+        other, where, _ = _kind_of(path)
+        kind, found = PTQ, "bf16 model, quantized on the fly"
+        if other != BF16:
             raise ValueError(f"model={given!r}: ptq: takes a model in bf16, got one that is quantized ({other})")
     else:
         kind, where, found = _kind_of(path)

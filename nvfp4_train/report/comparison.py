@@ -30,6 +30,9 @@ class Metric(NamedTuple):
 
     @property
     def title(self) -> str:
+        if not self.unit:
+            # Of a loss that is not ours.
+            return self.label
         return f"{self.label}, {self.unit}; {'lower' if self.is_better_low else 'higher'} is better"
 
 
@@ -140,7 +143,14 @@ def verdict(files: RunFiles, main: Comparison | None) -> list[str]:
             f"Against its own masters in bf16 ({main.cell(main.masters)}) quantization costs {main.cell(main.cost, sign=True)}, "
             f"{significance(main.cost)} at {level}."
         )
+    if (num := num_sequences(files)) < FEW:
+        said.append(f"That is of {num} held-out {'sequence' if num == 1 else 'sequences'}, too few to be sure of it.")
     return said
+
+
+def num_sequences(files: RunFiles) -> int:
+    """Held-out sequences that were measured."""
+    return max((len(metrics.positions) for metrics in files.sequences.values()), default=0)
 
 
 def tiles(main: Comparison | None) -> list[Tile]:
@@ -171,7 +181,7 @@ def comparison_blocks(files: RunFiles, found: list[Comparison]) -> Iterator[Bloc
     if not found:
         yield Text("No intervals: sequences.json is not in this folder. callbacks.run_summary writes it at the end of a run.")
         return
-    num = len(next(iter(files.sequences.values())).positions)
+    num = num_sequences(files)
     few = " With so few, take them for narrower than they should be; data.val_sequences holds out more." if num < FEW else ""
     yield Text(
         f"Means over {num} held-out sequences with {LEVEL:.0%} intervals, by a bootstrap over sequences. Differences are taken "
@@ -218,7 +228,7 @@ def _picture(rows: list[Comparison]) -> Picture:
     labels, intervals, colours = [], [], []
     for one in rows:
         for state, found, colour in (("PTQ", one.ptq, pictures.COLOURS[5]), ("final", one.final, pictures.COLOURS[0])):
-            if found is not None:
+            if found is not None and math.isfinite(found.mean):
                 labels.append(f"{one.served_as}, {state}")
                 intervals.append(found)
                 colours.append(colour)
@@ -231,7 +241,7 @@ def _picture(rows: list[Comparison]) -> Picture:
         f"{metric.unit}",
         labels,
         [scale * found.mean for found in intervals],
-        intervals=[(scale * found.low, scale * found.high) for found in intervals],
+        intervals=[_drawn(found, scale) for found in intervals],
         colours=colours,
     )
     figure.set_size_inches(6.4, figure.get_figheight())
@@ -244,6 +254,12 @@ def _picture(rows: list[Comparison]) -> Picture:
         f"{label} {with_interval(found, percent=metric.is_percent)}" for label, found in zip(labels, intervals, strict=True)
     )
     return Picture(figure=figure, says=f"{_first_upper(metric.label)}: {says}.", numbers=numbers)
+
+
+def _drawn(found: Interval, scale: float) -> tuple[float, float]:
+    """Bounds as they are drawn: the mean itself where there are none."""
+    is_bounded = math.isfinite(found.high - found.low)
+    return (scale * found.low, scale * found.high) if is_bounded else (scale * found.mean, scale * found.mean)
 
 
 def loss_is_kl(files: RunFiles) -> bool:

@@ -21,7 +21,7 @@ MAPS = (
     "edge_share",
     "other_scale_share",
 )
-"""Statistics that are drawn, where layers.csv has them."""
+"""Statistics that are drawn, where layers.csv has them, before those that are not ours."""
 OF_TWO_LOOKS = ("flip_rate", "oscillation_rate")
 """Statistics that compare a look with the one before."""
 BESIDE = ("underflow_share", "scale_at_floor_share", "input_clipped_share", "flip_rate", "oscillation_rate")
@@ -36,7 +36,8 @@ def heat_map_blocks(files: RunFiles) -> Iterator[Block]:
         return
     yield Text(f"{len(files.layers)} layers at step {files.layers_step}: rows are kinds of layers, columns their depth.")
     flat = []
-    for name in MAPS:
+    others = dict.fromkeys(name for values in files.layers.values() for name in values if name not in STATISTICS)
+    for name in (*MAPS, *others):
         grid = LayerGrid.of({layer: scaled(name, values[name]) for layer, values in files.layers.items() if name in values})
         values = {f"{value:.6g}" for value in grid.values.values()}
         if len(values) > 1:
@@ -62,6 +63,8 @@ def _reasons(files: RunFiles, missing: list[str]) -> str:
             )
         elif name == "input_clipped_share" and files.option("quant.activations") == "none":
             why = "only W4A4 has them (quant.activations=nvfp4)"
+        elif name == "input_clipped_share" and not files.step:
+            why = "they are of a batch of training"
         named.setdefault(why, []).append(statistic(name).label)
     return " ".join(f"{', '.join(labels)}: {why}." for why, labels in named.items())
 

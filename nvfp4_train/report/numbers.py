@@ -69,11 +69,14 @@ def number(value: float | None) -> str:
 def with_interval(found: Interval | None, *, percent: bool = False, sign: bool = False) -> str:
     """A mean and its interval, to two digits of the interval's width, or so many that a bound beside 0 shows on which side it is.
 
-    `sign` is of differences; those of percentages are in points.
+    `sign` is of differences; those of percentages are in points. Without bounds it says so: of a single sequence, or where a value is
+    not finite.
     """
     if found is None:
         return NONE
     mean, low, high = (100 * value for value in found) if percent else found
+    if not math.isfinite(high - low):
+        return f"{number(mean)} (no interval)"
     width = high - low
     digits = 2 if percent else 4
     if width > 0:

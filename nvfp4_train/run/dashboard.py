@@ -1,7 +1,7 @@
 """A wandb workspace for the runs of a project: which sections it has, and what their panels show. `launch/dashboard.py` saves it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +69,11 @@ class Section:
     columns: int = 3
 
 
-def sections(statistics: Sequence[str], histograms: Sequence[str], aggregates: Sequence[str] = ()) -> list[Section]:
-    """The layout, of runs with these statistics and histograms; `aggregates` are statistics that no single layer has.
+def sections(
+    statistics: Sequence[str], histograms: Sequence[str], aggregates: Sequence[str] = (), parts: Sequence[str] = ()
+) -> list[Section]:
+    """The layout, of runs with these statistics and histograms; `aggregates` are statistics that no single layer has, `parts` those of
+    a loss that is a sum.
 
     What a run does not log leaves its panel empty.
     """
@@ -79,7 +82,7 @@ def sections(statistics: Sequence[str], histograms: Sequence[str], aggregates: S
     placed = {name for names in quantizer.values() for name in names}
     quantizer |= {name: [name] for name in of_all if name not in placed}
     return [
-        Section("Loss and KL", tuple(_loss_and_kl()), columns=2),
+        Section("Loss and KL", tuple(_loss_and_kl(parts)), columns=2),
         Section(
             "Quantizer health",
             tuple(
@@ -118,7 +121,7 @@ def sections(statistics: Sequence[str], histograms: Sequence[str], aggregates: S
     ]
 
 
-def _loss_and_kl() -> Iterable[Panel]:
+def _loss_and_kl(parts: Sequence[str]) -> Iterable[Panel]:
     """Curves, with what is measured once: masters and PTQ at the switch, masters and quantized weights at the end."""
     states = (MASTER_AT_SWITCH, PTQ, MASTER, QUANTIZED)
     for name, title in (("loss", "loss"), ("kl", "KL, nats a token"), ("top1_agreement", "share of equal tokens")):
@@ -127,6 +130,8 @@ def _loss_and_kl() -> Iterable[Panel]:
         yield Panel("lines", f"Held-out {title}: on the way, at the switch and at the end", (f"val/{name}", *of_states))
         yield Panel("bars", f"Held-out {title}: PTQ and trained, as it is served", as_served)
     yield Panel("lines", "Training loss", ("train/loss",))
+    for part in parts:
+        yield Panel("lines", f"{part}, training and held-out", (f"train/{part}", f"val/{part}"))
 
 
 def sections_of(root: Path, overrides: Sequence[str]) -> list[Section]:
@@ -144,7 +149,15 @@ def sections_of(root: Path, overrides: Sequence[str]) -> list[Section]:
         list(dict.fromkeys(name for look in looks for name in look.names)),
         list(dict.fromkeys(name for look in looks for name in look.histogram_names)),
         list(dict.fromkeys(name for control in controls for name in control.names)),
+        _parts(options["loss"]),
     )
+
+
+def _parts(loss: Mapping[str, Any]) -> list[str]:
+    """What a run logs of a distillation loss that is a sum, by the names of metrics."""
+    of_options = {"hidden": "hidden_error", "cross_entropy": "cross_entropy"}
+    found = [part for option, part in of_options.items() if loss.get(option)]
+    return ["divergence", *found] if found else []
 
 
 def listing(layout: Sequence[Section]) -> str:

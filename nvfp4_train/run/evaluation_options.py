@@ -45,19 +45,23 @@ class Options:
             raise ValueError(f"compute_dtype must be auto, bfloat16 or float32, got {self.compute_dtype!r}")
         if self.task_limit is not None and self.task_limit < 1:
             raise ValueError(f"task_limit must be at least 1, or null, got {self.task_limit}")
+        if Path(self.output).is_dir():
+            raise ValueError(f"output must be a file, got the folder {self.output}")
         if ALL in self.domains:
             raise ValueError(f"domains must not have the name {ALL}, which is that of all texts together")
 
 
 def override(argument: str) -> str:
-    """As Hydra takes an argument of the command line: domains have names that no config knows, and `Limits` knows its own.
+    """As Hydra takes an argument of the command line: domains have names that no config knows, and `Limits` knows its own. With a
+    + before it or without.
 
     domains.NAME=PATH is domains.NAME.path=PATH, so that options of the text may stand beside it.
     """
-    name, equals, value = argument.partition("=")
+    name, equals, value = argument.lstrip("+").partition("=")
+    is_open = name == "tasks" or name.startswith((DOMAINS, "fail_if."))
     if name.startswith(DOMAINS) and name.count(".") == 1 and not value.startswith("{"):
         return f"++{name}.path{equals}{value}"
-    return f"++{argument}" if name.startswith((DOMAINS, "fail_if.")) else argument
+    return f"++{name}{equals}{value}" if is_open else argument
 
 
 def read_options(root: Path, overrides: Sequence[str]) -> Options:

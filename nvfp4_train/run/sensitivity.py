@@ -12,6 +12,7 @@ from lightning import Callback, Trainer
 from nvfp4_train.disk import replace_file
 from nvfp4_train.errors import one_line
 from nvfp4_train.judge.bits_budget import check_budget, exclusion_patterns, most_sensitive, nearest_to_the_ends, override
+from nvfp4_train.judge.record import finite
 from nvfp4_train.judge.sensitivity import Comparison, Key
 from nvfp4_train.judge.sensitivity_report import CHOSEN, MOST, NAIVE, Findings, files, markdown
 from nvfp4_train.judge.units import ALL, LEVELS, Unit, smallest_units, units_by_level, whole
@@ -143,7 +144,7 @@ class MeasureSensitivity(Callback):
 
     def _write(self, found: Findings, options: dict[str, Any]) -> None:
         written: dict[str, str | bytes] = {
-            "sensitivity.json": json.dumps({"options": options} | found.to_dict(), indent=2),
+            "sensitivity.json": json.dumps(finite({"options": options} | found.to_dict()), indent=2),
             "sensitivity.md": markdown(found),
             OVERRIDE_FILE: f"{override(found.exclude)}\n",
             **dict(files(found)),

@@ -54,7 +54,7 @@ def test_two_ranks_give_the_numbers_of_one(
     """Of models of all kinds, of which one is calibrated on five sequences, and of tasks, of which each rank takes one."""
     models = [f"model={original}", f"model=ptq:{original}", f"model=export@{run / 'export'}"]
     options = ["quant.rule=hessian", "quant.calibration.sequences=5", f"tasks_path={tasks}", "keep_sequences=true"]
-    arguments = [*models, *data, *options, "tasks=[first_task,second_task]", "fail_if.kl=1e-9"]
+    arguments = [*models, *data, *options, "+tasks=[first_task,second_task]", "fail_if.kl=1e-9"]
     code, one = evaluate(*arguments)
     assert code == 2
     printed = capsys.readouterr().out
@@ -88,5 +88,5 @@ def test_without_the_package_tasks_are_refused_in_a_line(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find_spec(name, *a))
-    assert evaluate(f"model={original}", *data, "+tasks=[arc_easy]") == (1, {})
+    assert evaluate(f"model={original}", *data, "+tasks=arc_easy") == (1, {})
     assert capsys.readouterr().err == f"error: {MISSING}\n"

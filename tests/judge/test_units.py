@@ -4,6 +4,7 @@ import random
 
 import pytest
 from judged import PLAIN
+from running import ROOT
 from tiny_models import tiny_model
 
 from nvfp4_train.judge.bits_budget import (
@@ -16,6 +17,7 @@ from nvfp4_train.judge.bits_budget import (
 )
 from nvfp4_train.judge.units import Unit, kind_of, kinds, layer_name, layers, smallest_units, whole
 from nvfp4_train.quant.policy import QuantConfig, select
+from nvfp4_train.run.compose import compose_options
 
 
 def units_of(family: str, **fields: object) -> list[Unit]:
@@ -152,6 +154,9 @@ def test_patterns_are_exact_and_few() -> None:
     assert patterns(o_proj, qkv) == ["model.layers.3.self_attn.*"]
     assert patterns("*.self_attn.o_proj", "*.self_attn.q_proj+k_proj+v_proj") == ["*.self_attn.*"]
     assert override(patterns("model.layers.2")) == "quant.exclude=[model.layers.2.*]"
+    given = ["model.layers.[01].*", "*.mlp.{a,b}", "*.o_proj"]
+    assert override(given) == 'quant.exclude=["model.layers.[01].*","*.mlp.{a,b}",*.o_proj]'
+    assert compose_options(ROOT, ["run_dir=x", override(given)])[0]["quant"]["exclude"] == given
     draws = random.Random(0)
     for _ in range(20):
         left = draws.sample(smallest, draws.randint(1, len(smallest) - 1))

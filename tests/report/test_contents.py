@@ -183,7 +183,8 @@ def test_a_run_without_quantized_training_is_compared_as_ptq(copy: Path) -> None
     assert files.start_step is None
     found = comparisons(files)
     assert {one.final for one in found} == {one.gained for one in found} == {None}
-    (sentence, cost) = verdict(files, found[1])
+    (sentence, cost, few) = verdict(files, found[1])
+    assert few == "That is of 4 held-out sequences, too few to be sure of it."
     assert "without training in NVFP4" in sentence
     assert "quantization costs +" in cost
 
@@ -264,6 +265,23 @@ def test_metrics_of_other_text_are_no_pair(copy: Path) -> None:
     found = comparisons(files)
     assert {one.gained for one in found} == {None}
     assert "There is no PTQ to compare it with" in verdict(files, found[0])[0]
+
+
+@pytest.mark.parametrize("state", ["of one sequence", "with a NaN"])
+def test_a_mean_without_an_interval_is_shown_and_never_significant(state: str, copy: Path) -> None:
+    saved = json.loads((copy / "sequences.json").read_text())
+    for of_state in saved.values():
+        if state == "with a NaN":
+            of_state["values"] = {name: [float("nan"), *values[1:]] for name, values in of_state["values"].items()}
+        else:
+            of_state["positions"] = of_state["positions"][:1]
+            of_state["values"] = {name: values[:1] for name, values in of_state["values"].items()}
+    (copy / "sequences.json").write_text(json.dumps(saved))
+    text = write_report(copy).read_text()
+    assert "(no interval)" in text
+    assert "not significant at 95%" in text
+    assert "significant at 95%" not in text.replace("not significant at 95%", "")
+    assert f"That is of {len(saved['ptq']['positions'])} held-out sequence" in text
 
 
 def test_numbers_are_short_and_say_on_which_side_of_zero_they_are() -> None:

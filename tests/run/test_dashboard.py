@@ -44,6 +44,12 @@ def shown(*overrides: str) -> set[str]:
     return {name for section in layout for panel in section.panels for name in panel.metrics}
 
 
+def test_options_say_of_which_parts_a_loss_is_the_sum() -> None:
+    of_parts = {"train/divergence", "train/hidden_error", "val/hidden_error"}
+    assert not shown("loss=distillation") & of_parts
+    assert of_parts <= shown("loss=distillation", "loss.hidden=1")
+
+
 def test_options_say_which_statistics_there_are() -> None:
     of_scales = {"quant/scale_median", "heat_maps/scale_median", "histograms/scale_log2"}
     assert of_scales | {"quant/sqnr_db"} <= shown()

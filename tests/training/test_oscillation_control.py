@@ -1,6 +1,7 @@
 """The control of oscillation as an option of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -61,23 +62,26 @@ def test_it_is_off_by_default() -> None:
     assert control.state_dict() == {}
 
 
-def set_up(*callbacks: L.Callback, enabled: bool = True) -> None:
+def set_up(*callbacks: L.Callback, **quant: Any) -> None:
     trainer = L.Trainer(
         callbacks=list(callbacks), max_steps=9, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    module = QATModule(
-        model=ModelConfig(config={"model_type": "llama"}), quant=QuantConfig(enabled=enabled), optim=OptimConfig()
-    )
+    module = QATModule(model=ModelConfig(config={"model_type": "llama"}), quant=QuantConfig(**quant), optim=OptimConfig())
     for callback in callbacks:
         callback.setup(trainer, module, "fit")
 
 
 def test_what_could_not_work_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match=r"callbacks\.oscillation must be listed before callbacks\.requantize"):
-        set_up(Requantize(), OscillationControl(action="reset"))
+        set_up(Requantize(), OscillationControl(action="reset", every_n_steps=3, from_share=0.3))
     with pytest.raises(ValueError, match=r"callbacks\.oscillation\.action must be null where quant\.enabled=false, got reset"):
         set_up(OscillationControl(action="reset"), enabled=False)
     with pytest.raises(ValueError, match="from_share must be 0 to 1, got 70"):
         OscillationControl(from_share=70)
     set_up(OscillationControl(), Requantize(), enabled=False)
-    set_up(OscillationControl(action="reset"), Requantize())
+    set_up(OscillationControl(action="reset", every_n_steps=3, from_share=0.3), Requantize())
+    with pytest.raises(ValueError, match="acts first after step 10 .* which trainer.max_steps=9 does not reach"):
+        set_up(OscillationControl(action="reset", every_n_steps=3), Requantize())
+    with pytest.raises(ValueError, match="action=freeze needs quant.refit_every=1 under quant.rule=hessian, got 10"):
+        set_up(OscillationControl(action="freeze", every_n_steps=3, from_share=0.3), Requantize(), rule="hessian")
+    set_up(OscillationControl(action="freeze", every_n_steps=3, from_share=0.3), Requantize(), rule="hessian", refit_every=1)

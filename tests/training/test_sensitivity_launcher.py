@@ -112,8 +112,9 @@ def test_larger_units_are_chosen_among(by: str, tmp_path: Path) -> None:
     assert (found["configurations"]["first and last layers"]["predicted_kl"] is None) == (by == "kind")
 
 
-def test_two_ranks_find_what_one_does(tmp_path: Path) -> None:
-    """Through the launcher, sequence by sequence."""
+@pytest.mark.parametrize("starts", ["torchrun", "Lightning"])
+def test_two_ranks_find_what_one_does(starts: str, tmp_path: Path) -> None:
+    """Through the launcher, sequence by sequence, whoever starts the second rank."""
     # Whatever the number of ranks, a forward is of one sequence.
     same = ("model.compute_dtype=float32", "data.val_batch_size=1", "data.val_fraction=0.2")
     two = launch(
@@ -123,7 +124,8 @@ def test_two_ranks_find_what_one_does(tmp_path: Path) -> None:
         *same,
         "trainer=ddp",
         "trainer.accelerator=cpu",
-        ranks=2,
+        *(["trainer.devices=2"] if starts == "Lightning" else []),
+        ranks=2 if starts == "torchrun" else 0,
         script="sensitivity.py",
     )
     assert two.stdout.count("# Sensitivity to quantization") == 1
