@@ -187,6 +187,8 @@ def comparison_blocks(files: RunFiles, found: list[Comparison]) -> Iterator[Bloc
         f"Means over {num} held-out sequences with {LEVEL:.0%} intervals, by a bootstrap over sequences. Differences are taken "
         f"sequence by sequence (paired), so they are surer than the intervals of the two means suggest.{few}"
     )
+    if teacher := files.option("loss.teacher_path"):
+        yield Text(f"The original, from which the KL is measured, is the teacher: loss.teacher_path={teacher}.")
     is_trained = any(one.final is not None for one in found)
     if is_trained:
         yield _picture([one for one in found if one.name == found[0].name])

@@ -14,6 +14,7 @@ POINTS = 300
 ROWS = 12
 SIZE = (5.4, 3.3)
 """Inches: two fit beside each other, and one on a phone."""
+FORWARD_KL = "forward_kl"
 LOG_RANGE = 20
 """Largest over smallest value, above which the axis is logarithmic."""
 
@@ -35,9 +36,10 @@ def curve_blocks(files: RunFiles) -> Iterator[Block]:
     is_kl = loss_is_kl(files)
     yield _curve("KL to the original (the loss)" if is_kl else "Loss", "nats a token", loss, files)
     if kl and not is_kl:
-        yield _curve(
-            "KL to the original", "nats a token", {"training": history.get("train/divergence", []), "held-out text": kl}, files
-        )
+        # Another divergence, or one at a temperature, is no KL beside that of held-out text.
+        is_forward_kl = files.option("loss.divergence", FORWARD_KL) == FORWARD_KL and files.option("loss.temperature", 1.0) == 1
+        training = history.get("train/divergence", []) if is_forward_kl else []
+        yield _curve("KL to the original", "nats a token", {"training": training, "held-out text": kl}, files)
     if agreement := history.get("val/top1_agreement"):
         percent = [(step, 100 * value) for step, value in agreement]
         yield _curve("Same most likely token as the original", "% of positions", {"held-out text": percent}, files)
