@@ -190,8 +190,11 @@ def comparison_blocks(files: RunFiles, found: list[Comparison]) -> Iterator[Bloc
     if teacher := files.option("loss.teacher_path"):
         yield Text(f"The original, from which the KL is measured, is the teacher: loss.teacher_path={teacher}.")
     is_trained = any(one.final is not None for one in found)
-    if is_trained:
-        yield _picture([one for one in found if one.name == found[0].name])
+    of_first = [one for one in found if one.name == found[0].name]
+    if is_trained and any(
+        value is not None and math.isfinite(value.mean) for one in of_first for value in (one.ptq, one.final)
+    ):
+        yield _picture(of_first)
     for name in dict.fromkeys(one.name for one in found):
         yield _table([one for one in found if one.name == name], is_trained)
     if "kl" in {one.name for one in found} and not any(one.name == "loss" for one in found):
