@@ -19,8 +19,6 @@ def main() -> None:
         print(write_report(run_dir))
     except (RunError, ValueError, OSError) as error:
         sys.exit(f"error: {one_line(error)}")
-    except (KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"error: a file of {run_dir} is not as a run writes it ({type(error).__name__}: {one_line(error)})")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,14 @@ def test_histograms_of_layers_are_rows_by_kind_and_depth() -> None:
     assert axes.images[0].get_array().tolist() == [[1, 0], [0.5, 0.5], [0.25, 0.75], [0, 0]]
 
 
+def test_many_rows_have_no_numbers_and_some_of_their_names() -> None:
+    edges = torch.arange(4, dtype=torch.float64)
+    histograms = {f"model.layers.{at}.mlp.up_proj": (torch.ones(3, dtype=torch.float64), edges) for at in range(100)}
+    axes = histograms_by_layer("code", histograms).axes[0]
+    assert not axes.texts
+    assert len(axes.get_yticklabels()) == 25
+
+
 def test_the_table_has_all_that_is_known_of_the_worst_layers() -> None:
     columns, rows = worst_table(ROWS)
     assert columns == ["layer", "depth", "kind", "sqnr_db", "hint", "global_amax", "zero_share"]

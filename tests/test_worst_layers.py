@@ -60,6 +60,12 @@ def test_the_worst_come_first_and_no_more_than_asked() -> None:
     assert worst_layers({"a": {"zero_share": 0.5}}) == []
 
 
+def test_a_layer_beside_exact_ones_is_not_infinitely_far_below_them() -> None:
+    exact = {f"model.layers.{at}.mlp.up_proj": {"sqnr_db": math.inf} for at in range(3)}
+    worst, *_ = worst_layers(exact | {"model.layers.3.mlp.up_proj": {"sqnr_db": 20.0}})
+    assert worst.hint == "nothing stands out: it is as the others of its kind"
+
+
 def test_both_matrices_of_experts_are_kept_together() -> None:
     experts = {
         f"model.layers.{at}.mlp.experts.{leaf}": {"sqnr_db": 20.0} for at in range(3) for leaf in ("gate_up_proj", "down_proj")

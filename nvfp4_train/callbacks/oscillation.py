@@ -54,17 +54,18 @@ class OscillationControl(Callback):
     def setup(self, trainer: Trainer, pl_module: QATModule, stage: str) -> None:  # type: ignore[override]
         if self.rule.action is None:
             return
-        if not pl_module.quant_config.enabled:
-            raise ValueError(f"callbacks.oscillation.action must be null where quant.enabled=false, got {self.rule.action}")
         config = pl_module.quant_config
-        if config.scale_rule.is_fitted and config.refit_every != 1:
+        if not config.enabled:
+            raise ValueError(f"callbacks.oscillation.action must be null where quant.enabled=false, got {self.rule.action}")
+        trains = stage == "fit" and trainer.max_steps > 0
+        if trains and config.scale_rule.is_fitted and config.refit_every != 1:
             # In between a block keeps its step from the scale of max, which moves with the magnitude that is written back.
             raise ValueError(
                 f"callbacks.oscillation.action={self.rule.action} needs quant.refit_every=1 under quant.rule={config.rule}, got "
                 f"{config.refit_every}: block scales that are not chosen anew would move the weights that it sets"
             )
         first_end = self._start(trainer, pl_module) + self.rule.every_n_steps
-        if stage == "fit" and first_end >= trainer.max_steps:
+        if trains and first_end >= trainer.max_steps:
             raise ValueError(
                 f"callbacks.oscillation.action={self.rule.action} acts first after step {first_end} (callbacks.oscillation.from_share, "
                 f"every_n_steps; quant.start_step), which trainer.max_steps={trainer.max_steps} does not reach; lower every_n_steps"

@@ -190,11 +190,9 @@ def comparison_blocks(files: RunFiles, found: list[Comparison]) -> Iterator[Bloc
     if teacher := files.option("loss.teacher_path"):
         yield Text(f"The original, from which the KL is measured, is the teacher: loss.teacher_path={teacher}.")
     is_trained = any(one.final is not None for one in found)
-    of_first = [one for one in found if one.name == found[0].name]
-    if is_trained and any(
-        value is not None and math.isfinite(value.mean) for one in of_first for value in (one.ptq, one.final)
-    ):
-        yield _picture(of_first)
+    drawn = _drawn([one for one in found if one.name == found[0].name])
+    if is_trained and drawn:
+        yield _picture(found[0].metric, drawn)
     for name in dict.fromkeys(one.name for one in found):
         yield _table([one for one in found if one.name == name], is_trained)
     if "kl" in {one.name for one in found} and not any(one.name == "loss" for one in found):
@@ -228,16 +226,20 @@ def _table(of_servings: list[Comparison], is_trained: bool) -> Table:
     return Table(title=_first_upper(of_servings[0].metric.title), header=header, rows=rows, align="l" + "r" * len(of_servings))
 
 
-def _picture(rows: list[Comparison]) -> Picture:
-    """PTQ and final under each serving: bars of the KL, of which 0 is what the original has, else dots."""
-    labels, intervals, colours = [], [], []
-    for one in rows:
-        for state, found, colour in (("PTQ", one.ptq, pictures.COLOURS[5]), ("final", one.final, pictures.COLOURS[0])):
-            if found is not None and math.isfinite(found.mean):
-                labels.append(f"{one.served_as}, {state}")
-                intervals.append(found)
-                colours.append(colour)
-    metric = rows[0].metric
+def _drawn(rows: list[Comparison]) -> list[tuple[str, Interval, str]]:
+    """PTQ and final under each serving, where they are numbers: label, interval and colour."""
+    states = (("PTQ", pictures.COLOURS[5]), ("final", pictures.COLOURS[0]))
+    return [
+        (f"{one.served_as}, {state}", found, colour)
+        for one in rows
+        for (state, colour), found in zip(states, (one.ptq, one.final), strict=True)
+        if found is not None and math.isfinite(found.mean)
+    ]
+
+
+def _picture(metric: Metric, drawn: list[tuple[str, Interval, str]]) -> Picture:
+    """Bars of the KL, of which 0 is what the original has, else dots."""
+    labels, intervals, colours = zip(*drawn, strict=True)
     scale = 100 if metric.is_percent else 1
     # A bar says how far a value is from 0, which a loss never comes near.
     draw = pictures.bars if metric.label == METRICS["kl"].label else pictures.points
@@ -246,7 +248,7 @@ def _picture(rows: list[Comparison]) -> Picture:
         f"{metric.unit}",
         labels,
         [scale * found.mean for found in intervals],
-        intervals=[_drawn(found, scale) for found in intervals],
+        intervals=[_bounds(found, scale) for found in intervals],
         colours=colours,
     )
     figure.set_size_inches(6.4, figure.get_figheight())
@@ -261,7 +263,7 @@ def _picture(rows: list[Comparison]) -> Picture:
     return Picture(figure=figure, says=f"{_first_upper(metric.label)}: {says}.", numbers=numbers)
 
 
-def _drawn(found: Interval, scale: float) -> tuple[float, float]:
+def _bounds(found: Interval, scale: float) -> tuple[float, float]:
     """Bounds as they are drawn: the mean itself where there are none."""
     is_bounded = math.isfinite(found.high - found.low)
     return (scale * found.low, scale * found.high) if is_bounded else (scale * found.mean, scale * found.mean)

@@ -23,6 +23,12 @@ History = Mapping[str, list[tuple[int, float]]]
 EVALUATION = re.compile(rf"_({MASTER}|{PTQ}|{QUANTIZED})(_|$)")
 """In the name of a metric of weights in a state, which is no validation on the way."""
 
+NEEDED = {
+    "architecture", "devices", "ended", "exports", "first_step", "last_step", "parameters", "peak_device_bytes", "peak_host_bytes",
+    "quantized_parameters", "ranks", "started", "steps_s", "strategy",
+}  # fmt: skip
+"""What a report reads of run.json without asking whether it is there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
@@ -66,6 +72,10 @@ class RunFiles:
         saved = _json(run_dir / "sequences.json")
         with _reading(run_dir / "sequences.json"):
             sequences = {state: SequenceMetrics.from_dict(of_state) for state, of_state in saved.items()}
+        record = _json(run_dir / "run.json")
+        with _reading(run_dir / "run.json"):
+            if record and (missing := sorted(NEEDED - record.keys())):
+                raise ValueError(f"must have {', '.join(missing)}")
         return RunFiles(
             run_dir=run_dir,
             metrics=metrics,
@@ -77,7 +87,7 @@ class RunFiles:
                 (int(step) for path in _checkpoints(run_dir) for step in re.findall(r"step[-=](\d+)", path.name)), default=0
             ),
             config=config,
-            record=_json(run_dir / "run.json"),
+            record=record,
         )
 
     def option(self, name: str, default: Any = None) -> Any:

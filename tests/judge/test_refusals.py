@@ -15,6 +15,7 @@ from running import ROOT
 from nvfp4_train.data.tokenizer import byte_tokenizer
 from nvfp4_train.judge.results import Limits, Row, verdicts
 from nvfp4_train.judge.subjects import find_subject
+from nvfp4_train.run.evaluation_options import read_options
 from nvfp4_train.sequence_metrics import SequenceMetrics
 
 Evaluate = Callable[..., tuple[int, dict[str, Any]]]
@@ -140,6 +141,11 @@ def test_what_cannot_be_judged_is_refused_in_a_line(
     assert (code, results) == (1, {})
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="output must be a file, got the folder"):
+        read_options(ROOT, [f"output={tmp_path}"])
 
 
 def _own_tasks_alone(self: Any, include_path: str | None = None, **_: Any) -> None:

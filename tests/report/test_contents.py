@@ -284,6 +284,40 @@ def test_a_mean_without_an_interval_is_shown_and_never_significant(state: str, c
     assert f"That is of {len(saved['ptq']['positions'])} held-out sequence" in text
 
 
+def test_the_kl_is_that_of_the_teacher_and_other_divergences_stand_apart(copy: Path) -> None:
+    (copy / "metrics.csv").write_text(
+        "step,train/loss,train/divergence,val/loss,val/kl\n0,3,0.5,,\n1,2,0.4,3,0.6\n2,2,0.4,3,0.5\n"
+    )
+    (copy / "sequences.json").unlink()
+    (copy / "metrics.json").write_text(json.dumps(metrics(copy) | {"validations": []}))
+
+    def curves(**loss: object) -> str:
+        (copy / ".hydra" / "config.yaml").write_text(json.dumps({"quant": {"start_step": 0}, "loss": loss}))
+        return document(contents(RunFiles.read(copy)))
+
+    assert "KL to the original over steps, in nats a token: training from 0.5000" in curves()
+    assert "KL to the original over steps, in nats a token: held-out text from" in curves(divergence="jsd")
+    assert "KL to the original over steps, in nats a token: held-out text from" in curves(temperature=2.0)
+
+
+def test_statistics_and_metrics_of_others_are_shown_under_their_names(copy: Path) -> None:
+    (copy / "layers.csv").unlink()
+    append_rows(
+        copy / "layers.csv", 9, {f"model.layers.{at}.mlp.up_proj": {"sqnr_db": 20.0, "kurtosis": 3.0 + at} for at in (0, 1)}
+    )
+    saved = json.loads((copy / "sequences.json").read_text())
+    for of_state in saved.values():
+        of_state["values"]["plain"] = of_state["values"]["kl"]
+    (copy / "sequences.json").write_text(json.dumps(saved))
+    config = (copy / ".hydra" / "config.yaml").read_text()
+    (copy / ".hydra" / "config.yaml").write_text(config.replace("teacher_path: null", "teacher_path: /models/large"))
+    text = document(contents(RunFiles.read(copy)))
+    assert "Heat map of kurtosis by kind and depth" in text
+    assert "Plain\n" in text
+    assert "plain, " not in text
+    assert "is the teacher: loss.teacher_path=/models/large" in text.replace("\\", "")
+
+
 def test_numbers_are_short_and_say_on_which_side_of_zero_they_are() -> None:
     assert [number(value) for value in (0, 448, 20.4, 0.05, 1234.5, -0.5, 3e-5, float("nan"), None)] == [
         "0", "448", "20.40", "0.05000", "1,234", "-0.5000", "3.00e-05", "-", "-",

@@ -154,6 +154,7 @@ SPOILED: dict[str, tuple[str, str]] = {
     "metrics.json ": ('"text"', "must be an object, got 'text'"),
     "metrics.json  ": ('{"validations": [3]}', "'int' object has no attribute"),
     "run.json": ('{"command": "pyth', "Unterminated string"),
+    "run.json ": ('{"ranks": 1}', "must have architecture, devices, ended, exports, "),
     "sequences.json": ('{"ptq": {}}', "'values'"),
     "metrics.csv": ("step,train/loss\n0,much\n", "could not convert string to float"),
     ".hydra/config.yaml": ("a: [", "while parsing"),

@@ -62,9 +62,9 @@ def test_it_is_off_by_default() -> None:
     assert control.state_dict() == {}
 
 
-def set_up(*callbacks: L.Callback, **quant: Any) -> None:
+def set_up(*callbacks: L.Callback, max_steps: int = 9, **quant: Any) -> None:
     trainer = L.Trainer(
-        callbacks=list(callbacks), max_steps=9, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        callbacks=list(callbacks), max_steps=max_steps, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     module = QATModule(model=ModelConfig(config={"model_type": "llama"}), quant=QuantConfig(**quant), optim=OptimConfig())
     for callback in callbacks:
@@ -85,3 +85,5 @@ def test_what_could_not_work_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="action=freeze needs quant.refit_every=1 under quant.rule=hessian, got 10"):
         set_up(OscillationControl(action="freeze", every_n_steps=3, from_share=0.3), Requantize(), rule="hessian")
     set_up(OscillationControl(action="freeze", every_n_steps=3, from_share=0.3), Requantize(), rule="hessian", refit_every=1)
+    # launch/ptq.py, which takes the options of a run, trains nothing.
+    set_up(OscillationControl(action="freeze"), Requantize(), max_steps=0, rule="hessian")
